@@ -1,0 +1,32 @@
+"""Why something was not done, as data: a stable code for tests and JSON, a text with values for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One reason for a refusal, a fallback or a choice.
+
+    Attributes:
+        code: Stable identifier in snake_case, for tests, JSON and the docs table. Never reworded.
+        text: What was got, what is allowed, and what to do; carries the values. May be improved.
+    """
+
+    code: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.text}"
+
+
+class Refusal(Exception):
+    """Raised inside a stage to leave one site alone; the pipeline turns it into a report entry.
+
+    Never escapes to the user: `strict` mode raises its own error that lists all reasons.
+    """
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(f"{code}: {text}")
+        self.reason = Reason(code, text)

@@ -1,0 +1,53 @@
+"""Sizes as sympy expressions, whether Dynamo traced them as ints or as symbols.
+
+Everything after capture compares sizes through this module, so that static and dynamic graphs take
+one code path. Nothing here installs a guard: a comparison that cannot be decided is "not equal".
+"""
+
+from __future__ import annotations
+
+from typing import Union
+
+import sympy
+import torch
+
+Size = Union[int, torch.SymInt, sympy.Expr]
+
+
+def to_expr(size: Size) -> sympy.Expr:
+    """The sympy expression of an int, a `SymInt` or an expression."""
+    if isinstance(size, sympy.Expr):
+        return size
+    if isinstance(size, torch.SymInt):
+        return size.node.expr
+    return sympy.Integer(int(size))
+
+
+def same_size(left: Size, right: Size) -> bool:
+    """True only if the two sizes are proved equal; never guards."""
+    a, b = to_expr(left), to_expr(right)
+    return a == b or sympy.expand(a - b) == 0
+
+
+def is_one(size: Size) -> bool:
+    """True only if the size is statically 1."""
+    return to_expr(size) == 1
+
+
+def divide(total: Size, part: Size) -> sympy.Expr | None:
+    """`total / part` if that is an integer expression, else None."""
+    a, b = to_expr(total), to_expr(part)
+    if a == b:
+        return sympy.Integer(1)
+    if b == 0:
+        return None
+    numerator, denominator = sympy.cancel(a / b).as_numer_denom()
+    return numerator if denominator == 1 else None
+
+
+def product(sizes) -> sympy.Expr:
+    """The product of sizes; 1 for none."""
+    result = sympy.Integer(1)
+    for size in sizes:
+        result = result * to_expr(size)
+    return result
