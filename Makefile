@@ -1,0 +1,53 @@
+# make demo   the main job on this machine: a Llama compiled, checked, timed
+# make test   the CPU test suite
+# make help   the rest
+#
+# The environment is made on first use. If $(PYTHON) has a torch (a ROCm build, say), that one is used and left alone.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+JOBS   ?= auto
+ARGS   ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.made-by-make
+
+.PHONY: help venv demo test test-slow test-gpu lint format docs bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
+
+venv: $(STAMP)  ## the environment in $(VENV)
+$(STAMP): pyproject.toml tools/make_venv.py
+	$(PYTHON) tools/make_venv.py --venv $(VENV) --torch "$(TORCH)" --triton "$(TRITON)"
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## the main job on this machine; options: make demo ARGS="--help"
+	$(BIN)/python examples/demo.py $(ARGS)
+
+# One thread per worker: the tests compile many small things, and more threads only get in each other's way.
+test: $(STAMP)  ## the CPU test suite; one file: make test ARGS=tests/test_packaging.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-slow: $(STAMP)  ## what make test leaves out
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
+
+test-gpu: $(STAMP)  ## the tests that need a GPU, one process
+	$(BIN)/pytest -m gpu $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## what a call of the op costs on the CPU
+	$(BIN)/python benchmarks/op_overhead.py $(ARGS)
+
+clean:  ## remove what builds and tests leave, not the environment
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
