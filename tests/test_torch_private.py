@@ -1,0 +1,91 @@
+"""Each private PyTorch name we use still does what we rely on."""
+
+import torch
+
+from rocm_attn_compile import _torch_private
+
+
+def test_inductor_option_names_has_known_options():
+    names = _torch_private.inductor_option_names()
+    assert {"max_autotune", "triton.cudagraphs", "epilogue_fusion"} <= set(names)
+
+
+def test_check_inductor_options_rejects_names_and_types():
+    import pytest
+
+    _torch_private.check_inductor_options({"max_autotune": True, "triton.cudagraphs": False})
+    with pytest.raises(RuntimeError, match="no_such_option"):
+        _torch_private.check_inductor_options({"no_such_option": 1})
+    with pytest.raises(RuntimeError, match="max_autotune"):
+        _torch_private.check_inductor_options({"max_autotune": "yes"})
+
+
+def test_trace_artifact_reaches_the_structured_log():
+    import logging
+
+    from torch._logging._internal import trace_log
+
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    level = trace_log.level
+    trace_log.addHandler(handler)
+    trace_log.setLevel(logging.DEBUG)
+    try:
+        _torch_private.trace_artifact("rocm_attn_test", lambda: "the payload")
+    finally:
+        trace_log.removeHandler(handler)
+        trace_log.setLevel(level)
+    (record,) = [r for r in records if getattr(r, "metadata", {}).get("artifact", {}).get("name") == "rocm_attn_test"]
+    assert record.payload == "the payload"
+
+
+def test_uncompiled_undoes_torch_compile():
+    def function(x):
+        return x + 1
+
+    module = torch.nn.Linear(2, 2)
+    assert _torch_private.uncompiled(torch.compile(function, backend="eager")) is function
+    assert _torch_private.uncompiled(torch.compile(module, backend="eager")) is module
+    assert _torch_private.uncompiled(function) is function
+    assert _torch_private.uncompiled(module) is module
+
+
+def test_recompile_limits_lifted_allows_more_than_the_limit():
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(gm, inputs):
+        compiled.append(gm)
+        return gm.forward
+
+    def function(x, n):
+        return x + n
+
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        run = torch.compile(function, backend=backend, dynamic=False)
+        for n in range(3):
+            with _torch_private.recompile_limits_lifted():
+                run(torch.ones(2), n)
+    assert len(compiled) == 3
+    torch._dynamo.reset()
+
+
+def test_graph_break_reason_names_the_break():
+    torch._dynamo.reset()
+    reasons = []
+
+    def backend(gm, inputs):
+        reasons.append(_torch_private.graph_break_reason(gm))
+        return gm.forward
+
+    def function(x):
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    torch.compile(function, backend=backend)(torch.ones(2))
+    assert reasons[0] is not None
+    assert "graph_break" in reasons[0]
+    assert reasons[1:] == [None]
+    torch._dynamo.reset()
