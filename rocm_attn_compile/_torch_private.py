@@ -62,3 +62,17 @@ def graph_break_reason(graph_module: torch.fx.GraphModule) -> str | None:
     """Why Dynamo ended this graph early, or None if it ended by returning."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)
     return reason.reason if reason is not None and reason.graph_break else None
+
+
+# --- Memory of a call (testing/memory.py) ---
+
+
+def cpu_allocations(profile: torch.profiler.profile) -> list[int]:
+    """Bytes of each CPU allocation (positive) and release (negative) in a profile, in order of time."""
+    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    events = [
+        event
+        for event in results.events()
+        if event.name() == "[memory]" and event.device_type() == torch._C._autograd.DeviceType.CPU
+    ]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]

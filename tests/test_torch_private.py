@@ -89,3 +89,12 @@ def test_graph_break_reason_names_the_break():
     assert "graph_break" in reasons[0]
     assert reasons[1:] == [None]
     torch._dynamo.reset()
+
+
+def test_cpu_allocations_are_listed_in_order():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        tensor = torch.empty(1000, dtype=torch.uint8)
+        del tensor
+        tensor = torch.empty(3000, dtype=torch.uint8)
+        del tensor
+    assert _torch_private.cpu_allocations(profile) == [1000, -1000, 3000, -3000]

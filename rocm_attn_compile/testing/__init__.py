@@ -1,0 +1,15 @@
+"""Helpers for tests of attention rewrites, ours and yours: how exact is exact enough, and what is in a graph."""
+
+from rocm_attn_compile.testing.compare import Accuracy, accuracy, assert_as_accurate_as_eager, to_float64
+from rocm_attn_compile.testing.graphs import count_attention_calls, count_calls
+from rocm_attn_compile.testing.memory import peak_memory
+
+__all__ = [
+    "Accuracy",
+    "accuracy",
+    "assert_as_accurate_as_eager",
+    "count_attention_calls",
+    "count_calls",
+    "peak_memory",
+    "to_float64",
+]
