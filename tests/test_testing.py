@@ -74,8 +74,8 @@ def test_shapes_dtypes_and_structure_must_agree():
         assert_as_accurate_as_eager(exact.float()[:2], exact.float(), exact)
     with pytest.raises(AssertionError, match="structure"):
         assert_as_accurate_as_eager((exact.float(),), [exact.float()], (exact,))
+    tokens = torch.tensor([1, 2])
     with pytest.raises(AssertionError, match="result 1: differs"):
-        tokens = torch.tensor([1, 2])
         assert_as_accurate_as_eager((exact.float(), tokens + 1), (exact.float(), tokens), (exact, tokens))
 
 
