@@ -14,8 +14,8 @@ if __name__ == "kernels":
 
     _root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     _spec = PathFinder.find_spec("kernels", [path for path in sys.path if os.path.abspath(path) != _root])
-    if _spec is None or _spec.loader is None:
-        raise ModuleNotFoundError("No module named 'kernels'", name="kernels")
-    _module = module_from_spec(_spec)
-    sys.modules["kernels"] = _module
-    _spec.loader.exec_module(_module)
+    if _spec is not None and _spec.loader is not None:
+        _module = module_from_spec(_spec)
+        sys.modules["kernels"] = _module
+        _spec.loader.exec_module(_module)
+    # Else stay, empty: transformers imports what it finds, sees no version, and takes it for not installed.
