@@ -1,0 +1,89 @@
+"""Limits shared by declarations: each names one cross-field rule and says with values how a spec breaks it.
+
+Serving kernels (AITER, paged attention) align their masks bottom-right: query row q sits at position
+`q + kv_len - q_len` of the keys. A band of the canonical op is top-left, so `k - q` is compared after that shift.
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from ..env import Environment
+from ..spec import AttentionSpec
+from ..symbolic import Size, is_one, same_size, to_expr
+from .base import Limit
+from .features import static
+
+
+def _shifted(bound: Size, spec: AttentionSpec) -> sympy.Expr:
+    """The bound relative to the bottom-right diagonal; 0 is the diagonal itself."""
+    return sympy.expand(to_expr(bound) - (to_expr(spec.kv_len) - to_expr(spec.q_len)))
+
+
+def _causal_bottom_right(spec: AttentionSpec, env: Environment) -> str | None:
+    upper = spec.mask.band_upper
+    if upper is None:
+        # One query that sees all keys is the last row of a bottom-right causal mask.
+        return None if is_one(spec.q_len) else f"only causal; q_len={spec.q_len} rows see keys after their own"
+    if same_size(_shifted(upper, spec), 0):
+        return None
+    return f"only bottom-right causal, k - q <= kv_len - q_len; this site keeps k - q <= {upper}"
+
+
+CAUSAL_BOTTOM_RIGHT = Limit("causal_bottom_right", "causal only, aligned bottom-right", _causal_bottom_right)
+
+
+def _window_bottom_right(spec: AttentionSpec, env: Environment) -> str | None:
+    """The kernels take the number of keys left (and right) of the diagonal: non-negative constants."""
+    lower, upper = spec.mask.band_lower, spec.mask.band_upper
+    left = 0 if lower is None else static(-_shifted(lower, spec))
+    right = 0 if upper is None else static(_shifted(upper, spec))
+    if left is None or left < 0:
+        return f"a window must reach back from the bottom-right diagonal by a constant; k - q >= {lower} does not"
+    if right is None or right < 0:
+        return f"a mask must reach the bottom-right diagonal and a constant past it; k - q <= {upper} does not"
+    return None
+
+
+WINDOW_BOTTOM_RIGHT = Limit(
+    "window_bottom_right",
+    "a window is a constant number of keys around the bottom-right diagonal",
+    _window_bottom_right,
+)
+
+SOFT_CAP_FORWARD_ONLY = Limit(
+    "soft_cap_backward",
+    "no backward through a soft cap",
+    lambda spec, env: (
+        f"logits_soft_cap={spec.logits_soft_cap} has no backward here, and gradients are required"
+        if spec.logits_soft_cap is not None and spec.requires_grad
+        else None
+    ),
+)
+
+MLA_DIMS = ((576, 512), (192, 128))
+"""(head_dim, v_head_dim): absorbed on the latent cache (512 + 64 rope, values 512), and naive for prefill."""
+
+MLA_SHAPES = Limit(
+    "mla_dims",
+    "head_dim/v_head_dim 576/512 (absorbed) or 192/128 (naive)",
+    lambda spec, env: (
+        None
+        if (static(spec.head_dim), static(spec.v_head_dim)) in MLA_DIMS
+        else f"head_dim={spec.head_dim} with v_head_dim={spec.v_head_dim}; takes 576 with 512, or 192 with 128"
+    ),
+)
+
+MLA_HEADS = Limit(
+    "mla_num_heads",
+    "16 or 128 query heads",
+    lambda spec, env: (
+        None if static(spec.num_heads) in (16, 128) else f"num_heads={spec.num_heads}; kernels exist for 16 and 128"
+    ),
+)
+
+BLOCK_SIZE_NOT_1 = Limit(
+    "block_size",
+    "block_size other than 1",
+    lambda spec, env: "block_size=1; takes any other" if env.block_size == 1 else None,
+)

@@ -1,0 +1,164 @@
+"""What `torch.compile(..., options={...})` accepts: our options, split from Inductor's."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from . import _torch_private
+from .env import RocmAttnWarning, normalize_arch
+
+PREFIX = "rocm_attn."
+
+
+@dataclass(frozen=True)
+class Options:
+    """Our options. Keys of `options={...}` are the field names, bare or as "rocm_attn.<name>".
+
+    Attributes:
+        attention_backend: Name of the backend to use, such as "TRITON_ATTN"; the same choice as
+            `VLLM_ATTENTION_BACKEND`, which wins where both are set. None follows the documented rules.
+        arch: Target architecture such as "gfx942" where no such GPU is there; `ROCM_ATTN_ARCH` wins over it.
+        block_size: Page size of the KV cache, which the rules for MLA depend on; None is 16.
+        strict: A site that its chosen backend cannot take is an error that lists all reasons, not a fallback.
+        fuel: Replace at most this many sites per graph, to find the one that makes a difference; None is no limit.
+        dump_dir: Folder for the graphs before and after and the report of every compilation; None writes nothing.
+        disable: Replace nothing: every graph goes to Inductor as it is.
+    """
+
+    attention_backend: str | None = None
+    arch: str | None = None
+    block_size: int | None = None
+    strict: bool = False
+    fuel: int | None = None
+    dump_dir: str | None = None
+    disable: bool = False
+
+
+OPTION_VARIABLES = {
+    "strict": "ROCM_ATTN_STRICT",
+    "fuel": "ROCM_ATTN_FUEL",
+    "dump_dir": "ROCM_ATTN_DUMP_DIR",
+    "disable": "ROCM_ATTN_DISABLE",
+}
+"""Options a variable sets from outside the program; set and not empty, the variable wins. `ROCM_ATTN_ARCH` and
+`VLLM_ATTENTION_BACKEND` are read with the environment (env.py), because reports say where their value came from."""
+
+
+def split_options(
+    options: Mapping[str, Any] | None, environ: Mapping[str, str] | None = None
+) -> tuple[Options, dict[str, Any]]:
+    """Separate our options from Inductor's and apply the `ROCM_ATTN_*` variables.
+
+    Args:
+        options: As given to `torch.compile`; None is empty.
+        environ: Read instead of `os.environ`, for tests.
+
+    Returns:
+        Ours, validated, and the rest, which Inductor accepts.
+
+    Raises:
+        ValueError: Unknown key (the nearest known ones are named), wrong type or value, ours or Inductor's, or a
+            variable with a value that means nothing.
+    """
+    environ = os.environ if environ is None else environ
+    ours: dict[str, Any] = {}
+    inductor: dict[str, Any] = {}
+    for key, value in (options or {}).items():
+        name = str(key).removeprefix(PREFIX).replace("-", "_")
+        if name not in _PARSERS:
+            inductor[key] = value
+            continue
+        parsed = _PARSERS[name](value, f"options[{key!r}]")
+        if name in ours and ours[name] != parsed:
+            raise ValueError(f"option {name!r} is given twice: as {ours[name]!r} and as {parsed!r}; give it once")
+        ours[name] = parsed
+    _check_inductor(inductor)
+    for name, variable in OPTION_VARIABLES.items():
+        if text := environ.get(variable):
+            value = _PARSERS[name](_from_text(name, text), f"{variable}={text}")
+            if name in ours and ours[name] != value:
+                warnings.warn(
+                    f"{variable}={text} overrides options[{name!r}]={ours[name]!r}: the environment wins",
+                    RocmAttnWarning,
+                    stacklevel=3,
+                )
+            ours[name] = value
+    return Options(**ours), inductor
+
+
+def _check_inductor(options: dict[str, Any]) -> None:
+    known = _torch_private.inductor_option_names()
+    for key in options:
+        if str(key).replace("-", "_") not in known:
+            raise ValueError(_unknown(str(key), known))
+    try:
+        _torch_private.check_inductor_options(options)
+    except RuntimeError as error:  # a wrong type; names were checked above
+        raise ValueError(f"Inductor rejects an option: {error}") from error
+
+
+def _unknown(key: str, inductor_names: list[str]) -> str:
+    ours = [field.name for field in fields(Options)]
+    near_ours = difflib.get_close_matches(key.removeprefix(PREFIX), ours, n=1, cutoff=0.5)
+    near_inductor = [] if key.startswith(PREFIX) else difflib.get_close_matches(key, inductor_names, n=2, cutoff=0.5)
+    near = [repr(name) for name in near_ours] + [f"Inductor's {name!r}" for name in near_inductor]
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    return (
+        f"unknown option {key!r}{hint} Options of rocm_attn are {', '.join(ours)}; every other key must be one of "
+        f"Inductor's (torch._inductor.list_options())"
+    )
+
+
+def _from_text(name: str, text: str) -> Any:
+    """A variable's text as the value its option would have; text that is no such value is left to the parser."""
+    if name in ("strict", "disable"):
+        return {"1": True, "true": True, "0": False, "false": False}.get(text.lower(), text)
+    return int(text) if name == "fuel" and text.isdigit() else text
+
+
+def _text(value: Any, where: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where} must be a string or None, got {value!r}")
+    return value
+
+
+def _arch(value: Any, where: str) -> str | None:
+    text = _text(value, where)
+    return None if text is None else normalize_arch(text, where)
+
+
+def _path(value: Any, where: str) -> str | None:
+    return str(value) if isinstance(value, Path) else _text(value, where)
+
+
+def _flag(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{where} must be True or False (0 or 1 as a variable), got {value!r}")
+    return value
+
+
+def _count(minimum: int) -> Callable[[Any, str], int | None]:
+    def parse(value: Any, where: str) -> int | None:
+        # bool is an int in Python, and True as a count is always a mistake
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= minimum):
+            return value
+        raise ValueError(f"{where} must be an integer of at least {minimum} or None, got {value!r}")
+
+    return parse
+
+
+_PARSERS: dict[str, Callable[[Any, str], Any]] = {
+    "attention_backend": _text,
+    "arch": _arch,
+    "block_size": _count(1),
+    "strict": _flag,
+    "fuel": _count(0),
+    "dump_dir": _path,
+    "disable": _flag,
+}
