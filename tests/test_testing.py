@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from rocm_attn_compile.testing import (
+    Float64Everywhere,
     accuracy,
     assert_as_accurate_as_eager,
     count_calls,
@@ -87,6 +88,21 @@ def test_to_float64_copies_modules_and_trees():
     tree = to_float64({"x": leaf, "ids": torch.tensor([1]), "n": 3})
     assert tree["x"].dtype == torch.float64 and tree["x"].requires_grad and tree["x"].is_leaf
     assert tree["ids"].dtype == torch.int64 and tree["n"] == 3
+
+
+def test_float64_everywhere_widens_what_models_do_in_float32():
+    def model(x):
+        weights = F.softmax(x, dim=-1, dtype=torch.float32) * x.to(torch.float32).pow(2).mean()
+        return weights.to(x.dtype) + x.float() + torch.arange(3, dtype=torch.float32).sin() + torch.ones(3)
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    assert model(x).dtype == torch.float64
+    with Float64Everywhere():
+        exact = model(x)
+    assert torch.get_default_dtype() == torch.float32
+    oracle = torch.softmax(x, -1) * x.pow(2).mean() + x + torch.arange(3).double().sin() + 1
+    torch.testing.assert_close(exact, oracle, rtol=1e-14, atol=1e-14)
+    assert (model(x) - oracle).abs().max() > 1e-9, "without it the float64 run is not exact"
 
 
 def test_count_calls_sees_functions_methods_ops_and_nested_graphs():

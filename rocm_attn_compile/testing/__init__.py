@@ -1,11 +1,18 @@
 """Helpers for tests of attention rewrites, ours and yours: how exact is exact enough, and what is in a graph."""
 
-from rocm_attn_compile.testing.compare import Accuracy, accuracy, assert_as_accurate_as_eager, to_float64
+from rocm_attn_compile.testing.compare import (
+    Accuracy,
+    Float64Everywhere,
+    accuracy,
+    assert_as_accurate_as_eager,
+    to_float64,
+)
 from rocm_attn_compile.testing.graphs import count_attention_calls, count_calls
 from rocm_attn_compile.testing.memory import peak_memory
 
 __all__ = [
     "Accuracy",
+    "Float64Everywhere",
     "accuracy",
     "assert_as_accurate_as_eager",
     "count_attention_calls",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 
@@ -141,3 +142,30 @@ def to_float64(tree: Any) -> Any:
         return leaf.detach().to(dtype, copy=True).requires_grad_(leaf.requires_grad)
 
     return tree_map(convert, tree)
+
+
+class Float64Everywhere(TorchFunctionMode):
+    """Within it, code that asks for float32 gets float64: `with Float64Everywhere(): exact = to_float64(model)(...)`.
+
+    Models compute softmax, norms and rotary embeddings in float32 whatever their own dtype, so a model that was only
+    converted with `.double()` is no more exact there than the one it is to judge.
+    """
+
+    def __enter__(self) -> Float64Everywhere:
+        self._default_dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        torch.set_default_dtype(self._default_dtype)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.float:
+            return args[0].double()
+
+        def widen(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        return function(*tree_map(widen, args), **tree_map(widen, kwargs or {}))
