@@ -5,8 +5,9 @@ Every entry has a test in tests/test_torch_private.py that notices when it chang
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,24 @@ def uncompiled(model: Callable) -> Callable:
     return innermost_fn(model)
 
 
+@contextmanager
+def module_compile_suspended(model: Callable) -> Iterator[None]:
+    """Context in which a module that was given `module.compile()` calls its own `forward` again.
+
+    `torch.compile(module)` would otherwise run that compilation, not the one asked for. Submodules need nothing:
+    Dynamo inlines them either way.
+    """
+    saved = getattr(model, "_compiled_call_impl", None)
+    if saved is None:
+        yield
+        return
+    model._compiled_call_impl = None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = saved  # type: ignore[attr-defined]
+
+
 def recompile_limits_lifted() -> AbstractContextManager:
     """Context in which Dynamo compiles however many versions of a function exist already."""
     import torch._dynamo
@@ -76,3 +95,62 @@ def cpu_allocations(profile: torch.profiler.profile) -> list[int]:
         if event.name() == "[memory]" and event.device_type() == torch._C._autograd.DeviceType.CPU
     ]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+# --- Compiling (pipeline.py, lower/) ---
+
+
+def inductor_compile(
+    graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any]
+) -> Callable:
+    """Compile as `torch.compile(backend="inductor", mode=..., options=...)` does; modes and options are expanded by torch."""
+    # torch refuses both at once, and an empty dict counts as given
+    wrapper = torch._TorchCompileInductorWrapper(mode, options or None, None)
+    return wrapper(graph_module, example_inputs)
+
+
+def aot_eager_compile(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable:
+    """AOTAutograd without Inductor: the functionalised graphs run op by op."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    return aot_eager(graph_module, list(example_inputs))
+
+
+def current_shape_env() -> Any:
+    """The ShapeEnv of the graph Dynamo is compiling now; None outside a compilation."""
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    return None if context is None or context.fake_mode is None else context.fake_mode.shape_env
+
+
+def log_graph(name: str, graph_module: torch.fx.GraphModule) -> Any:
+    """The graph as lazily formatted text; depyf hooks this very call and writes `<name>` to its folder."""
+    from torch._dynamo.utils import lazy_format_graph_code
+
+    return lazy_format_graph_code(name, graph_module)
+
+
+_FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in .*\n(?:\s*(?P<code>\S.*))?', re.MULTILINE)
+
+
+def source_of(stack_trace: str | None) -> tuple[str, str]:
+    """`("file:line", "the code")` of the user's model, from the `stack_trace` that Dynamo puts on a node.
+
+    The innermost frame outside PyTorch itself: for `nn.MultiheadAttention` the line that calls it. ("unknown", "")
+    where there is no trace.
+    """
+    frames = [match.groupdict() for match in _FRAME.finditer(stack_trace or "")]
+    if not frames:
+        return "unknown", ""
+    own = [frame for frame in frames if not re.search(r"[/\\]torch[/\\]", frame["file"])]
+    frame = (own or frames)[-1]
+    return f"{frame['file']}:{frame['line']}", (frame["code"] or "").strip()
+
+
+def compile_id() -> str:
+    """Dynamo's name of the compilation going on, such as "0/0"; "?" outside one."""
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    return "?" if current is None else str(current)

@@ -98,3 +98,49 @@ def test_cpu_allocations_are_listed_in_order():
         tensor = torch.empty(3000, dtype=torch.uint8)
         del tensor
     assert _torch_private.cpu_allocations(profile) == [1000, -1000, 3000, -3000]
+
+
+def test_module_compile_suspended_runs_the_compilation_asked_for():
+    ran = []
+
+    def backend(name):
+        def compiler(gm, inputs):
+            ran.append(name)
+            return gm.forward
+
+        return compiler
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    module = Module()
+    module.compile(backend=backend("module.compile"))
+    with _torch_private.module_compile_suspended(module):
+        torch.compile(module, backend=backend("torch.compile"))(torch.ones(1, 2))
+    assert ran == ["torch.compile"]
+    module(torch.ones(1, 2))
+    assert ran == ["torch.compile", "module.compile"]
+    with _torch_private.module_compile_suspended(torch.sin):
+        pass
+
+
+def test_source_of_reads_dynamos_stack_traces():
+    traces = []
+
+    def backend(gm, inputs):
+        traces.extend(node.stack_trace for node in gm.graph.nodes if node.op == "call_function")
+        return gm.forward
+
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def function(x):
+        return attention(x, x, x)[0]
+
+    torch.compile(function, backend=backend)(torch.ones(1, 3, 8))
+    source, code = _torch_private.source_of(traces[0])
+    assert source.rpartition(":")[0] == __file__
+    assert code == "return attention(x, x, x)[0]"
+    assert _torch_private.source_of(None) == ("unknown", "")
+    inside = 'File "/site-packages/torch/nn/functional.py", line 7, in f\n    x = y\n'
+    assert _torch_private.source_of(inside) == ("/site-packages/torch/nn/functional.py:7", "x = y")

@@ -20,6 +20,7 @@ from ..reasons import Reason
 from ..spec import AttentionSpec
 from ..symbolic import Size
 from .features import FEATURE_CODES, feature_reasons, static, unknown_field_reasons
+from .words import dtype_name
 
 HARDWARE_CODES = frozenset({"arch", "package_missing"})
 """Reasons that are about the machine, not the site: fatal for a backend that was named explicitly."""
@@ -171,12 +172,6 @@ class AttentionBackend:
     @property
     def _archs_text(self) -> str:
         return _listing("any AMD GPU" if pattern == "gfx*" else pattern for pattern in self.archs)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The short name: "bf16" for torch.bfloat16."""
-    short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-    return short.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def _dim_reasons(name: str, size: Size, dims: Dims) -> Iterator[Reason]:

@@ -1,0 +1,126 @@
+"""Specs in words and as plain data, for reports and messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..spec import AttentionSpec, EmptyRows, MaskSpec
+from ..symbolic import Size, is_one, same_size, to_expr
+
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The short name: "bf16" for torch.bfloat16."""
+    return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def words(spec: AttentionSpec) -> str:
+    """The spec as one line, such as "causal GQA attention, 32 query heads on 8 kv heads of 128, q_len 512, ..."."""
+    parts = [f"{_kind(spec)}, {_heads(spec)}"]
+    if not is_one(spec.batch):
+        parts.append(f"batch {spec.batch}")
+    parts += [f"q_len {spec.q_len}", f"kv_len {spec.kv_len}", dtype_name(spec.dtype), f"scale {spec.softmax_scale:.4g}"]
+    if spec.logits_soft_cap is not None:
+        parts.append(f"soft cap {spec.logits_soft_cap:g}")
+    if spec.has_bias:
+        parts.append("bias with gradient" if spec.bias_requires_grad else "bias")
+    if spec.has_sinks:
+        parts.append("learned sinks")
+    if spec.dropout_p:
+        parts.append(f"dropout {spec.dropout_p:g}")
+    if spec.requires_grad:
+        parts.append("training")
+    return ", ".join(parts)
+
+
+def _kind(spec: AttentionSpec) -> str:
+    upper = spec.mask.band_upper
+    causal = "causal " if upper is not None and (_zero(upper) or same_size(_end(spec), upper)) else ""
+    window = "windowed " if spec.mask.band_lower is not None else ""
+    masked = "masked " if not (causal or window or spec.mask.is_none) else ""
+    if spec.kind == "mla":
+        family = "latent attention (MLA)"
+    elif same_size(spec.num_heads, spec.num_kv_heads):
+        family = "attention"
+    else:
+        family = "MQA attention" if is_one(spec.num_kv_heads) else "GQA attention"
+    return f"{causal}{window}{masked}{family}"
+
+
+def _heads(spec: AttentionSpec) -> str:
+    dims = f"{spec.head_dim}"
+    if not same_size(spec.head_dim, spec.v_head_dim):
+        dims += f" (values of {spec.v_head_dim})"
+    if same_size(spec.num_heads, spec.num_kv_heads):
+        return f"{spec.num_heads} {'head' if is_one(spec.num_heads) else 'heads'} of {dims}"
+    plural = "head" if is_one(spec.num_kv_heads) else "heads"
+    return f"{spec.num_heads} query heads on {spec.num_kv_heads} kv {plural} of {dims}"
+
+
+EMPTY_ROWS_WORDS = {
+    EmptyRows.IMPOSSIBLE: "every row keeps a key",
+    EmptyRows.NAN: "a row without a key is NaN",
+    EmptyRows.ZERO: "a row without a key is 0",
+    EmptyRows.MEAN: "a row without a key is the mean of v",
+    EmptyRows.MEAN_ADDED: "a row without a key is the mean of v, its scores keep a gradient",
+}
+
+
+def mask_words(mask: MaskSpec) -> str:
+    """The mask in words, whether it is proved in closed form, and what becomes of rows without a key."""
+    if mask.is_none:
+        return "none"
+    proved = "partly opaque: a tensor is left" if mask.has_attn_mask else "proved"
+    return f"{mask.text} ({proved}; {EMPTY_ROWS_WORDS[mask.empty_rows]})"
+
+
+def spec_data(spec: AttentionSpec) -> dict[str, Any]:
+    """The spec as JSON-able data: symbolic sizes are strings, enums their values."""
+    mask = spec.mask
+    return {
+        "batch": _plain(spec.batch),
+        "num_heads": _plain(spec.num_heads),
+        "num_kv_heads": _plain(spec.num_kv_heads),
+        "q_len": _plain(spec.q_len),
+        "kv_len": _plain(spec.kv_len),
+        "head_dim": _plain(spec.head_dim),
+        "v_head_dim": _plain(spec.v_head_dim),
+        "dtype": dtype_name(spec.dtype),
+        "device": spec.device,
+        "softmax_scale": spec.softmax_scale,
+        "logits_soft_cap": spec.logits_soft_cap,
+        "has_bias": spec.has_bias,
+        "bias_requires_grad": spec.bias_requires_grad,
+        "has_sinks": spec.has_sinks,
+        "dropout_p": spec.dropout_p,
+        "requires_grad": spec.requires_grad,
+        "mask": {
+            "band_lower": _plain(mask.band_lower),
+            "band_upper": _plain(mask.band_upper),
+            "has_kv_start": mask.has_kv_start,
+            "has_kv_end": mask.has_kv_end,
+            "has_key_mask": mask.has_key_mask,
+            "has_segment_ids": mask.has_segment_ids,
+            "has_attn_mask": mask.has_attn_mask,
+            "empty_rows": mask.empty_rows.value,
+            "text": mask.text,
+        },
+    }
+
+
+def _plain(size: Size | None) -> int | str | None:
+    if size is None:
+        return None
+    expr = to_expr(size)
+    return int(expr) if expr.is_Integer else str(expr)
+
+
+def _zero(size: Size) -> bool:
+    return same_size(size, 0)
+
+
+def _end(spec: AttentionSpec) -> Size:
+    return to_expr(spec.kv_len) - to_expr(spec.q_len)
