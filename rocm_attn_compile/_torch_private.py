@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -154,3 +154,110 @@ def compile_id() -> str:
 
     current = CompileContext.current_compile_id()
     return "?" if current is None else str(current)
+
+
+# --- The op on CPU tensors (ops/cpu.py, ops/cpu_backward.py) ---
+
+# ATen's fused CPU attention: (q, k, v, dropout_p, is_causal, *, attn_mask, scale) -> (out, logsumexp). The binding in
+# the torch namespace costs 2 us less per call than torch.ops.aten.
+cpu_flash_attention = torch._scaled_dot_product_flash_attention_for_cpu  # type: ignore[attr-defined]
+
+# Its backward: (grad, q, k, v, out, logsumexp, dropout_p, is_causal, *, attn_mask, scale) -> (dq, dk, dv).
+cpu_flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+# Context: neither autograd nor view tracking sees what runs inside, as inside any C++ kernel.
+below_autograd_and_views = torch._C._AutoDispatchBelowADInplaceOrView
+
+
+# --- Arguments of ATen calls (recognize/mask) ---
+
+
+def schema_arguments(op: torch._ops.OpOverload) -> tuple[tuple[str, Any], ...]:
+    """`(name, default)` of each argument of an overload, in order; None where there is no default."""
+    return tuple((argument.name, argument.default_value) for argument in op._schema.arguments)
+
+# --- Capture: fakes and modes (capture/) ---
+
+# Base class of a mode that sees every ATen call.
+TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
+
+
+def only_fakes(shape_env: Any) -> ExitStack:
+    """Context in which every tensor made is a throw-away fake with symbols of `shape_env`; records no gradient.
+
+    Ambient TorchFunctionModes and inference mode are off inside. The Python dispatcher is on, as when Dynamo computed
+    its examples: without it some ops guard on symbolic sizes. Unbacked symbols made inside are forgotten.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.no_grad())
+    stack.enter_context(torch._C.DisableTorchFunction())
+    if shape_env is not None:
+        stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
+    stack.enter_context(enable_python_dispatcher())
+    stack.enter_context(FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True))
+    return stack
+
+
+def without_dispatch_modes() -> AbstractContextManager:
+    """Context in which tensors are computed for real although a fake mode is active."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """True for a fake tensor."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def is_wrapper_subclass(tensor: torch.Tensor) -> bool:
+    """True for DTensor and its like, whose calls are not plain ATen calls."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """A number that two tensors have in common exactly if they share a storage."""
+    return tensor.untyped_storage()._cdata
+
+
+def storage_address_or_none(tensor: torch.Tensor) -> int | None:
+    """As `storage_address`; None for a tensor without storage (sparse, wrapper subclasses)."""
+    try:
+        return storage_address(tensor)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def makes_unbacked_size(result: Any, operands: Any) -> bool:
+    """True if the result's sizes have a data-dependent symbol that the operands do not have."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    def symbols(tree: Any) -> set:
+        tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, (torch.Tensor, torch.SymInt))]
+        sizes = [size for leaf in tensors for size in (leaf.shape if isinstance(leaf, torch.Tensor) else (leaf,))]
+        return {symbol for size in sizes if not isinstance(size, int) for symbol in free_unbacked_symbols(size)}
+
+    new = symbols(result)
+    return bool(new and new - symbols(operands))
+
+
+# Targets of the nodes by which Dynamo switches modes.
+set_grad_enabled = torch._C._set_grad_enabled
+enter_inference_mode = torch.autograd.grad_mode._enter_inference_mode
+exit_inference_mode = torch.autograd.grad_mode._exit_inference_mode
+enter_autocast = torch.amp.autocast_mode._enter_autocast
+exit_autocast = torch.amp.autocast_mode._exit_autocast
+
+
+def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
+    """The devices for which autocast is on, with its dtype."""
+    devices = ("cpu", "cuda", "xpu", "mps")
+    return tuple((device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device))

@@ -118,6 +118,8 @@ class Trace:
         order: Dynamo node -> position.
         not_executed: `(node, code, text)` for each Dynamo node that became opaque, and why.
         subgraphs: `(node, attribute name)` of nested GraphModules that may be compiled on their own.
+        subtraces: Attribute name -> trace of that nested GraphModule, in the modes (grad, autocast) it is called in.
+        transformed: Nodes inside a vmap, grad or jvp level: their tensors carry a level that shapes do not show.
     """
 
     graph_module: fx.GraphModule
@@ -126,18 +128,44 @@ class Trace:
     order: dict[fx.Node, int] = field(default_factory=dict)
     not_executed: list[tuple[fx.Node, str, str]] = field(default_factory=list)
     subgraphs: list[tuple[fx.Node, str]] = field(default_factory=list)
+    subtraces: dict[str, Trace] = field(default_factory=dict)
+    transformed: set[fx.Node] = field(default_factory=set)
+    _index: _Index | None = field(default=None, repr=False)
 
     def nodes_holding(self, value: Value, time: int) -> list[fx.Node]:
         """Dynamo nodes at or before `time` whose tensor still has exactly `value` at `time`, earliest first."""
+        if self._index is None or self._index.num_tensors != len(self.tensors):
+            self._index = _Index.of(self)
         found = []
-        for node, tensor in self.tensors.items():
+        for tensor in self._index.candidates.get(value, ()):
             if tensor.time > time:
-                continue
-            writes = [t for t in tensor.storage.write_times if tensor.time < t <= time]
-            if tensor.value is value and not writes:
-                found.append(node)
+                break
+            if tensor.value is value and not any(
+                tensor.time < written <= time for written in tensor.storage.write_times
+            ):
+                found.append(tensor.node)
             elif tensor.is_base:
-                past = [v for t, v in tensor.storage.history if t <= time]
+                past = [held for written, held in tensor.storage.history if written <= time]
                 if past and past[-1] is value:
-                    found.append(node)
+                    found.append(tensor.node)
         return found
+
+
+@dataclass(eq=False)
+class _Index:
+    """For each value the tensors that hold it at some time, in graph order; valid for that many tensors."""
+
+    candidates: dict[Value, list[NodeTensor]]
+    num_tensors: int
+
+    @classmethod
+    def of(cls, trace: Trace) -> _Index:
+        candidates: dict[Value, list[NodeTensor]] = {}
+        for tensor in trace.tensors.values():
+            held = [tensor.value]
+            if tensor.is_base:
+                held += [value for written, value in tensor.storage.history if written >= tensor.time]
+                # What it held when it was made may be the result of an earlier write.
+            for value in dict.fromkeys(held):
+                candidates.setdefault(value, []).append(tensor)
+        return cls(candidates, len(trace.tensors))
