@@ -23,6 +23,8 @@ from .spec import AttentionSpec
 
 log = logging.getLogger(__name__)
 
+source_of = _torch_private.source_of  # where a site is in the user's model, for `Site.source` and `Site.code`
+
 
 @dataclass
 class Site:

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from .base import ANY_DIM, AttentionBackend
+from .base import AttentionBackend
 from .limits import CAUSAL_BOTTOM_RIGHT, MLA_HEADS, MLA_SHAPES
-from .triton_mla import TAKES
+from .triton_mla import HEAD_DIMS, TAKES, V_HEAD_DIMS
 
 BACKEND = AttentionBackend(
     name="ROCM_AITER_MLA",
@@ -18,8 +18,8 @@ BACKEND = AttentionBackend(
     kinds=frozenset({"mla"}),
     archs=("gfx942", "gfx950"),
     dtypes=(torch.bfloat16,),
-    head_dims=ANY_DIM,
-    v_head_dims=ANY_DIM,
+    head_dims=HEAD_DIMS,
+    v_head_dims=V_HEAD_DIMS,
     takes=TAKES,
     limits=(MLA_SHAPES, CAUSAL_BOTTOM_RIGHT, MLA_HEADS),
     package="aiter",

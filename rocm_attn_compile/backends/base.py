@@ -25,6 +25,26 @@ from .words import dtype_name
 HARDWARE_CODES = frozenset({"arch", "package_missing"})
 """Reasons that are about the machine, not the site: fatal for a backend that was named explicitly."""
 
+BASE_CODES = {
+    "not_built": "declared, but this version does not run it yet",
+    "device": "tensors are neither on a GPU nor on the CPU",
+    "arch": "no kernels for the target architecture",
+    "device_arch": "kernels for the target, but not for the GPU that the tensors are on",
+    "package_missing": "a package it needs is not installed",
+    "kind": "made for the other kind of attention (general or MLA)",
+    "dtype": "does not take the dtype",
+    "head_dim": "does not take the size of queries and keys",
+    "v_head_dim": "does not take the size of values",
+    "symbolic_head_dim": "head_dim is dynamic",
+    "symbolic_v_head_dim": "v_head_dim is dynamic",
+    "head_ratio": "query heads are not a multiple of key/value heads",
+    "softmax_scale": "the scale is not finite",
+    "dropout_p": "the dropout probability is not in [0, 1)",
+    "unknown_field": "the spec has a field that the backends do not know",
+    "lower_priority": "could take it, but another backend comes first",
+}
+"""Reason codes that are neither a feature's nor a limit's, with their meaning."""
+
 
 @dataclass(frozen=True)
 class Dims:

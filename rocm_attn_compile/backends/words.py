@@ -22,7 +22,7 @@ def words(spec: AttentionSpec) -> str:
     parts = [f"{_kind(spec)}, {_heads(spec)}"]
     if not is_one(spec.batch):
         parts.append(f"batch {spec.batch}")
-    parts += [f"q_len {spec.q_len}", f"kv_len {spec.kv_len}", dtype_name(spec.dtype), f"scale {spec.softmax_scale:.4g}"]
+    parts += [f"q_len {spec.q_len}", f"kv_len {spec.kv_len}", dtype_name(spec.dtype), f"scale {spec.softmax_scale:.3g}"]
     if spec.logits_soft_cap is not None:
         parts.append(f"soft cap {spec.logits_soft_cap:g}")
     if spec.has_bias:
