@@ -14,6 +14,8 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from functools import partial
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory on a CPU, is talkative
@@ -115,10 +117,10 @@ class Job:
         positions = torch.arange(self.length, device=self.device)[None]
         return self.model(self.prompt, past_key_values=self.cache, position_ids=positions, use_cache=True).logits
 
-    def read_token(self, token: int = 0, position: int | None = None) -> Tensor:
-        """Logits `(vocab,)` after one more token."""
+    def read_token(self, position: int, token: int = 0) -> Tensor:
+        """Logits `(vocab,)` after one more token; `position` counts from the start of the prompt."""
         token_ids = torch.tensor([[token]], device=self.device)
-        positions = torch.tensor([[self.length if position is None else position]], device=self.device)
+        positions = torch.tensor([[position]], device=self.device)
         output = self.model(token_ids, past_key_values=self.cache, position_ids=positions, use_cache=True)
         return output.logits[0, -1]
 
@@ -129,18 +131,19 @@ class Job:
         tokens = [int(logits[0].argmax())]
         for i in range(self.num_tokens - 1):
             token = forced_tokens[i] if forced_tokens else tokens[-1]
-            logits.append(self.read_token(token, self.length + i).clone())
+            logits.append(self.read_token(self.length + i, token).clone())
             tokens.append(int(logits[-1].argmax()))
         return Result(prompt_logits, torch.stack(logits), tokens)
 
     def cost(self) -> Cost:
         """Time and memory of reading the prompt, and of one token after it."""
         device = self.device.type
-        prompt_seconds = seconds(self.read_prompt, device)
         prompt_bytes = peak_memory(self.read_prompt, device)
-        token_seconds = seconds(self.read_token, device, before=self.read_prompt)
-        self.read_prompt()
-        return Cost(prompt_seconds, prompt_bytes, token_seconds, peak_memory(self.read_token, device))
+        prompt_times = [seconds(self.read_prompt, device) for _ in range(5)]
+        positions = range(self.length, self.length + self.num_tokens - 1)
+        token_times = [seconds(partial(self.read_token, position), device) for position in positions]
+        token_bytes = peak_memory(partial(self.read_token, self.length + self.num_tokens - 1), device)
+        return Cost(median(prompt_times), prompt_bytes, median(token_times), token_bytes)
 
 
 def same_tokens(result: Result, eager: Result, exact: Result) -> tuple[bool, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 import threading
 import time
@@ -50,21 +49,13 @@ def synchronize(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def seconds(function: Callable[[], Any], device: str, before: Callable[[], Any] | None = None) -> float:
-    """Median time of a call: at least 3 and at most 30 calls in about 2 seconds, after one that does not count.
-
-    `before` is called before each, outside the measured time.
-    """
-    times: list[float] = []
-    while len(times) < 4 or (sum(times) < 2 and len(times) < 30):
-        if before is not None:
-            before()
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+def seconds(function: Callable[[], Any], device: str) -> float:
+    """How long one call takes."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,14 +7,16 @@ from rocm_attn_compile.testing.compare import (
     assert_as_accurate_as_eager,
     to_float64,
 )
-from rocm_attn_compile.testing.graphs import count_attention_calls, count_calls
+from rocm_attn_compile.testing.graphs import Compiled, compile_and_capture, count_attention_calls, count_calls
 from rocm_attn_compile.testing.memory import peak_memory
 
 __all__ = [
     "Accuracy",
+    "Compiled",
     "Float64Everywhere",
     "accuracy",
     "assert_as_accurate_as_eager",
+    "compile_and_capture",
     "count_attention_calls",
     "count_calls",
     "peak_memory",
