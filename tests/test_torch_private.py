@@ -144,3 +144,9 @@ def test_source_of_reads_dynamos_stack_traces():
     assert _torch_private.source_of(None) == ("unknown", "")
     inside = 'File "/site-packages/torch/nn/functional.py", line 7, in f\n    x = y\n'
     assert _torch_private.source_of(inside) == ("/site-packages/torch/nn/functional.py:7", "x = y")
+
+
+def test_schema_arguments_are_named_in_order_with_defaults():
+    arguments = _torch_private.schema_arguments(torch.ops.aten.slice.Tensor)
+    assert arguments == (("self", None), ("dim", 0), ("start", None), ("end", None), ("step", 1))
+    assert _torch_private.schema_arguments(torch.ops.aten.add.Tensor)[2] == ("alpha", 1)
