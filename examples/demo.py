@@ -91,7 +91,7 @@ def make_model(args: argparse.Namespace) -> torch.nn.Module:
         num_hidden_layers=args.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 4,
-        vocab_size=8192,
+        vocab_size=2048,
         max_position_embeddings=args.seq + args.tokens,
         attn_implementation="eager",
     )
