@@ -46,6 +46,10 @@ format: $(STAMP)  ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP)  ## write the generated pages and run the code blocks of all pages
+	$(BIN)/rocm-attn backends --markdown > docs/backends.md
+	$(BIN)/pytest tests/examples -k "pages or blocks" $(ARGS)
+
 bench: $(STAMP)  ## what a call of the op costs on the CPU
 	$(BIN)/python benchmarks/op_overhead.py $(ARGS)
 

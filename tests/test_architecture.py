@@ -170,6 +170,15 @@ print(sorted(optional & (set(sys.modules) - before)))
 def test_public_names():
     import rocm_attn_compile
 
-    assert set(rocm_attn_compile.__all__) == {"__version__", "explain", "reports", "reset_reports", "rocm_attn"}
+    assert set(rocm_attn_compile.__all__) == {
+        "Options",
+        "RocmAttnWarning",
+        "StrictError",
+        "__version__",
+        "explain",
+        "reports",
+        "reset_reports",
+        "rocm_attn",
+    }
     for name in rocm_attn_compile.__all__:
         assert getattr(rocm_attn_compile, name) is not None
