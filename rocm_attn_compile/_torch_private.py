@@ -6,7 +6,7 @@ Every entry has a test in tests/test_torch_private.py that notices when it chang
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -261,3 +261,78 @@ def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
     """The devices for which autocast is on, with its dtype."""
     devices = ("cpu", "cuda", "xpu", "mps")
     return tuple((device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device))
+
+
+# --- Autograd of the ops (ops/autograd.py) ---
+
+try:
+    from torch._functorch.utils import enable_single_level_autograd_function as single_level_functions_allowed
+    from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+
+    SINGLE_LEVEL_AUTOGRAD = True
+    """True if this torch has what ops/autograd.py needs; else it falls back to register_autograd."""
+except ImportError:  # a later torch
+    from contextlib import nullcontext as single_level_functions_allowed  # type: ignore[assignment]
+
+    from torch.autograd import Function as SingleLevelFunction  # type: ignore[assignment]
+
+    SINGLE_LEVEL_AUTOGRAD = False
+
+# Context: the dispatcher goes below the Autograd keys.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+# (*tensors) -> whether any argument is a tensor that requires grad.
+any_requires_grad = torch._C._any_requires_grad
+
+# () -> whether a torch.func transform is active.
+in_functorch = torch._C._are_functorch_transforms_active
+
+
+def keyset(key: str) -> Any:
+    """The dispatch keyset of one key, such as "CPU"."""
+    return torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+
+def keyset_bits(key: str) -> int:
+    """The dispatch keyset of one key as an int that can be compared."""
+    return keyset(key).raw_repr()
+
+
+def bits_below_autograd(keyset: Any) -> int:
+    """The keys of a call that are still to come after Autograd, as an int like keyset_bits gives."""
+    return (keyset & torch._C._after_autograd_keyset).raw_repr()
+
+
+def in_forward_ad() -> bool:
+    """True inside `torch.autograd.forward_ad.dual_level`, as entered by eager code."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def any_tangent(tensors: Iterable[Any]) -> bool:
+    """True if any tensor carries a forward-mode tangent, also while compiling, where Python does not know the level."""
+    if not torch._C._is_fwd_grad_enabled():
+        return False
+    return any(isinstance(t, torch.Tensor) and torch._VF._unpack_dual(t, level=0)[1] is not None for t in tensors)
+
+
+@contextmanager
+def all_levels_enabled() -> Iterator[None]:
+    """Gradients and forward-mode gradients on, for the levels of torch.func outside the current one."""
+    with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+# Context: the dispatcher skips the keys of a keyset (ops/autocast.py).
+exclude_keys = torch._C._ExcludeDispatchKeyGuard
+
+
+def trace_before_dispatch(function: Callable, examples: Sequence[Any]) -> torch.fx.GraphModule:
+    """Trace a function on fakes into ATen calls as they are before autograd and autocast act on them."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad():
+        return make_fx(function, tracing_mode="fake", pre_dispatch=True)(*examples)
+
+
+# The call that nn.TransformerEncoderLayer makes in inference instead of calling its parts.
+transformer_encoder_layer_fwd = torch._transformer_encoder_layer_fwd

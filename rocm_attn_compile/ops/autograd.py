@@ -1,0 +1,198 @@
+"""Gradients of the ops, under eager autograd, torch.func transforms, forward mode and torch.compile alike.
+
+`torch.library.register_autograd` is not used where it can be avoided: it fails under functorch, drops forward-mode
+tangents without a word and gives a silently wrong double backward for an opaque backward kernel. Instead:
+
+- a kernel of our own at the Autograd key applies a single-level autograd function whose backward is the op
+  `attention_backward`;
+- that op has such a function too, whose backward is `torch.func.vjp` of the reference's backward;
+- with forward-mode tangents the reference runs instead, which is plain differentiable torch.
+
+lse is not differentiable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rocm_attn_compile import _torch_private as private
+from rocm_attn_compile.ops import reference
+from rocm_attn_compile.ops.dispatch import run_cpu, run_gpu
+from rocm_attn_compile.ops.schemas import LIBRARY, NAMESPACE, attention, attention_backward, dropout_keep_mask
+
+_NUM_TENSORS = 12  # q, k, v and the nine optional ones: the positional arguments of the op `attention`
+_SETTINGS = {
+    "logits_soft_cap": None,
+    "band_lower": None,
+    "band_upper": None,
+    "dropout_p": 0.0,
+    "empty_rows": "nan",
+    "out_layout": "bhsd",
+    "impl": "",
+}
+_NUM_SETTINGS = 1 + len(_SETTINGS)
+# A keyset with nothing but a device below autograd: no mode, no functorch, no subclass.
+_DIRECT = {private.keyset_bits("CPU"): run_cpu, private.keyset_bits("CUDA"): run_gpu}
+
+
+def _attention_autograd(keyset: Any, *tensors: Tensor | None, **settings: Any) -> tuple[Tensor, Tensor]:
+    """Kernel of `attention` at the Autograd key."""
+    # None where a mode, a transform or a subclass has to see the op; tangents are then looked for in the tensors,
+    # which is slow, else at the level that eager code has entered.
+    run = _DIRECT.get(private.bits_below_autograd(keyset))
+    if private.in_forward_ad() if run is not None else private.any_tangent(tensors):
+        return _composite_forward(*tensors, **settings)
+    if torch.is_grad_enabled() and private.any_requires_grad(*tensors):
+        every = (*tensors, *([None] * (_NUM_TENSORS - len(tensors))))
+        named = {**_SETTINGS, **settings}
+        flat = (settings["softmax_scale"], *(named[name] for name in _SETTINGS))
+        if private.in_functorch():
+            with private.single_level_functions_allowed():
+                return _Attention.apply(*every, *flat)
+        return _Attention.apply(*every, *flat)
+    if run is not None:
+        # What the dispatcher would do next, without its 3 us.
+        return run(*tensors, **settings)
+    with private.below_autograd():
+        return attention(*tensors, **settings)
+
+
+def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
+    """Kernel of `attention_backward` at the Autograd key; it has no defaults, so all arguments are here, in order."""
+    if private.any_tangent(args[:15]):
+        return _composite_backward(*args)
+    if torch.is_grad_enabled() and private.any_requires_grad(*args[:15]):
+        with private.single_level_functions_allowed():
+            return _AttentionBackward.apply(*args)
+    with private.below_autograd():
+        return attention_backward(*args)
+
+
+def _dropout_keep(q: Tensor, k: Tensor, dropout_seed: Tensor | None, dropout_p: float) -> Tensor | None:
+    if dropout_seed is None or dropout_p == 0.0:
+        return None
+    return dropout_keep_mask(dropout_seed, dropout_p, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+
+
+def _composite_forward(*tensors: Tensor | None, **settings: Any) -> tuple[Tensor, Tensor]:
+    """The op as plain torch operations."""
+    q, k, v, *optionals = (*tensors, *([None] * (_NUM_TENSORS - len(tensors))))
+    assert q is not None and k is not None and v is not None
+    named = {**_SETTINGS, **settings}
+    out_layout, _ = named.pop("out_layout"), named.pop("impl")
+    keep = _dropout_keep(q, k, optionals[-1], named["dropout_p"])
+    out, lse = reference.forward(q, k, v, *optionals[:-1], keep, **named)
+    return (out if out_layout == "bhsd" else out.transpose(1, 2).contiguous().transpose(1, 2)), lse
+
+
+def _composite_backward(*args: Any) -> tuple[Tensor, ...]:
+    """The backward op as plain torch operations."""
+    grad_out, q, k, v, *optionals = args[:13]
+    scale, cap, lower, upper, dropout_p, empty_rows, _, output_mask = args[15:]
+    keep = _dropout_keep(q, k, optionals[-1], dropout_p)
+    grads = reference.backward(
+        grad_out,
+        q,
+        k,
+        v,
+        *optionals[:-1],
+        keep,
+        softmax_scale=scale,
+        logits_soft_cap=cap,
+        band_lower=lower,
+        band_upper=upper,
+        dropout_p=dropout_p,
+        empty_rows=empty_rows,
+    )
+    return tuple(grad if wanted and grad is not None else q.new_empty((0,)) for grad, wanted in zip(grads, output_mask))
+
+
+class _Attention(private.SingleLevelFunction):
+    """`attention` at one level of autograd; takes the op's tensors, then softmax_scale and `_SETTINGS` in order."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        settings = dict(zip(("softmax_scale", *_SETTINGS), args[_NUM_TENSORS:]))
+        # Gradients stay enabled for outer levels of torch.func: without that, grad(grad(f)) is silently wrong.
+        with private.all_levels_enabled(), private.below_autograd():
+            return attention(*args[:_NUM_TENSORS], **settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
+        ctx.settings = inputs[_NUM_TENSORS:]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple:
+        if grad_out is None:
+            return (None,) * (_NUM_TENSORS + _NUM_SETTINGS)
+        grads = _backward_of(ctx.saved_tensors, ctx.settings, ctx.needs_input_grad, grad_out)
+        return (*grads, *([None] * _NUM_SETTINGS))
+
+
+def _backward_of(saved: tuple, settings: tuple, needs_input_grad: tuple, grad_out: Tensor) -> tuple:
+    """Gradients of the twelve tensor arguments through the op `attention_backward`."""
+    *tensors, out, lse = saved
+    *numbers, _out_layout, impl = settings
+    wanted = [needs_input_grad[i] for i in (0, 1, 2, 3, 11 - 1)]
+    dq, dk, dv, dbias, dsinks = attention_backward(grad_out, *tensors, out, lse, *numbers, impl, wanted)
+    grads = [grad if want else None for grad, want in zip((dq, dk, dv, dbias, dsinks), wanted)]
+    return (*grads[:4], None, None, None, None, None, None, grads[4], None)
+
+
+class _AttentionBackward(private.SingleLevelFunction):
+    """`attention_backward` at one level of autograd: double backward."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        with private.all_levels_enabled(), private.below_autograd():
+            return attention_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:15])
+        ctx.settings = inputs[15:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        saved = ctx.saved_tensors
+        # out and lse are functions of the others, and the reference computes them anew: they get no gradient.
+        places = [i for i in (0, 1, 2, 3, 4, 11) if saved[i] is not None]
+
+        def function(*differentiable: Tensor) -> tuple[Tensor, ...]:
+            args = list(saved)
+            for place, tensor in zip(places, differentiable):
+                args[place] = tensor
+            return _composite_backward(*args, *ctx.settings)
+
+        _, vjp = torch.func.vjp(function, *(saved[i] for i in places))
+        result: list[Tensor | None] = [None] * (15 + len(ctx.settings))
+        for place, grad in zip(places, vjp(tuple(grads))):
+            result[place] = grad
+        return tuple(result)
+
+
+def _register_fallback() -> None:
+    """For a torch without the private names: first-order gradients only, and none under torch.func."""
+
+    def setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, *output)
+        ctx.settings = (keyword_only_inputs["softmax_scale"], *(keyword_only_inputs[name] for name in _SETTINGS))
+        ctx.mark_non_differentiable(output[1])
+
+    def backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple:
+        return _backward_of(ctx.saved_tensors, ctx.settings, ctx.needs_input_grad, grad_out)
+
+    torch.library.register_autograd(f"{NAMESPACE}::attention", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+if private.SINGLE_LEVEL_AUTOGRAD:
+    LIBRARY.impl("attention", _attention_autograd, "Autograd", with_keyset=True)
+    LIBRARY.impl("attention_backward", _backward_autograd, "Autograd")
+else:
+    _register_fallback()

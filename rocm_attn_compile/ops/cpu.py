@@ -1,0 +1,237 @@
+"""The op on CPU tensors: ATen's fused CPU attention wherever that is exact, else unfused torch operations.
+
+ATen's kernel has no soft cap, no dropout, no grouped heads, one head size for k and v, no empty inputs (it divides by
+zero), reads the last dimension as contiguous whatever its stride, and tells empty rows from none by nothing. All that
+is handled here; `tests/ops/test_cpu.py` holds each of these facts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rocm_attn_compile import _torch_private
+from rocm_attn_compile.ops.cpu_mask import empty_rows_of, fused_mask
+from rocm_attn_compile.ops.reference import NEG_INF, group_rows, keep_mask
+from rocm_attn_compile.ops.reference import forward as reference_forward
+from rocm_attn_compile.ops.schemas import DTYPES, check_inputs, dropout_keep_mask, lse_dtype
+
+_fused = _torch_private.cpu_flash_attention
+_no_view_tracking = _torch_private.below_autograd_and_views
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    q_ids: Tensor | None = None,
+    kv_ids: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    *,
+    softmax_scale: float,
+    logits_soft_cap: float | None = None,
+    band_lower: int | None = None,
+    band_upper: int | None = None,
+    dropout_p: float = 0.0,
+    empty_rows: str = "nan",
+    out_layout: str = "bhsd",
+) -> tuple[Tensor, Tensor]:
+    """The op `attention`; see schemas.py for arguments and reference.py for the meaning."""
+    has_optional = not (
+        attn_bias is None
+        and attn_mask is None
+        and key_mask is None
+        and kv_start is None
+        and kv_end is None
+        and q_ids is None
+        and kv_ids is None
+        and sinks is None
+        and dropout_seed is None
+    )
+    optionals = (attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed)
+    if has_optional or dropout_p or not can_fuse(q, k, v):
+        check_inputs(q, k, v, *optionals, dropout_p, empty_rows, out_layout)
+    elif logits_soft_cap is None:
+        # The usual call, kept short: no tensor but q, k, v, and at most a causal mask.
+        q_len, kv_len = q.shape[2], k.shape[2]
+        is_causal = band_upper == 0 and q_len > 1 and softmax_scale > 0
+        if (band_upper is None or is_causal or band_upper >= kv_len - 1) and (
+            band_lower is None or band_lower <= 1 - q_len
+        ):
+            out, lse = _fused(q, k, v, 0.0, is_causal, scale=softmax_scale)
+            return (out if out_layout == "bshd" else out.contiguous()), lse.contiguous()
+    masks = (attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids)
+    # Views made below are returned: they must not be tracked as views of a hidden base, or in-place changes would fail.
+    with _no_view_tracking():
+        if q.numel() == 0 or k.numel() == 0:
+            out, lse = reference_forward(
+                q, k, v, attn_bias, *masks, sinks, softmax_scale=softmax_scale, empty_rows=empty_rows
+            )
+        elif logits_soft_cap is not None or dropout_p > 0.0:
+            bands = (band_lower, band_upper)
+            numbers = (softmax_scale, logits_soft_cap, dropout_p)
+            out, lse = _unfused_forward(q, k, v, attn_bias, masks, bands, sinks, dropout_seed, *numbers, empty_rows)
+        else:
+            is_causal, mask = fused_mask(q, k, attn_bias, *masks, softmax_scale, band_lower, band_upper)
+            out, lse = fused_forward(q, k, v, is_causal, mask, softmax_scale)
+            is_empty = None
+            # The kernel gives an empty row lse 0; only then is the mask itself looked at.
+            if mask is not None and (empty_rows != "impossible" or sinks is not None) and not lse.all():
+                is_empty = empty_rows_of(mask, is_causal, q.shape[2], k.shape[2]).expand(lse.shape)
+                if is_empty.any():
+                    lse.masked_fill_(is_empty, NEG_INF)
+                    _fill_empty(out, v, is_empty, empty_rows, has_sinks=sinks is not None)
+            if sinks is not None:
+                out, lse = _add_sinks(out, lse, sinks)
+        return with_layout(out.to(q.dtype), out_layout), lse.contiguous()
+
+
+def can_fuse(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """True if q, k, v are well-formed and ATen's kernel takes them as they are. Cheap."""
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if not (len(q_shape) == 4 and k_shape == v_shape and len(k_shape) == 4):
+        return False
+    B, H, M, D = q_shape
+    dtype = q.dtype
+    return (
+        k_shape[0] == B
+        and k_shape[1] == H
+        and k_shape[3] == D
+        and dtype in DTYPES
+        and k.dtype == dtype
+        and v.dtype == dtype
+        and q.stride(3) == 1
+        and k.stride(3) == 1
+        and v.stride(3) == 1
+        and B * H * M * D != 0
+        and k_shape[2] != 0
+    )
+
+
+def fused_forward(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, mask: Tensor | None, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """ATen's kernel, with k and v of grouped heads never expanded in memory and head sizes made equal by zeros.
+
+    Returns:
+        `out` `(B, H, M, E)` and `lse` `(B, H, M)`, any strides; empty rows give 0 and 0.
+    """
+    B, H, M, D = q.shape
+    K, N, E = v.shape[1:]
+    q, k, v = pad_heads(q, k, v)
+    if H == K:
+        out, lse = _fused(q, k, v, 0.0, is_causal, attn_mask=mask, scale=softmax_scale)
+    elif M == 1:
+        # Decode: the query heads of one kv head become rows of one query block. (fused_mask never says causal here.)
+        group = H // K
+        if mask is not None and mask.shape[1] != 1:
+            mask = mask.reshape(mask.shape[0], K, group, mask.shape[3])
+        out, lse = _fused(q.reshape(B, K, group, -1), k, v, 0.0, False, attn_mask=mask, scale=softmax_scale)
+    else:
+        q, k, v, mask = fold_groups(q, k, v, mask)
+        out, lse = _fused(q, k, v, 0.0, is_causal, attn_mask=mask, scale=softmax_scale)
+    return out.reshape(B, H, M, -1)[..., :E], lse.reshape(B, H, M)
+
+
+def pad_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v with unit last stride and one head size: the smaller of D and E is padded with zeros."""
+    D, E = q.shape[3], v.shape[3]
+    if D < E:
+        q, k = (torch.nn.functional.pad(t, (0, E - D)) for t in (q, k))
+    elif E < D:
+        v = torch.nn.functional.pad(v, (0, D - E))
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    return q, k, v
+
+
+def fold_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Grouped heads as batch B * K with H // K heads that share k and v by a stride of 0."""
+    B, H, M, D = q.shape
+    K, N = k.shape[1:3]
+    group = H // K
+    if mask is not None and mask.shape[:2] != (1, 1):
+        masks_h = mask.shape[1]
+        mask = mask.expand(B, K if masks_h == 1 else H, *mask.shape[2:])
+        mask = mask.reshape(B * K, 1 if masks_h == 1 else group, *mask.shape[2:])
+    k, v = (t.reshape(B * K, 1, N, D).expand(-1, group, -1, -1) for t in (k, v))
+    return q.reshape(B * K, group, M, D), k, v, mask
+
+
+def with_layout(out: Tensor, out_layout: str) -> Tensor:
+    """`out` `(B, H, M, E)` in the strides that the fake kernel promised."""
+    if out_layout == "bhsd":
+        return out.contiguous()
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _unfused_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_bias: Tensor | None,
+    masks: tuple[Tensor | None, ...],
+    bands: tuple[int | None, int | None],
+    sinks: Tensor | None,
+    dropout_seed: Tensor | None,
+    softmax_scale: float,
+    logits_soft_cap: float | None,
+    dropout_p: float,
+    empty_rows: str,
+) -> tuple[Tensor, Tensor]:
+    """The reference's forward with everything done in place, so that it costs no more than eager code."""
+    B, H, M, _ = q.shape
+    K, N = k.shape[1:3]
+    dtype = lse_dtype(q.dtype)
+    s = torch.matmul(group_rows(q.to(dtype), K), k.to(dtype).mT).view(B, H, M, N)
+    if logits_soft_cap is None:
+        s.mul_(softmax_scale)
+    else:
+        s.mul_(softmax_scale / logits_soft_cap).tanh_().mul_(logits_soft_cap)
+    if attn_bias is not None:
+        s.add_(attn_bias)
+    keep = keep_mask(M, N, q.device, *masks, *bands)
+    if keep is not None:
+        s.masked_fill_(~keep, NEG_INF)
+    p = torch.softmax(s, -1)
+    # The largest weight is exp(largest - lse): two reductions instead of logsumexp's exponentials.
+    largest = s.amax(-1)
+    lse = largest - p.amax(-1).log()
+    is_empty = None if attn_bias is None and keep is None else largest == NEG_INF
+    if is_empty is not None and is_empty.any():
+        lse.masked_fill_(is_empty, NEG_INF)
+        fill = float("nan")
+        if sinks is not None or empty_rows == "zero":
+            fill = 0.0
+        elif empty_rows in ("mean", "mean_added"):
+            fill = 1.0 / N
+        p.masked_fill_(is_empty[..., None], fill)
+    if dropout_p > 0.0:
+        assert dropout_seed is not None
+        p.mul_(dropout_keep_mask(dropout_seed, dropout_p, (B, H, M, N))).mul_(1.0 / (1.0 - dropout_p))
+    out = torch.matmul(group_rows(p, K), v.to(dtype)).view(B, H, M, v.shape[3])
+    return (out, lse) if sinks is None else _add_sinks(out, lse, sinks)
+
+
+def _add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Let the sink join a softmax that is already done: it only takes its share from every weight. Changes out."""
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
+    # NaN where lse and sink are both -inf: the row is 0 already.
+    share = torch.exp(lse - total).nan_to_num_(nan=0.0)
+    return out.mul_(share[..., None]), total
+
+
+def _fill_empty(out: Tensor, v: Tensor, is_empty: Tensor, empty_rows: str, has_sinks: bool) -> None:
+    """Put into the empty rows of `out`, in place, what `empty_rows` says; they are 0 now."""
+    if has_sinks or empty_rows in ("zero", "impossible"):
+        return
+    if empty_rows == "nan":
+        out.masked_fill_(is_empty[..., None], float("nan"))
+        return
+    mean = v.mean(2, keepdim=True, dtype=lse_dtype(v.dtype)).repeat_interleave(out.shape[1] // v.shape[1], 1)
+    out.copy_(torch.where(is_empty[..., None], mean.to(out.dtype), out))

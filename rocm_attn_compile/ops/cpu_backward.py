@@ -1,0 +1,144 @@
+"""Gradients on CPU tensors: ATen's fused CPU attention backward wherever that is exact, else the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rocm_attn_compile import _torch_private
+from rocm_attn_compile.ops import reference_impl
+from rocm_attn_compile.ops.cpu import fold_groups, pad_heads
+from rocm_attn_compile.ops.cpu_mask import fused_mask
+from rocm_attn_compile.ops.reference import NEG_INF
+from rocm_attn_compile.ops.schemas import check_backward_inputs, check_inputs, empty_grad, lse_dtype
+
+LSE_KEEPS_LOG_N = 1024.0
+"""exp(s - lse) is as exact as a softmax up to about this |lse|; a row of finfo.min (or -1e9) has lost log N in lse."""
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_bias: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    kv_start: Tensor | None,
+    kv_end: Tensor | None,
+    q_ids: Tensor | None,
+    kv_ids: Tensor | None,
+    sinks: Tensor | None,
+    dropout_seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    logits_soft_cap: float | None,
+    band_lower: int | None,
+    band_upper: int | None,
+    dropout_p: float,
+    empty_rows: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op `attention_backward`; an unwanted gradient is an empty tensor."""
+    masks = (attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids)
+    wants_dbias = output_mask[3] and attn_bias is not None
+    with _torch_private.below_autograd_and_views():
+        if logits_soft_cap is None and not dropout_p and not wants_dbias and q.numel() and k.numel():
+            check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, dropout_p, empty_rows)
+            check_backward_inputs(grad_out, q, v, out, lse)
+            is_causal, mask = fused_mask(q, k, attn_bias, *masks, softmax_scale, band_lower, band_upper)
+            grads = _fused_backward(
+                grad_out, q, k, v, attn_bias, sinks, out, lse, is_causal, mask, softmax_scale, empty_rows
+            )
+            if grads is not None:
+                dq, dk, dv, dbias, dsinks = (
+                    _like(grad, tensor) if wanted and grad is not None and tensor is not None else q.new_empty((0,))
+                    for grad, tensor, wanted in zip(grads, (q, k, v, None, sinks), output_mask)
+                )
+                return dq, dk, dv, dbias, dsinks
+        return reference_impl.backward(
+            grad_out, q, k, v, attn_bias, *masks, sinks, dropout_seed, out, lse, softmax_scale, logits_soft_cap,
+            band_lower, band_upper, dropout_p, empty_rows, output_mask,
+        )  # fmt: skip
+
+
+def _fused_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_bias: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    mask: Tensor | None,
+    softmax_scale: float,
+    empty_rows: str,
+) -> tuple[Tensor | None, ...] | None:
+    """Gradients through ATen's kernel; None where it would not be exact."""
+    B, H, M, _ = q.shape
+    K, N, E = v.shape[1:]
+    group = H // K
+    is_empty = None
+    if mask is not None and sinks is None:
+        is_empty = lse == NEG_INF
+        if is_empty.any():
+            if empty_rows == "mean_added":
+                return None
+            # The kernel computes exp(scores - lse): with 0, what is masked keeps weight exp(-inf) = 0.
+            safe_lse = lse.masked_fill(is_empty, 0.0)
+        else:
+            is_empty, safe_lse = None, lse
+    else:
+        safe_lse = lse
+    if attn_bias is not None and safe_lse.abs().amax() > LSE_KEEPS_LOG_N:
+        return None
+
+    dsinks = None
+    if sinks is not None:
+        delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        share = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse).nan_to_num_(nan=0.0)
+        dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
+
+    if is_empty is not None and empty_rows == "nan":
+        out = out.masked_fill(is_empty[..., None], 0.0)
+    q_, k_, v_ = pad_heads(q, k, v)
+    width = v_.shape[3]
+    grad_, out_ = (torch.nn.functional.pad(t, (0, width - E)) if width != E else t for t in (grad_out, out))
+    if group > 1:
+        q_, k_, v_, mask = fold_groups(q_, k_, v_, mask)
+        grad_, out_ = (t.reshape(B * K, group, M, width) for t in (grad_, out_))
+        safe_lse = safe_lse.reshape(B * K, group, M)
+    out_ = out_ if out_.stride(3) == 1 else out_.contiguous()
+    dq, dk, dv = _torch_private.cpu_flash_attention_backward(
+        grad_, q_, k_, v_, out_, safe_lse, 0.0, is_causal, attn_mask=mask, scale=softmax_scale
+    )
+    if group > 1:
+        dq = dq.reshape(B, H, M, width)
+        dk, dv = (t.sum(1, dtype=lse_dtype(q.dtype)).reshape(B, K, N, width) for t in (dk, dv))
+    if width != E:
+        dv = dv[..., :E]
+    if width != q.shape[3]:
+        dq, dk = dq[..., : q.shape[3]], dk[..., : q.shape[3]]
+
+    if is_empty is not None and empty_rows in ("nan", "mean"):
+        rows = is_empty[..., None]
+        if empty_rows == "nan":
+            # Every key had weight NaN in that row.
+            dq = dq.masked_fill(rows, float("nan"))
+            touched = is_empty.view(B, K, group * M).any(-1)[..., None, None]
+            dk, dv = dk.masked_fill(touched, float("nan")), dv.masked_fill(touched, float("nan"))
+        else:
+            from_empty = torch.where(rows, grad_out.to(lse.dtype), 0.0)
+            dv = dv + from_empty.reshape(B, K, group * M, E).sum(2, keepdim=True) / N
+    return dq, dk, dv, None, dsinks
+
+
+def _like(grad: Tensor, tensor: Tensor) -> Tensor:
+    """`grad` in the dtype of `tensor` and the strides that the fake kernel promised."""
+    target = empty_grad(tensor)
+    if grad.dtype == tensor.dtype and grad.stride() == target.stride():
+        return grad
+    return target.copy_(grad)

@@ -1,0 +1,101 @@
+"""Which implementation runs a call: the device decides, and on GPUs the op's `impl` argument.
+
+Kernel modules are imported on their first use on that device, never before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from rocm_attn_compile import _torch_private
+from rocm_attn_compile.ops import cpu, cpu_backward, reference_impl
+from rocm_attn_compile.ops.schemas import LIBRARY
+
+DEFAULT = "TRITON_ATTN"
+REFERENCE = "REFERENCE"
+KERNEL_MODULES = {"TRITON_ATTN": "rocm_attn_compile.kernels.triton.attention"}
+"""Backend name -> module with `attention_forward` and `attention_backward`, which take the op's arguments but impl."""
+
+
+class Implementation(NamedTuple):
+    """One way to compute the op. `forward` and `backward` take the op's arguments without `impl`."""
+
+    name: str
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+
+
+_found: dict[str, dict[str, Implementation]] = {"cpu": {}, "cuda": {}}
+
+
+def implementation(impl: str, device_type: str) -> Implementation:
+    """The implementation for an op's `impl` argument, "<BACKEND>@<hash>", "<BACKEND>" or "" for the default.
+
+    On the CPU every backend name means ATen's fused attention; only "REFERENCE" differs.
+
+    Args:
+        impl: Only the part before "@" selects.
+        device_type: "cpu", or "cuda" (also for ROCm).
+
+    Raises:
+        ValueError: For a backend without a kernel; lists those that have one.
+    """
+    found = _found[device_type].get(impl)
+    if found is None:
+        found = _found[device_type][impl] = _find(impl.split("@")[0], device_type)
+    return found
+
+
+def _find(name: str, device_type: str) -> Implementation:
+    name = name or DEFAULT
+    if name != REFERENCE and name not in KERNEL_MODULES:
+        allowed = ", ".join([*KERNEL_MODULES, REFERENCE])
+        raise ValueError(f'impl names the backend {name!r}; allowed are {allowed}, or "" for {DEFAULT}')
+    if name == REFERENCE:
+        return Implementation(name, reference_impl.forward, reference_impl.backward)
+    if device_type == "cpu":
+        return Implementation("CPU", cpu.forward, cpu_backward.backward)
+    module = importlib.import_module(KERNEL_MODULES[name])
+    return Implementation(name, module.attention_forward, module.attention_backward)
+
+
+def run_cpu(*args: Any, impl: str = "", **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """CPU kernel of the op `attention`."""
+    return implementation(impl, "cpu").forward(*args, **kwargs)
+
+
+def run_gpu(*args: Any, impl: str = "", **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """CUDA and ROCm kernel of the op `attention`."""
+    # A view made by the kernel's host code must not be tracked as one: see cpu.forward.
+    with _torch_private.below_autograd_and_views():
+        return implementation(impl, "cuda").forward(*args, **kwargs)
+
+
+def _run_backward_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *rest, impl, output_mask = args
+    return implementation(impl, "cpu").backward(*rest, output_mask)
+
+
+_TENSORS = ("grad_out", "q", "k", "v", "attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids")
+_BACKWARD_NAMES = (
+    *_TENSORS, "sinks", "dropout_seed", "out", "lse", "softmax_scale", "logits_soft_cap", "band_lower", "band_upper",
+    "dropout_p", "empty_rows",
+)  # fmt: skip
+
+
+def _run_backward_gpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *rest, impl, output_mask = args
+    with _torch_private.below_autograd_and_views():
+        # By name: a kernel's launcher may order its arguments as it likes.
+        named = dict(zip(_BACKWARD_NAMES, rest))
+        return implementation(impl, "cuda").backward(**named, output_mask=output_mask)
+
+
+LIBRARY.impl("attention", run_cpu, "CPU")
+LIBRARY.impl("attention", run_gpu, "CUDA")
+LIBRARY.impl("attention_backward", _run_backward_cpu, "CPU")
+LIBRARY.impl("attention_backward", _run_backward_gpu, "CUDA")
