@@ -118,7 +118,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         "decode",
-        "decode: at most 16 queries on more keys",
+        "at most 16 queries, on another number of keys",
         ("q_len", "kv_len"),
         lambda s: f"q_len={s.q_len}, kv_len={s.kv_len}" if s.is_decode else None,
     ),
