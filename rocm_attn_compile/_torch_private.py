@@ -336,3 +336,8 @@ def trace_before_dispatch(function: Callable, examples: Sequence[Any]) -> torch.
 
 # The call that nn.TransformerEncoderLayer makes in inference instead of calling its parts.
 transformer_encoder_layer_fwd = torch._transformer_encoder_layer_fwd
+
+
+def is_generated_function(target: Any) -> bool:
+    """True for functions of `torch` that are generated from ATen's list of ops, such as `torch.where`."""
+    return getattr(torch._C._VariableFunctions, getattr(target, "__name__", ""), None) is target

@@ -1,0 +1,5 @@
+"""Prove which parts of a captured program are attention. Sees no FX graph and no backend."""
+
+from .attention import recognize
+
+__all__ = ["recognize"]

@@ -1,0 +1,5 @@
+"""Put the canonical op in the place of recognised attentions, in Dynamo's own graph."""
+
+from .replace import Rewriter
+
+__all__ = ["Rewriter"]

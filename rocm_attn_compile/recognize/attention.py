@@ -1,0 +1,193 @@
+"""Recognise every softmax attention of a captured program.
+
+    anchors (softmax, SDPA) -> Proof (labelled axes, steps) -> Roles -> Logits (the op's form) -> masks proved -> Region
+
+Whatever fails raises Refusal inside and becomes a LookAlike with its reason.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..capture.trace import Trace, Value
+from ..normalize.softmax import SoftmaxAnchor, find_softmaxes
+from ..reasons import Refusal
+from ..spec import AttentionSpec
+from ..symbolic import product
+from .axes import Atom, resolve
+from .compose import Logits, compose, sink_atoms
+from .kinship import stands_between_products
+from .labels import scaled_source_of
+from .live import LiveUsers
+from .masks import prove_masks
+from .proof import Proof
+from .region import LookAlike, Operand, Region, Roles
+from .roles import assign_roles
+from .scores import ScoreWalk
+from .sdpa_site import prove_sdpa_site
+from .softmax_site import prove_softmax_site
+
+_PRECISION = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+
+
+def recognize(trace: Trace) -> tuple[list[Region], list[LookAlike]]:
+    """All attentions of the trace in order of execution, and all softmaxes that are none (with reasons)."""
+    live = LiveUsers(trace)
+    regions: list[Region] = []
+    others: list[LookAlike] = []
+    anchors: list[tuple[int, SoftmaxAnchor | Value]] = [(a.weights.id, a) for a in find_softmaxes(trace)]
+    anchors += [(value.id, value) for value in trace.values if value.op == "sdpa"]
+    for _, anchor in sorted(anchors, key=lambda pair: pair[0]):
+        value = anchor if isinstance(anchor, Value) else anchor.weights
+        try:
+            regions.append(recognize_site(anchor, live))
+        except Refusal as refusal:
+            others.append(LookAlike(value, refusal.reason, _is_kin(anchor)))
+    return regions, others
+
+
+def _is_kin(anchor: SoftmaxAnchor | Value) -> bool:
+    return isinstance(anchor, Value) or stands_between_products(anchor.scores, anchor.weights)
+
+
+def recognize_site(anchor: SoftmaxAnchor | Value, live: LiveUsers) -> Region:
+    """The attention around one anchor; raises Refusal."""
+    if isinstance(anchor, Value):
+        return build_region(prove_sdpa_site(anchor), live)
+    first: Refusal | None = None
+    for choice in ("concat", "left", "right"):
+        walk = ScoreWalk(choice)
+        try:
+            return build_region(prove_softmax_site(anchor, live, choice, walk), live)
+        except Refusal as refusal:
+            first = first or refusal
+        if not walk.ambiguous:
+            break
+    assert first is not None
+    raise first
+
+
+def build_region(proof: Proof, live: LiveUsers) -> Region:
+    """Roles, composition, masks and spec of a labelled proof; raises Refusal."""
+    roles = assign_roles(proof, sink_atoms(proof))
+    logits = compose(proof, roles)
+    dtype = _op_dtype(proof)
+    q, k, v = (_operand(proof, value) for value in (proof.q, proof.k, proof.v))
+    # a number on q or k is a number on the scores; without rounding in between it is only more accurate
+    scale = logits.scale * q.factor * k.factor
+    second = _second_operands(proof, logits, scale / logits.scale if proof.second else 1)
+    if v.factor != 1:
+        v = Operand(proof.v, proof.labels.of(proof.v))
+    q.factor = k.factor = 1
+    q.factors, k.factors = logits.q_factors, logits.k_factors
+    cap = logits.cap
+    if cap is not None:
+        cap, scale = float(cap), float(scale) * float(cap)
+        if cap < 0:
+            cap = -cap  # c tanh(s / c) is even in c; the product above already carries the sign
+    requires_grad = _requires_grad(proof, live)
+    masks = prove_masks(proof, roles, logits, requires_grad)
+    spec = AttentionSpec(
+        batch=_size(roles.batch),
+        num_heads=_size(roles.heads),
+        num_kv_heads=_size(roles.kv_heads),
+        q_len=_size(roles.query),
+        kv_len=_size(roles.key),
+        head_dim=_joined_depth(roles, second),
+        v_head_dim=_size(roles.value_depth),
+        dtype=dtype,
+        device=proof.output.device.type,
+        softmax_scale=float(scale),
+        logits_soft_cap=cap,
+        mask=masks.spec,
+        has_bias=bool(masks.biases),
+        bias_requires_grad=requires_grad and any(_value_requires_grad(b.value, live) for b in masks.biases),
+        has_sinks=logits.sinks is not None,
+        dropout_p=proof.dropout_p,
+        requires_grad=requires_grad,
+    )
+    return Region(
+        spec=spec,
+        roles=roles,
+        q=q,
+        k=k,
+        v=v,
+        output=Operand(proof.output, proof.labels.of(proof.output)),
+        anchor=proof.anchor,
+        labels=proof.labels,
+        second=second,
+        biases=masks.biases,
+        masks=masks.terms,
+        closed_mask=masks.closed,
+        mask_context=masks.context,
+        sinks=logits.sinks,
+        values=proof.values,
+        notes=masks.notes,
+    )
+
+
+def _operand(proof: Proof, value: Value) -> Operand:
+    source, factor = scaled_source_of(value)
+    return Operand(source, proof.labels.of(source), factor=factor)
+
+
+def _second_operands(proof: Proof, logits: Logits, first_factor) -> list[tuple[Operand, Operand, list[Atom]]]:
+    """Further products, with the factor that puts them on the first one's scale, given to q."""
+    out = []
+    for q2, k2, factor, depth in proof.second:
+        q, k = _operand(proof, q2), _operand(proof, k2)
+        relative = q.factor * k.factor * factor / (logits.second_scale * first_factor)
+        q.factor, k.factor = relative, 1
+        out.append((q, k, list(resolve(depth))))
+    return out
+
+
+def _joined_depth(roles: Roles, second) -> int:
+    total = product(a.size for a in roles.depth)
+    for _, _, depth in second:
+        total = total + product(a.size for a in depth)
+    return int(total) if total.is_number else total
+
+
+def _size(atoms: list[Atom]):
+    size = product(atom.size for atom in atoms)
+    return int(size) if size.is_number else size
+
+
+def _op_dtype(proof: Proof) -> torch.dtype:
+    """The dtype in which the op must run to lose nothing that eager keeps.
+
+    Widening casts of q, k, v are undone (the kernel accumulates in float32 anyway) as far as the product with V, the
+    last rounding of the weights, and every source allow.
+    """
+    tensors = [proof.q, proof.k, proof.v, *[t for q2, k2, _, _ in proof.second for t in (q2, k2)]]
+    dtypes = {scaled_source_of(t)[0].dtype for t in tensors} | {proof.output.dtype}
+    for dtype in dtypes:
+        if dtype not in _PRECISION:
+            raise Refusal("dtype", f"attention in {dtype}; float16, bfloat16, float32 and float64 are known")
+    widest = max(_PRECISION[d] for d in dtypes)
+    candidates = [d for d in dtypes if _PRECISION[d] == widest]
+    return candidates[0] if len(candidates) == 1 else torch.float32
+
+
+def _requires_grad(proof: Proof, live: LiveUsers) -> bool:
+    if not proof.output.grad_mode:
+        return False
+    tensors = [proof.q, proof.k, proof.v, *[t for q2, k2, _, _ in proof.second for t in (q2, k2)]]
+    tensors += [
+        s.operand for s in proof.steps if s.kind in ("bias", "sinks", "tensor_scale") and isinstance(s.operand, Value)
+    ]
+    return any(_value_requires_grad(t, live) for t in tensors)
+
+
+def _value_requires_grad(value: Value, live: LiveUsers) -> bool:
+    """Whether autograd tracks the value; True where it cannot be told."""
+    if not value.dtype.is_floating_point or value.op == "constant":
+        return False
+    for node in live.holders(value):
+        example = node.meta.get("example_value")
+        if isinstance(example, torch.Tensor):
+            return example.requires_grad
+    if isinstance(value.op, str):
+        return True
+    return value.grad_mode and any(_value_requires_grad(a, live) for a in value.args if isinstance(a, Value))

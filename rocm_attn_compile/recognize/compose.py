@@ -1,0 +1,224 @@
+"""Compose the steps between q k^T and softmax into the op's form, or refuse.
+
+    logits = cap(scale * q k^T) + biases, then masks          cap(s) = c * tanh(s / c)
+
+Order matters: a scale after a bias scales the bias, a bias before the cap has no equal, a finite fill may be moved by
+what follows it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..capture.trace import Value
+from ..reasons import Refusal
+from .axes import Atom, Dim, atoms_of, resolve, unify
+from .labels import is_exact_cast, is_view
+from .proof import Proof
+from .region import Operand, Roles
+from .scores import Step
+
+
+@dataclass(eq=False)
+class MaskStep:
+    """A boolean mask on the scores: `fill` is put in the place of the score, or is what an additive mask adds."""
+
+    value: Value
+    dims: list[Dim]
+    shape: tuple
+    keeps: bool
+    fill: float
+    is_followed_by_bias: bool = False
+
+
+@dataclass(eq=False)
+class Logits:
+    """The composed form. `scale` is a number or SymFloat; `cap` None if there is none."""
+
+    scale: Any = 1.0
+    cap: Any = None
+    q_factors: list[tuple[Operand, bool]] = field(default_factory=list)
+    k_factors: list[tuple[Operand, bool]] = field(default_factory=list)
+    biases: list[Operand] = field(default_factory=list)
+    masks: list[MaskStep] = field(default_factory=list)
+    is_causal: bool = False
+    is_shifted: bool = False
+    row_shifted: bool = False
+    sinks: Operand | None = None
+    second_scale: Any = 1.0
+
+
+def compose(proof: Proof, roles: Roles) -> Logits:
+    """Fold all steps; raises Refusal where the order or kind of a step cannot be expressed."""
+    logits = Logits()
+    for step in proof.steps:
+        if logits.sinks is not None and step.kind not in ("row_shift",):
+            raise Refusal("after_sinks", f"a {step.kind} follows the concatenation of the sinks")
+        _FOLD[step.kind](logits, step, proof, roles)
+    if logits.sinks is not None and not proof.cuts_sink:
+        raise Refusal("sink_axis", "the sink column is not cut off before the product with V")
+    if proof.cuts_sink and logits.sinks is None:
+        raise Refusal("weights_changed", "the attention weights are sliced along the keys")
+    return logits
+
+
+def _scale(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
+    factor = step.operand
+    if isinstance(factor, (int, float)) and not math.isfinite(factor):
+        raise Refusal("scale_not_finite", f"the scores are scaled by {factor}")
+    if logits.masks or logits.is_causal:
+        for mask in logits.masks:
+            if not (isinstance(factor, (int, float)) and factor > 0):
+                raise Refusal(
+                    "scale_after_mask", f"masked scores are scaled by {factor}, which is not known to be positive"
+                )
+            mask.fill *= factor
+    if logits.biases:
+        if logits.cap is not None:
+            raise Refusal("scale_after_bias", "scores with soft cap and bias are scaled")
+        for bias in logits.biases:
+            bias.factor = bias.factor * factor
+    if logits.cap is not None:
+        logits.cap = logits.cap * factor
+        return
+    logits.scale = logits.scale * factor
+
+
+def _tensor_scale(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
+    if logits.masks or logits.biases or logits.cap is not None or logits.is_causal:
+        raise Refusal("scale_after_bias", "a tensor scale is applied after a bias, a mask or a soft cap")
+    factor = _operand(proof, step)
+    atoms = set(atoms_of(factor.dims))
+    if not atoms & {*roles.key} and atoms <= {*roles.batch, *roles.heads, *roles.query}:
+        logits.q_factors.append((factor, step.invert))
+    elif not atoms & {*roles.query, *roles.groups} and atoms <= {*roles.batch, *roles.kv_heads, *roles.key}:
+        logits.k_factors.append((factor, step.invert))
+    else:
+        raise Refusal("scale_tensor", "the scores are multiplied by a tensor that varies with both queries and keys")
+
+
+def _tanh(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
+    if logits.cap is not None or logits.biases or logits.masks or logits.is_causal or logits.is_shifted:
+        raise Refusal("bias_before_cap", "a bias, a mask or another cap lies inside the soft cap")
+    logits.cap = 1.0
+
+
+def _bias(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
+    value: Value = step.operand
+    if value.dtype == torch.bool:
+        raise Refusal("bool_bias", "a bool mask is added to the scores (True counts as +1); use where or masked_fill")
+    if not value.dtype.is_floating_point:
+        raise Refusal("integer_bias", f"a tensor of {value.dtype} is added to the scores")
+    for mask in logits.masks:
+        mask.is_followed_by_bias = True
+    bias = _operand(proof, step)
+    bias.factor = step.factor
+    logits.biases.append(bias)
+
+
+def _mask(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
+    value: Value = step.operand
+    if value.dtype != torch.bool:
+        raise Refusal("mask_dtype", f"a mask of {value.dtype} is used as a condition")
+    logits.masks.append(
+        MaskStep(
+            value,
+            proof.score_dims if step.at.op == "sdpa" else proof.labels.of(step.at),
+            step.at.shape if step.at.op != "sdpa" else _score_shape(proof),
+            step.keeps,
+            float(step.fill),
+        )
+    )
+
+
+def _score_shape(proof: Proof) -> tuple:
+    args = proof.anchor.kwargs
+    return (*proof.anchor.shape[:-1], args["key"].shape[-2])
+
+
+def _shift(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
+    if not (isinstance(step.operand, (int, float)) and math.isfinite(step.operand)):
+        raise Refusal("shift_not_finite", f"{step.operand} is added to the scores")
+    logits.is_shifted = True
+    for mask in logits.masks:
+        mask.is_followed_by_bias = True
+
+
+def _row_shift(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
+    value: Value = step.operand
+    dims = proof.labels.of(step.at)
+    offset = len(dims) - value.ndim
+    key = set(roles.key)
+    logits.row_shifted = True
+    if logits.cap is None and any(later.kind == "tanh" for later in proof.steps):
+        raise Refusal("bias_before_cap", "the scores are shifted inside the soft cap")
+    for i, size in enumerate(value.shape):
+        if size != 1 and key & set(resolve(dims[offset + i])):
+            raise Refusal("shift_axis", "what is subtracted from the scores varies along the softmax axis")
+
+
+def _sinks(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
+    if logits.is_shifted or logits.row_shifted:
+        raise Refusal(
+            "shift_before_sinks", "scores are shifted before the sinks join them, which changes the sinks' weight"
+        )
+    if step.factor != len(proof.score_dims) - 1:
+        raise Refusal("sink_axis", "the sinks are not the last column")
+    logits.sinks = _operand(proof, step)
+
+
+def _second(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
+    if logits.cap is not None or logits.biases or logits.masks or logits.q_factors or logits.k_factors:
+        raise Refusal("two_products", "a second q k^T is added after a bias, mask, cap or tensor scale")
+    logits.second_scale = logits.scale
+
+
+def _causal(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
+    logits.is_causal = True
+
+
+_FOLD = {
+    "scale": _scale,
+    "tensor_scale": _tensor_scale,
+    "tanh": _tanh,
+    "bias": _bias,
+    "mask": _mask,
+    "shift": _shift,
+    "row_shift": _row_shift,
+    "sinks": _sinks,
+    "second": _second,
+    "causal": _causal,
+}
+
+
+def _operand(proof: Proof, step: Step) -> Operand:
+    """The step's tensor behind views and exact casts, labelled (so that a broadcast is not materialised)."""
+    labels, value = proof.labels_of(step), step.operand
+    labels.of(value)
+    while is_view(value) or is_exact_cast(value):
+        value = value.args[0]
+    labels.check_distinct()
+    return Operand(value, labels.of(value))
+
+
+def sink_atoms(proof: Proof) -> list[Atom]:
+    """Axes of the learned sinks, before roles are assigned."""
+    for step in proof.steps:
+        if step.kind == "sinks":
+            value = step.operand
+            dims = proof.labels.of(value)
+            scores = proof.labels.of(step.at)
+            for i, dim in enumerate(dims):
+                if i != step.factor:
+                    _unify_if_wide(dim, scores[i])
+            return [a for a in atoms_of(_operand(proof, step).dims)]
+    return []
+
+
+def _unify_if_wide(left: Dim, right: Dim) -> None:
+    if resolve(left) and resolve(right):
+        unify(right, left)

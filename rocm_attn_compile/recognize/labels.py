@@ -1,0 +1,277 @@
+"""Axis labels of captured values: pulled backwards through views to the tensor that owns the memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..capture.trace import Value
+from ..reasons import Refusal
+from ..symbolic import is_one, same_size
+from .axes import Atom, Dim, broadcast, check_distinct, fresh_dims, regroup, resolve, unify
+
+VIEW_NAMES = frozenset(
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "_reshape_copy",
+        "expand",
+        "permute",
+        "transpose",
+        "t",
+        "mT",
+        "unsqueeze",
+        "squeeze",
+        "clone",
+        "contiguous",
+        "alias",
+        "lift_fresh",
+        "lift_fresh_copy",
+        "repeat",
+        "view_copy",
+        "expand_copy",
+        "permute_copy",
+        "transpose_copy",
+        "unsqueeze_copy",
+        "squeeze_copy",
+        "t_copy",
+        "alias_copy",
+        "unflatten",
+        "flatten",
+        "swapaxes",
+        "movedim",
+    ]
+)
+SAME_INDEX = frozenset(["clone", "contiguous", "alias", "lift_fresh", "lift_fresh_copy", "alias_copy"])
+CAST_NAMES = frozenset(("_to_copy", "to"))
+CONTRACTION_NAMES = frozenset(("bmm", "mm", "baddbmm", "addmm"))
+
+_PRECISION = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+
+
+def is_view(value: Value) -> bool:
+    """True if the value holds the same elements as its first argument, re-indexed (copies included)."""
+    if isinstance(value.op, str):
+        return False
+    if value.name in VIEW_NAMES:
+        return True
+    if value.name == "slice":
+        source = value.args[0]
+        return all(same_size(a, b) for a, b in zip(value.shape, source.shape)) and _unit_step(value)
+    return False
+
+
+def _unit_step(value: Value) -> bool:
+    return len(value.args) < 5 or value.args[4] == 1
+
+
+def is_cast(value: Value) -> bool:
+    """True for a dtype conversion between floating types (device moves excluded)."""
+    if isinstance(value.op, str) or value.name not in CAST_NAMES:
+        return False
+    source = value.args[0]
+    return source.dtype.is_floating_point and value.dtype.is_floating_point and source.device == value.device
+
+
+def is_exact_cast(value: Value) -> bool:
+    """True if the cast keeps every value: to the same or a strictly wider floating type."""
+    if not is_cast(value):
+        return False
+    source, target = value.args[0].dtype, value.dtype
+    return source == target or _PRECISION.get(source, 9) < _PRECISION.get(target, 0)
+
+
+def number_of(value: Any) -> Any:
+    """The Python number (or SymInt/SymFloat) a scalar operand is known to be, else None."""
+    if isinstance(value, (bool, int, float, torch.SymInt, torch.SymFloat)):
+        return value
+    if not isinstance(value, Value):
+        return None
+    if value.op == "constant":
+        return value.kwargs.get("value")
+    if isinstance(value.op, str):
+        return None
+    if value.name == "full":
+        return value.args[1] if all(is_one(s) for s in value.shape) else None
+    if value.name == "scalar_tensor":
+        return value.args[0]
+    if is_view(value) or is_cast(value):
+        return number_of(value.args[0])
+    return None
+
+
+def scaled(value: Value) -> tuple[Value, Any] | None:
+    """`(source, factor)` if the value is a tensor times (or divided by) a known number."""
+    if isinstance(value.op, str) or value.name not in ("mul", "div") or value.kwargs.get("rounding_mode"):
+        return None
+    left, right = value.args[:2]
+    if value.name == "mul" and number_of(left) is not None:
+        left, right = right, left
+    factor = number_of(right)
+    if factor is None or not isinstance(left, Value) or left.dtype != value.dtype or left.ndim != value.ndim:
+        return None
+    if value.name == "div":
+        return None if factor == 0 else (left, 1.0 / factor)
+    return left, factor
+
+
+class Labels:
+    """Labels of values, by memo. `set` gives a value its labels from outside (results of contractions)."""
+
+    def __init__(self) -> None:
+        self._dims: dict[int, list[Dim]] = {}
+        self._values: dict[int, Value] = {}
+
+    def set(self, value: Value, dims: list[Dim]) -> None:
+        self._dims[value.id] = list(dims)
+        self._values[value.id] = value
+
+    def known(self, value: Value) -> bool:
+        return value.id in self._dims
+
+    def of(self, value: Value) -> list[Dim]:
+        """Dimensions of `value`; a value that is not a view of something gets fresh ones."""
+        if value.id not in self._dims:
+            self.set(value, self._derive(value))
+        return list(self._dims[value.id])
+
+    def pointwise(self, value: Value) -> list[Dim]:
+        """Label a pointwise result from all its tensor arguments."""
+        operands = [a for a in (*value.args, *value.kwargs.values()) if isinstance(a, Value)]
+        self.set(value, broadcast(value.ndim, [(self.of(a), a.shape) for a in operands]))
+        return self.of(value)
+
+    def align(self, operand: Value, dims: list[Dim]) -> None:
+        """Unify the axes of an operand with those of a pointwise result it broadcasts into (aligned right)."""
+        offset = len(dims) - operand.ndim
+        for i, dim in enumerate(self.of(operand)):
+            if resolve(dim):
+                unify(dims[offset + i], dim)
+
+    def check_distinct(self) -> None:
+        """Refuse if any labelled value uses one axis twice."""
+        for key, dims in self._dims.items():
+            check_distinct(dims, f"{self._values[key].name} of shape {list(self._values[key].shape)}")
+
+    def _derive(self, value: Value) -> list[Dim]:
+        if is_view(value) or is_cast(value):
+            return self._through_view(value)
+        factor = scaled(value)
+        return fresh_dims(value.shape) if factor is None else self.of(factor[0])
+
+    def _through_view(self, value: Value) -> list[Dim]:
+        source = value.args[0]
+        dims, name, ndim = self.of(source), value.name, value.ndim
+        if name in SAME_INDEX or name in CAST_NAMES or name == "slice":
+            return dims
+        if name in ("permute", "permute_copy"):
+            return [dims[i % ndim] for i in value.args[1]]
+        if name in ("transpose", "transpose_copy", "swapaxes"):
+            i, j = value.args[1] % ndim, value.args[2] % ndim
+            dims[i], dims[j] = dims[j], dims[i]
+            return dims
+        if name in ("t", "t_copy", "mT"):
+            if ndim >= 2:
+                dims[-1], dims[-2] = dims[-2], dims[-1]
+            return dims
+        if name in ("unsqueeze", "unsqueeze_copy"):
+            dims.insert(value.args[1] % ndim, ())
+            return dims
+        if name in ("squeeze", "squeeze_copy"):
+            drop = value.args[1] if len(value.args) > 1 else range(source.ndim)
+            drop = {d % source.ndim for d in ([drop] if isinstance(drop, int) else drop)}
+            return [d for i, d in enumerate(dims) if not (i in drop and is_one(source.shape[i]))]
+        if name in ("expand", "expand_copy"):
+            offset = ndim - source.ndim
+            out: list[Dim] = []
+            for i, size in enumerate(value.shape):
+                if i >= offset and same_size(source.shape[i - offset], size):
+                    out.append(dims[i - offset])
+                elif i < offset or is_one(source.shape[i - offset]):
+                    out.append(() if is_one(size) else (Atom(size),))
+                else:
+                    raise Refusal("axis_expand", f"expand of {list(source.shape)} to {list(value.shape)} is undecided")
+            return out
+        if name == "repeat":
+            offset = ndim - source.ndim
+            out = []
+            for i, count in enumerate(value.args[1]):
+                inner = dims[i - offset] if i >= offset else ()
+                out.append(inner if is_one(count) else (Atom(count), *inner))
+            return out
+        # view, reshape, flatten and their relatives: row-major order is kept
+        if name in ("movedim",):
+            raise Refusal("axis_view", f"{name} was not decomposed by the capture")
+        return regroup(dims, value.shape)
+
+
+def source_of(value: Value) -> Value:
+    """The tensor behind views and exact casts: what the kernel should read."""
+    while is_view(value) or is_exact_cast(value):
+        value = value.args[0]
+    return value
+
+
+def scaled_source_of(value: Value) -> tuple[Value, Any]:
+    """The tensor behind views, exact casts and scalar factors, and the product of those factors."""
+    factor: Any = 1
+    while True:
+        if is_view(value) or is_exact_cast(value):
+            value = value.args[0]
+            continue
+        step = scaled(value)
+        if step is None:
+            return value, factor
+        value, factor = step[0], factor * step[1]
+
+
+def operands_of(contraction: Value) -> tuple[Value, Value]:
+    """The two factors of a contraction, in the order of its call."""
+    if contraction.name in ("baddbmm", "addmm"):
+        return contraction.args[1], contraction.args[2]
+    if contraction.name in ("bmm", "mm"):
+        return contraction.args[0], contraction.args[1]
+    factors = product_under_sum(contraction)
+    assert factors is not None
+    return factors.args[0], factors.args[1]
+
+
+def product_under_sum(value: Value) -> Value | None:
+    """The `mul` of a contraction written `(a * b).sum(dim)`, if `value` is one."""
+    if value.name != "sum" or len(value.args) < 2:
+        return None
+    dims = value.args[1]
+    if not isinstance(dims, (list, tuple)) or len(dims) != 1:
+        return None
+    inner = value.args[0]
+    if isinstance(inner.op, str) or inner.name != "mul" or not all(isinstance(a, Value) for a in inner.args[:2]):
+        return None
+    return inner
+
+
+def is_contraction(value: Value) -> bool:
+    return not isinstance(value.op, str) and (value.name in CONTRACTION_NAMES or product_under_sum(value) is not None)
+
+
+def label_contraction(labels: Labels, value: Value) -> Dim:
+    """Label a contraction's result from its operands; returns the contracted dimension."""
+    left, right = operands_of(value)
+    a, b = labels.of(left), labels.of(right)
+    if value.name in ("bmm", "baddbmm"):
+        unify(a[0], b[0])
+        unify(a[2], b[1])
+        labels.set(value, [a[0], a[1], b[2]])
+        return a[2]
+    if value.name in ("mm", "addmm"):
+        unify(a[1], b[0])
+        labels.set(value, [a[0], b[1]])
+        return a[1]
+    factors = product_under_sum(value)
+    assert factors is not None
+    full = labels.pointwise(factors)
+    axis = value.args[1][0] % len(full)
+    keep = len(value.shape) == len(full)
+    labels.set(value, [() if i == axis else d for i, d in enumerate(full) if keep or i != axis])
+    return full[axis]

@@ -1,0 +1,107 @@
+"""A recognised attention: its spec, and where its tensors are in the captured program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..capture.trace import Value
+from ..reasons import Reason
+from ..spec import AttentionSpec
+from .axes import Atom, Dim
+from .labels import Labels
+
+
+@dataclass(eq=False)
+class Operand:
+    """A tensor the op reads: a captured value and the axes of its dimensions.
+
+    Attributes:
+        value: The captured value.
+        dims: One tuple of atoms for each of its dimensions.
+        factors: Tensors to multiply it with before the op, (Operand, divide) pairs; gradients flow through them.
+        factor: Number to multiply it with, or 1.
+    """
+
+    value: Value
+    dims: list[Dim]
+    factors: list[tuple[Operand, bool]] = field(default_factory=list)
+    factor: Any = 1
+
+
+@dataclass(eq=False)
+class MaskTerm:
+    """A mask that stays a tensor: `keeps` says whether True means attend."""
+
+    operand: Operand
+    keeps: bool
+
+
+@dataclass(eq=False)
+class Roles:
+    """Which atoms play which part. H = kv_heads x groups, in that order; each list is row-major."""
+
+    batch: list[Atom]
+    kv_heads: list[Atom]
+    groups: list[Atom]
+    query: list[Atom]
+    key: list[Atom]
+    depth: list[Atom]
+    value_depth: list[Atom]
+
+    @property
+    def heads(self) -> list[Atom]:
+        return [*self.kv_heads, *self.groups]
+
+
+@dataclass(eq=False)
+class Region:
+    """One attention, proved.
+
+    Attributes:
+        spec: What it computes.
+        roles: Its axes.
+        q, k, v: Operands; `second` holds further (q, k, depth) whose scores are added (concatenated along head_dim).
+        biases: Float tensors added to the scores.
+        masks: Masks without closed form.
+        closed_mask: The proved closed form (recognize.mask.ClosedForm) or None.
+        symbols: The sympy symbols of the proof: atom -> expression.
+        sinks: Learned extra logit per head, or None.
+        output: The value the op's result replaces, with its axes.
+        anchor: The softmax (or the "sdpa" value).
+        labels: Axes of every value of the site.
+        values: All values the site consists of, for provenance and dead-code removal.
+        notes: Facts for the report that are not reasons to refuse.
+    """
+
+    spec: AttentionSpec
+    roles: Roles
+    q: Operand
+    k: Operand
+    v: Operand
+    output: Operand
+    anchor: Value
+    labels: Labels
+    second: list[tuple[Operand, Operand, list[Atom]]] = field(default_factory=list)
+    biases: list[Operand] = field(default_factory=list)
+    masks: list[MaskTerm] = field(default_factory=list)
+    closed_mask: Any = None
+    mask_context: Any = None
+    sinks: Operand | None = None
+    values: list[Value] = field(default_factory=list)
+    notes: list[Reason] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class LookAlike:
+    """A softmax that was looked at and left alone.
+
+    Attributes:
+        anchor: The softmax or "sdpa" value.
+        reason: What stopped the proof.
+        is_attention: It stands between two matrix products (or is SDPA): an attention, but one we cannot prove.
+    """
+
+    anchor: Value
+    reason: Reason
+    is_attention: bool = False

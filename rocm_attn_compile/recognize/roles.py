@@ -1,0 +1,93 @@
+"""Assign a role to every axis of a proved attention, and check that nothing is left over."""
+
+from __future__ import annotations
+
+from ..reasons import Refusal
+from .axes import Atom, Dim, atoms_of, resolve
+from .labels import scaled_source_of
+from .proof import Proof
+from .region import Roles
+
+
+def assign_roles(proof: Proof, sink_atoms: list[Atom]) -> Roles:
+    """Read the roles off the atoms; raises Refusal if an axis fits none.
+
+    `sink_atoms` are the axes of the learned sinks: together they must be the heads.
+    """
+    labels = proof.labels
+    labels.check_distinct()
+    q, k, v = (set(atoms_of(labels.of(scaled_source_of(t)[0]))) for t in (proof.q, proof.k, proof.v))
+    for q2, k2, _, depth2 in proof.second:
+        q |= set(atoms_of(labels.of(scaled_source_of(q2)[0]))) - set(resolve(depth2))
+        k |= set(atoms_of(labels.of(scaled_source_of(k2)[0]))) - set(resolve(depth2))
+    key, depth = list(resolve(proof.key)), list(resolve(proof.depth))
+    scores = atoms_of(proof.score_dims)
+    _check_depth(depth, scores)
+    query = _query_axis(proof, k | v)
+    rest = [a for a in scores if a not in set(key) | set(query)]
+    shared, groups = [a for a in rest if a in k or a in v], [a for a in rest if a not in k and a not in v]
+    batch, kv_heads, groups = _batch_and_heads(rest, shared, groups, sink_atoms)
+    value_depth = [a for a in atoms_of(labels.of(scaled_source_of(proof.v)[0])) if a not in set(scores)]
+    roles = Roles(batch, kv_heads, groups, query, key, depth, value_depth)
+    _check_complete(proof, roles, q, k, v)
+    return roles
+
+
+def _check_depth(depth: list[Atom], scores: list[Atom]) -> None:
+    if set(depth) & set(scores):
+        raise Refusal("depth_axis", "the axis contracted by q k^T also appears in the scores")
+    if not depth:
+        raise Refusal("depth_axis", "q k^T contracts an axis of one element")
+
+
+def _query_axis(proof: Proof, in_keys_or_values: set[Atom]) -> list[Atom]:
+    """The query axis: what only q brings into the product, as far as it stays one dimension of the scores."""
+    free = [a for a in resolve(proof.query_free) if a not in in_keys_or_values]
+    if not free:
+        return []
+    for dim in proof.score_dims:
+        atoms = list(resolve(dim))
+        if free[-1] in atoms:
+            return [a for a in atoms if a in free]
+    raise Refusal("query_axis", "the query axis is lost before the softmax")
+
+
+def _batch_and_heads(
+    rest: list[Atom], shared: list[Atom], groups: list[Atom], sinks: list[Atom]
+) -> tuple[list[Atom], list[Atom], list[Atom]]:
+    if sinks:
+        if not set(sinks) <= set(rest) or not set(groups) <= set(sinks):
+            raise Refusal("sink_axis", "the learned sinks do not vary with exactly the query heads")
+        kv_heads = [a for a in sinks if a in shared]
+        if [*kv_heads, *groups] != sinks:
+            raise Refusal("sink_axis", "the order of the sinks' axes is not (kv head, group)")
+        return [a for a in shared if a not in kv_heads], kv_heads, groups
+    if len(shared) <= 1:
+        return (shared, [], groups) if groups else (shared, [], [])
+    if groups:
+        before = [a for a in rest[: rest.index(groups[0])] if a in shared]
+        head = before[-1] if len(before) > 1 else (None if before else shared[-1])
+        if head is None:  # only the batch axis stands before the groups: MQA-like, unless another shared axis follows
+            head = shared[-1]
+    else:
+        head = shared[-1]
+    return [a for a in shared if a is not head], [head], groups
+
+
+def _check_complete(proof: Proof, roles: Roles, q: set[Atom], k: set[Atom], v: set[Atom]) -> None:
+    outer = {*roles.batch, *roles.kv_heads}
+    allowed = {
+        "q": (q, outer | {*roles.groups, *roles.query, *roles.depth}),
+        "k": (k, outer | {*roles.key, *roles.depth}),
+        "v": (v, outer | {*roles.key, *roles.value_depth}),
+    }
+    for name, (have, may) in allowed.items():
+        if not have <= may:
+            extra = " x ".join(str(a.size) for a in have - may)
+            raise Refusal("axis_left_over", f"{name} has an axis (size {extra}) with no role in attention")
+    expected = outer | {*roles.groups, *roles.query, *roles.value_depth}
+    got: list[Dim] = proof.labels.of(proof.output)
+    if set(atoms_of(got)) != expected:
+        raise Refusal("output_axes", "the product with V does not have exactly the batch, head, query and value axes")
+    if set(roles.value_depth) & ({*roles.depth} | {*roles.key}):
+        raise Refusal("axis_left_over", "v's free axis is also contracted")

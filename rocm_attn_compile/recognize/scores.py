@@ -1,0 +1,238 @@
+"""From the softmax back to q k^T: what was done to the scores on the way, in order.
+
+    scores = mask(bias(cap(scale(q @ k^T))))      each step optional, several of each, views and casts between
+
+The walk names its steps and judges nothing; `attention` composes them and refuses what the op cannot express.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..capture.trace import Value
+from ..reasons import Refusal
+from ..symbolic import is_one
+from .labels import is_cast, is_contraction, is_view, number_of
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One thing done to the scores; `at` is the value after it (masks and biases are aligned with its shape).
+
+    kind: "scale" (number), "tensor_scale" (Value; `invert` divides), "tanh", "bias" (Value, `factor`),
+    "mask" (Value, `keeps` polarity, number fill), "shift" (number), "row_shift", "sinks" (Value), "second" (ScorePath).
+    """
+
+    kind: str
+    at: Value
+    operand: Any = None
+    factor: Any = 1
+    keeps: bool = False
+    fill: Any = None
+    invert: bool = False
+
+
+@dataclass(eq=False)
+class ScorePath:
+    """The contraction and the steps from it outwards.
+
+    Attributes:
+        contraction: The value of q k^T.
+        steps: Inner to outer.
+        values: Every value from the contraction (excluded) to the walk's start (included), inner to outer.
+    """
+
+    contraction: Value
+    steps: list[Step] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+
+    @property
+    def is_direct(self) -> bool:
+        """Only views, casts and scalar factors lie on the path."""
+        return all(step.kind == "scale" for step in self.steps)
+
+
+class ScoreWalk:
+    """Walks back from softmax inputs. `choice` decides an addition of two matrix products: which one is the score.
+
+    "concat" joins both (MLA: content plus rotary scores), "left"/"right" takes one and treats the other as a bias.
+    `ambiguous` is set when such an addition was met.
+    """
+
+    def __init__(self, choice: str = "concat") -> None:
+        self.choice = choice
+        self.ambiguous = False
+        self._memo: dict[int, ScorePath | Refusal] = {}
+
+    def walk(self, value: Value) -> ScorePath:
+        """The path to `value`; raises Refusal with the op that stopped it."""
+        found = self._memo.get(value.id)
+        if found is None:
+            try:
+                found = self._walk(value)
+            except Refusal as refusal:
+                found = refusal
+            self._memo[value.id] = found
+        if isinstance(found, Refusal):
+            raise found
+        return ScorePath(found.contraction, list(found.steps), list(found.values))
+
+    def reaches(self, value: Any) -> bool:
+        """True if `value` is a score: a contraction lies behind it."""
+        if not isinstance(value, Value):
+            return False
+        try:
+            self.walk(value)
+            return True
+        except Refusal:
+            return False
+
+    def _walk(self, value: Value) -> ScorePath:
+        if is_contraction(value):
+            return self._contraction(value)
+        if isinstance(value.op, str):
+            if value.op == "dropout" and (value.args[1] == 0 or not value.args[2]):
+                return self._through(value, value.args[0])
+            raise Refusal(
+                "no_contraction", f"the softmax input comes from {value.name!r} at {_where(value)}, not from q k^T"
+            )
+        if is_view(value) or is_cast(value):
+            return self._through(value, value.args[0])
+        handler = getattr(self, f"_{value.name}", None)
+        if handler is None:
+            raise Refusal("score_op", f"{value.name} between q k^T and softmax has no equal in the attention op")
+        return handler(value)
+
+    def _through(self, value: Value, inner: Value, *steps: Step) -> ScorePath:
+        path = self.walk(inner)
+        path.steps.extend(steps)
+        path.values.append(value)
+        return path
+
+    def _contraction(self, value: Value) -> ScorePath:
+        path = ScorePath(value)
+        if value.name in ("baddbmm", "addmm"):
+            alpha, beta = value.kwargs.get("alpha", 1), value.kwargs.get("beta", 1)
+            if alpha != 1:
+                path.steps.append(Step("scale", value, alpha))
+            if beta != 0:
+                path.steps.append(Step("bias", value, value.args[0], factor=beta))
+        return path
+
+    def _mul(self, value: Value) -> ScorePath:
+        left, right = value.args[:2]
+        for score, other in ((left, right), (right, left)):
+            factor = number_of(other)
+            if factor is not None and isinstance(score, Value):
+                return self._through(value, score, Step("scale", value, factor))
+        for score, other in ((left, right), (right, left)):
+            if self.reaches(score) and not self.reaches(other):
+                return self._through(value, score, Step("tensor_scale", value, other))
+        raise Refusal("score_op", "the scores are multiplied by something that is not a scale")
+
+    def _div(self, value: Value) -> ScorePath:
+        if value.kwargs.get("rounding_mode"):
+            raise Refusal("score_op", "the scores are divided with rounding")
+        score, other = value.args[:2]
+        factor = number_of(other)
+        if factor is not None:
+            return self._through(value, score, Step("scale", value, 1.0 / factor if factor != 0 else float("nan")))
+        return self._through(value, score, Step("tensor_scale", value, other, invert=True))
+
+    def _neg(self, value: Value) -> ScorePath:
+        return self._through(value, value.args[0], Step("scale", value, -1.0))
+
+    def _tanh(self, value: Value) -> ScorePath:
+        return self._through(value, value.args[0], Step("tanh", value))
+
+    def _add(self, value: Value) -> ScorePath:
+        left, right = value.args[:2]
+        alpha = value.kwargs.get("alpha", 1)
+        if number_of(right) is not None:
+            return self._through(value, left, Step("shift", value, number_of(right)))
+        left_is, right_is = self.reaches(left), self.reaches(right)
+        if left_is and right_is and alpha == 1:
+            return self._sum_of_two(value, left, right)
+        if left_is:
+            return self._through(value, left, *_bias_steps(value, right, alpha))
+        if right_is and alpha == 1:
+            return self._through(value, right, *_bias_steps(value, left, 1))
+        return self._through(value, left)
+
+    def _sum_of_two(self, value: Value, left: Value, right: Value) -> ScorePath:
+        self.ambiguous = True
+        first, second = self.walk(left), self.walk(right)
+        if self.choice == "concat" and first.is_direct and second.is_direct:
+            return self._through(value, left, Step("second", value, second))
+        if self.choice == "right" or (first.values and not first.is_direct and second.is_direct):
+            return self._through(value, right, Step("bias", value, left))
+        return self._through(value, left, Step("bias", value, right))
+
+    def _sub(self, value: Value) -> ScorePath:
+        left, right = value.args[:2]
+        alpha = value.kwargs.get("alpha", 1)
+        if number_of(right) is not None:
+            return self._through(value, left, Step("shift", value, number_of(right)))
+        if not isinstance(left, Value):
+            raise Refusal("score_op", "the scores are subtracted from a number")
+        if _is_shift_of(right, left):
+            return self._through(value, left, Step("row_shift", value, right))
+        return self._through(value, left, Step("bias", value, right, factor=-alpha))
+
+    def _masked_fill(self, value: Value) -> ScorePath:
+        score, mask, fill = value.args
+        number = number_of(fill)
+        if number is None:
+            raise Refusal("fill_unknown", "masked_fill with a value that is not known at compile time")
+        return self._through(value, score, Step("mask", value, mask, keeps=False, fill=number))
+
+    def _where(self, value: Value) -> ScorePath:
+        if len(value.args) != 3:
+            raise Refusal("score_op", "where with one argument")
+        condition, left, right = value.args
+        for score, other, keeps in ((left, right, True), (right, left, False)):
+            if self.reaches(score):
+                fill = number_of(other)
+                if fill is None:
+                    raise Refusal("fill_unknown", "where() puts a tensor, not a number, in place of masked scores")
+                return self._through(value, score, Step("mask", value, condition, keeps=keeps, fill=fill))
+        raise Refusal("no_contraction", "neither side of where() comes from q k^T")
+
+    def _copy(self, value: Value) -> ScorePath:
+        target, source = value.args[:2]
+        if len(target.shape) != len(source.shape):
+            raise Refusal("score_op", "copy_ broadcasts the scores")
+        return self._through(value, source)
+
+    def _cat(self, value: Value) -> ScorePath:
+        pieces, dim = value.args[0], (value.args[1] if len(value.args) > 1 else 0) % value.ndim
+        scores = [p for p in pieces if self.reaches(p)]
+        if len(pieces) == 2 and len(scores) == 1 and pieces[0] is scores[0] and is_one(pieces[1].shape[dim]):
+            step = Step("sinks", value, pieces[1], factor=dim)
+            return self._through(value, scores[0], step)
+        raise Refusal("score_op", f"scores are concatenated with other scores along dimension {dim}")
+
+
+def _bias_steps(at: Value, bias: Value, factor: Any) -> list[Step]:
+    """One step per term of a sum: `scores + (position_bias + mask)` adds a bias and a mask."""
+    if bias.name == "add" and not isinstance(bias.op, str) and bias.kwargs.get("alpha", 1) == 1:
+        terms = bias.args[:2]
+        if all(isinstance(t, Value) and t.dtype == bias.dtype and number_of(t) is None for t in terms):
+            return [step for term in terms for step in _bias_steps(at, term, factor)]
+    return [Step("bias", at, bias, factor=factor)]
+
+
+def _is_shift_of(shift: Any, scores: Value) -> bool:
+    """True for a row maximum (or any amax/max of the scores with size 1 along the reduced axes)."""
+    while isinstance(shift, Value) and shift.name in ("detach", "alias", "expand", "unsqueeze"):
+        shift = shift.args[0]
+    if not isinstance(shift, Value) or isinstance(shift.op, str) or not shift.args:
+        return False
+    if shift.name == "max" and len(shift.args) > 1 and shift.output_index != 0:
+        return False
+    return shift.name in ("amax", "max") and shift.args[0] is scores
+
+
+def _where(value: Value) -> str:
+    return value.node.name if value.node is not None else "the graph's start"

@@ -1,0 +1,95 @@
+"""`F.scaled_dot_product_attention` as an anchor: its axes are given by its definition."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..capture.trace import Value
+from ..reasons import Refusal
+from ..symbolic import divide, is_one, same_size
+from .axes import Atom, Dim, broadcast, resolve, unify
+from .labels import Labels
+from .proof import Proof
+from .scores import Step
+
+
+def prove_sdpa_site(value: Value) -> Proof:
+    """Label one "sdpa" value; raises Refusal for what the op cannot express."""
+    args = value.kwargs
+    q, k, v = args["query"], args["key"], args["value"]
+    if not all(isinstance(t, Value) for t in (q, k, v)):
+        raise Refusal(
+            "sdpa_inputs", "scaled_dot_product_attention was called with something that is not a dense tensor"
+        )
+    if min(q.ndim, k.ndim, v.ndim) < 2 or not (q.dtype == k.dtype == v.dtype):
+        raise Refusal(
+            "sdpa_inputs",
+            f"query, key, value have dtypes {q.dtype}, {k.dtype}, {v.dtype}, ranks {q.ndim}, {k.ndim}, {v.ndim}",
+        )
+    labels = Labels()
+    lq, lk, lv = labels.of(q), labels.of(k), labels.of(v)
+    unify(lq[-1], lk[-1])
+    unify(lk[-2], lv[-2])
+    if not resolve(lk[-2]):
+        raise Refusal("single_key", "kv_len is 1")
+    batch = _batch_dims(value, labels)
+    score_dims = [*batch, lq[-2], lk[-2]]
+    labels.set(value, [*batch, lq[-2], lv[-1]])
+    scale = args.get("scale")
+    steps = [Step("scale", value, _default_scale(q) if scale is None else scale)]
+    mask = args.get("attn_mask")
+    if args.get("is_causal"):
+        if isinstance(mask, Value):
+            raise Refusal("sdpa_inputs", "attn_mask and is_causal are both given")
+        steps.append(Step("causal", value))
+    own = {}
+    if isinstance(mask, Value):
+        if mask.dtype == torch.bool:
+            steps.append(Step("mask", value, mask, keeps=True, fill=-math.inf))
+        else:
+            steps.append(Step("bias", value, mask))
+        own[id(steps[-1])] = Labels()
+        own[id(steps[-1])].align(mask, score_dims)
+    return Proof(
+        anchor=value,
+        output=value,
+        labels=labels,
+        q=q,
+        k=k,
+        v=v,
+        score_dims=score_dims,
+        key=lk[-2],
+        depth=lq[-1],
+        query_free=resolve(lq[-2]),
+        steps=steps,
+        operand_labels=own,
+        safe=True,
+        dropout_p=float(args.get("dropout_p") or 0.0),
+        values=[value],
+    )
+
+
+def _default_scale(q: Value) -> float:
+    return 1.0 / math.sqrt(int(q.shape[-1]))
+
+
+def _batch_dims(value: Value, labels: Labels) -> list[Dim]:
+    """Batch and head axes after broadcasting, with `enable_gqa` resolved into (kv head, group)."""
+    args = value.kwargs
+    q, k, v = args["query"], args["key"], args["value"]
+    lq, lk, lv = (labels.of(t)[:-2] for t in (q, k, v))
+    sq, sk, sv = (list(t.shape[:-2]) for t in (q, k, v))
+    if args.get("enable_gqa") and min(len(lq), len(lk), len(lv)) >= 1 and not same_size(sq[-1], sk[-1]):
+        groups = divide(sq[-1], sk[-1])
+        if groups is None or not same_size(sk[-1], sv[-1]):
+            raise Refusal("gqa_heads", f"{sq[-1]} query heads on {sk[-1]} key and {sv[-1]} value heads")
+        unify(lk[-1], lv[-1])
+        unify(lq[-1], (*resolve(lk[-1]), Atom(groups)))
+        heads = lq[-1]
+        outer = broadcast(value.ndim - 3, [(lq[:-1], sq[:-1]), (lk[:-1], sk[:-1]), (lv[:-1], sv[:-1])])
+        return [*outer, heads]
+    ndim = value.ndim - 2
+    dims = broadcast(ndim, [(lq, sq), (lk, sk), (lv, sv)])
+    return [() if is_one(value.shape[i]) else dim for i, dim in enumerate(dims)]

@@ -1,0 +1,198 @@
+"""Softmax-anchored attention: prove that a softmax lies between two contractions over the right axes.
+
+    q      k                    labels: scores[..., query, key] = q[..., query, depth] k[..., key, depth]
+     \\    /
+    contraction over depth      every step keeps labels or re-groups them
+        |
+scale, cap, bias, mask
+        |
+  softmax over key   <- must be the free axis of k ...
+        |
+  cast, dropout, ...
+        |    v
+    contraction over key        ... and exactly the axis contracted with v
+"""
+
+from __future__ import annotations
+
+from ..capture.trace import Value
+from ..normalize.softmax import SoftmaxAnchor
+from ..reasons import Refusal
+from ..symbolic import same_size
+from .axes import Dim, atoms_of, broadcast, resolve
+from .labels import Labels, is_cast, is_view, label_contraction, operands_of, product_under_sum
+from .live import LiveUsers
+from .proof import Proof
+from .scores import ScorePath, ScoreWalk, Step
+from .weights import WeightsPath, follow_weights
+
+
+def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk: ScoreWalk) -> Proof:
+    """Label the attention around `anchor`; raises Refusal naming the axis or op that stopped the proof."""
+    path = walk.walk(anchor.scores)
+    weights = follow_weights(anchor, live)
+    _check_scores_stay_inside(path, anchor, weights, live)
+    labels = Labels()
+    depth = label_contraction(labels, path.contraction)
+    seconds = _label_seconds(labels, path)
+    operand_labels = _label_scores(labels, path)
+    score_dims = labels.of(anchor.scores)
+    key = score_dims[anchor.dim]
+    if not resolve(key):
+        raise Refusal("single_key", f"the softmax runs over dimension {anchor.dim}, which has one element")
+    labels.set(anchor.weights, score_dims)
+    contracted = _label_weights(labels, weights)
+    if resolve(contracted) != resolve(key):
+        raise Refusal(
+            "softmax_axis",
+            f"the softmax runs over dimension {anchor.dim} of the scores {list(anchor.scores.shape)}, "
+            f"but the product with V sums over another axis (sizes {_sizes(key)} and {_sizes(contracted)})",
+        )
+    q, k = _query_and_key(labels, path.contraction, key)
+    second = []
+    for other, other_depth in seconds:
+        q2, k2 = _query_and_key(labels, other.contraction, key)
+        second.append((q2, k2, _direct_factor(other), other_depth))
+    v = next(o for o in operands_of(weights.contraction) if o is not weights.operand)
+    values = [path.contraction, *path.values, *anchor.internals, *weights.values, weights.contraction]
+    for other, _ in seconds:
+        values += [other.contraction, *other.values]
+    factors = product_under_sum(path.contraction)
+    values += [f for f in (factors, product_under_sum(weights.contraction)) if f is not None]
+    return Proof(
+        anchor=anchor.weights,
+        output=weights.contraction,
+        labels=labels,
+        q=q,
+        k=k,
+        v=v,
+        score_dims=score_dims,
+        key=key,
+        depth=depth,
+        query_free=tuple(a for a in atoms_of(labels.of(path.contraction)) if a not in set(atoms_of(labels.of(k)))),
+        second=second,
+        steps=path.steps,
+        operand_labels=operand_labels,
+        shifted=anchor.shifted,
+        safe=anchor.safe,
+        zeroed=weights.zeroed,
+        dropout_p=weights.dropout_p,
+        cuts_sink=weights.cuts_sink,
+        values=values,
+    )
+
+
+def _sizes(dim: Dim) -> str:
+    return " x ".join(str(atom.size) for atom in resolve(dim)) or "1"
+
+
+def _label_scores(labels: Labels, path: ScorePath) -> dict[int, Labels]:
+    """Label every value of a score path; returns, per step with a tensor, labels of that tensor for this use.
+
+    A bias or mask gets labels of its own for each use: one vector may stand along the queries here and along the keys
+    there without making the two axes one.
+    """
+    steps: dict[int, list[Step]] = {}
+    for step in path.steps:
+        steps.setdefault(step.at.id, []).append(step)
+    found: dict[int, Labels] = {}
+    previous = path.contraction
+    for value in (path.contraction, *path.values):
+        own = [s for s in steps.get(value.id, ()) if isinstance(s.operand, Value) and s.kind != "sinks"]
+        for step in own:
+            found[id(step)] = Labels()
+        if value is not path.contraction:
+            _label_score(labels, previous, value, [(found[id(s)], s.operand) for s in own])
+        for step in own:
+            found[id(step)].align(step.operand, labels.of(value))
+        previous = value
+    return found
+
+
+def _label_score(labels: Labels, score: Value, value: Value, others: list[tuple[Labels, Value]]) -> None:
+    """Label one value of the score path from the score it is computed from."""
+    if is_view(value) or is_cast(value):
+        labels.of(value)
+    elif value.name == "cat":  # scores with a sink column: the key axis keeps its label, the column has none
+        labels.set(value, labels.of(score))
+    elif value.name == "add" and sum(labels.known(a) for a in value.args if isinstance(a, Value)) == 2:
+        labels.pointwise(value)  # two products
+    else:
+        operands = [(labels.of(score), score.shape), *((own.of(v), v.shape) for own, v in others)]
+        wide = [pair for pair in operands[1:] if not _covers(score, value)]
+        labels.set(value, broadcast(value.ndim, [operands[0], *wide]))
+
+
+def _covers(score: Value, value: Value) -> bool:
+    """True if the score alone has the size of the result: nothing broadcasts it."""
+    return score.ndim == value.ndim and all(same_size(a, b) for a, b in zip(score.shape, value.shape))
+
+
+def _label_seconds(labels: Labels, path: ScorePath) -> list[tuple[ScorePath, Dim]]:
+    found = []
+    for step in path.steps:
+        if step.kind == "second":
+            other: ScorePath = step.operand
+            found.append((other, label_contraction(labels, other.contraction)))
+            _label_scores(labels, other)
+    return found
+
+
+def _direct_factor(path: ScorePath):
+    factor = 1
+    for step in path.steps:
+        factor = factor * step.operand
+    return factor
+
+
+def _label_weights(labels: Labels, path: WeightsPath) -> Dim:
+    """Label the weights up to the product with V; returns the axis that product sums over."""
+    for value in path.values[1:]:
+        if is_view(value) or is_cast(value):
+            labels.of(value)
+            continue
+        source = value.args[0]
+        if value.name != "slice" and not all(same_size(a, b) for a, b in zip(value.shape, source.shape)):
+            raise Refusal("weights_changed", f"{value.name} broadcasts the attention weights")
+        labels.set(value, labels.of(source))
+    contraction = path.contraction
+    if contraction.name in ("baddbmm", "addmm"):
+        if contraction.kwargs.get("beta", 1) != 0 or contraction.kwargs.get("alpha", 1) != 1:
+            raise Refusal("weights_changed", f"{contraction.name} adds to the product with V")
+    left, right = operands_of(contraction)
+    if left is right:
+        raise Refusal("weights_used_elsewhere", "the attention weights are multiplied with themselves")
+    return label_contraction(labels, contraction)
+
+
+def _query_and_key(labels: Labels, contraction: Value, key: Dim) -> tuple[Value, Value]:
+    left, right = operands_of(contraction)
+    wanted = set(resolve(key))
+    in_left, in_right = wanted & set(atoms_of(labels.of(left))), wanted & set(atoms_of(labels.of(right)))
+    if in_right == wanted and not in_left:
+        return left, right
+    if in_left == wanted and not in_right:
+        return right, left
+    raise Refusal("key_axis", "the softmax axis is not a free axis of exactly one factor of q k^T")
+
+
+def _check_scores_stay_inside(path: ScorePath, anchor: SoftmaxAnchor, weights: WeightsPath, live: LiveUsers) -> None:
+    inside = {v.id for v in (path.contraction, *path.values, *anchor.internals, anchor.weights)}
+    for step in path.steps:
+        if step.kind == "row_shift":
+            inside |= _chain_ids(step.operand)
+    for value in (path.contraction, *path.values):
+        outside = [u for u in live.users(value, "scores_used_elsewhere") if u.id not in inside]
+        if outside:
+            raise Refusal("scores_used_elsewhere", f"the scores are also read by {outside[0].name}")
+    modes = {v.grad_mode for v in (path.contraction, *path.values, *weights.values, weights.contraction)}
+    if len(modes) > 1:
+        raise Refusal("mixed_grad_mode", "part of the attention is computed under no_grad and part is not")
+
+
+def _chain_ids(value: Value) -> set[int]:
+    ids = {value.id}
+    while not isinstance(value.op, str) and value.name in ("detach", "alias", "expand", "unsqueeze") and value.args:
+        value = value.args[0]
+        ids.add(value.id)
+    return ids

@@ -1,0 +1,156 @@
+"""Emit nodes into Dynamo's graph at one place, reading captured values where they are still intact.
+
+A captured value is looked up as a Dynamo node whose tensor has not been written to since; one that lives in no node
+(an implicit cast of autocast, a view inside a library call) is emitted again as functional ATen.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+from torch.utils import _pytree as pytree
+
+from ..capture.trace import Trace, Value
+from ..reasons import Refusal
+from ..symbolic import Size, to_expr
+
+aten = torch.ops.aten
+
+_COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+class GraphBuilder:
+    """Builds nodes after `anchor` (a node of `trace.graph_module`).
+
+    Attributes:
+        time: Position of the anchor: values are read as they are right after it ran.
+        emitted: Nodes added so far, in order; `discard` removes them again.
+    """
+
+    def __init__(self, trace: Trace, anchor: fx.Node, replaced: dict[fx.Node, fx.Node]) -> None:
+        self.trace = trace
+        self.graph = trace.graph_module.graph
+        self.anchor = anchor
+        self.time = trace.order[anchor]
+        self.emitted: list[fx.Node] = []
+        self._cursor = anchor
+        self._replaced = replaced
+        self._values: dict[int, fx.Node] = {}
+        self._sizes: dict[sympy.Expr, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.anchor.meta["example_value"].device
+
+    def discard(self) -> None:
+        """Remove everything emitted: the graph is as before."""
+        for node in reversed(self.emitted):
+            self.graph.erase_node(node)
+        self.emitted.clear()
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Emit one call; its example value is computed from its arguments'."""
+        with self.graph.inserting_after(self._cursor):
+            node = self.graph.call_function(op, args, kwargs)
+        self._cursor = node
+        self.emitted.append(node)
+        for key in _COPIED_META:
+            if key in self.anchor.meta:
+                node.meta[key] = self.anchor.meta[key]
+        node.meta["example_value"] = self._example(op, args, kwargs)
+        return node
+
+    def example(self, handle: Any) -> Any:
+        """The example value of a handle."""
+        return handle.meta["example_value"] if isinstance(handle, fx.Node) else handle
+
+    def tensor(self, value: Value) -> fx.Node:
+        """A node that holds `value` at this place; raises Refusal if there is none and none can be made."""
+        if value.id in self._values:
+            return self._values[value.id]
+        holders = self.trace.nodes_holding(value, self.time)
+        node = self._replaced.get(holders[0], holders[0]) if holders else self._emit_again(value)
+        self._values[value.id] = node
+        return node
+
+    def size(self, size: Size) -> Any:
+        """An int, or a node that holds the symbolic size."""
+        expr = to_expr(size)
+        if expr.is_number:
+            return int(expr)
+        if expr not in self._sizes:
+            self._sizes[expr] = self._size_node(expr)
+        return self._sizes[expr]
+
+    def _example(self, op: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta["example_value"], (args, kwargs))
+        fakes = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        mode = getattr(fakes[0], "fake_mode", None) if fakes else self._fake_mode()
+        if mode is None:
+            return op(*args, **kwargs)
+        shape_env = mode.shape_env
+        if shape_env is None:
+            with mode:
+                return op(*args, **kwargs)
+        with mode, shape_env.ignore_fresh_unbacked_symbols():
+            return op(*args, **kwargs)
+
+    def _fake_mode(self) -> Any:
+        return getattr(self.anchor.meta.get("example_value"), "fake_mode", None)
+
+    def _emit_again(self, value: Value) -> fx.Node:
+        if value.op == "constant" and value.kwargs.get("value") is not None:
+            return self.call(
+                aten.full.default,
+                [int(s) for s in value.shape],
+                value.kwargs["value"],
+                dtype=value.dtype,
+                device=value.device,
+            )
+        if isinstance(value.op, str):
+            raise Refusal("value_unavailable", f"{value!r} was overwritten or never visible where it is needed")
+        if torch.Tag.nondeterministic_seeded in value.op.tags:
+            raise Refusal("value_unavailable", f"{value!r} is random and cannot be computed again")
+        args, kwargs = pytree.tree_map(
+            self._argument, (list(value.args), dict(value.kwargs)), is_leaf=lambda a: isinstance(a, Value)
+        )
+        node = self.call(value.op, *args, **kwargs)
+        return node if value.output_index is None else self.call(operator.getitem, node, value.output_index)
+
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, Value):
+            return self.tensor(argument)
+        if isinstance(argument, torch.SymInt):
+            return self.size(argument)
+        if isinstance(argument, torch.SymFloat):
+            raise Refusal("value_unavailable", "a dynamic float is needed again")
+        return argument
+
+    def _size_node(self, expr: sympy.Expr) -> Any:
+        for node, position in self.trace.order.items():
+            example = node.meta.get("example_value")
+            if position <= self.time and isinstance(example, torch.SymInt) and example.node.expr == expr:
+                return node
+        for node, tensor in self.trace.tensors.items():
+            if tensor.time > self.time or (node.op == "placeholder" and not node.users):
+                continue
+            example = node.meta.get("example_value")
+            if not isinstance(example, torch.Tensor):
+                continue
+            for dim, size in enumerate(example.shape):
+                if to_expr(size) == expr:
+                    return self.call(aten.sym_size.int, self._replaced.get(node, node), dim)
+        if isinstance(expr, (sympy.Mul, sympy.Add)):
+            combine = operator.mul if isinstance(expr, sympy.Mul) else operator.add
+            return functools.reduce(lambda a, b: self._combine(combine, a, b), [self.size(e) for e in expr.args])
+        raise Refusal("size_unavailable", f"no node of the graph holds the size {expr}")
+
+    def _combine(self, op: Any, left: Any, right: Any) -> Any:
+        if isinstance(left, int) and isinstance(right, int):
+            return op(left, right)
+        return self.call(op, left, right)

@@ -1,0 +1,51 @@
+"""Remove what a rewritten site no longer needs, and nothing else.
+
+FX's own dead-code elimination is unsafe here: it takes in-place methods (`masked_fill_`) for pure and deletes live writes.
+Here only nodes that computed a value of a rewritten site may go, and a node that writes to memory goes only together with
+every tensor that shares the memory, when nobody outside reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch.fx as fx
+
+from ..capture.trace import Storage, Trace, Value
+
+
+def remove_dead(trace: Trace, values: Iterable[Value]) -> None:
+    """Erase unused nodes that computed `values`."""
+    graph = trace.graph_module.graph
+    candidates = {
+        v.node for v in values if v.node is not None and v.node.op not in ("placeholder", "get_attr", "output")
+    }
+    by_time = {position: node for node, position in trace.order.items()}
+    writers: dict[fx.Node, Storage] = {}
+    aliases: dict[int, tuple[Storage, set[fx.Node]]] = {}
+    for node, tensor in trace.tensors.items():
+        aliases.setdefault(id(tensor.storage), (tensor.storage, set()))[1].add(node)
+    for storage, nodes in aliases.values():
+        for time in storage.write_times:
+            writers[by_time[time]] = storage
+            nodes.add(by_time[time])
+    erased: set[fx.Node] = set()
+    changed = True
+    while changed:
+        changed = False
+        for node in sorted(candidates - erased, key=lambda n: -trace.order[n]):
+            if not node.users and node not in writers:
+                graph.erase_node(node)
+                erased.add(node)
+                changed = True
+        for storage, nodes in aliases.values():
+            group = nodes - erased
+            if storage.write_times and group and group <= candidates and _is_closed(group):
+                for node in sorted(group, key=lambda n: -trace.order[n]):
+                    graph.erase_node(node)
+                erased |= group
+                changed = True
+
+
+def _is_closed(group: set[fx.Node]) -> bool:
+    return all(user in group for node in group for user in node.users)

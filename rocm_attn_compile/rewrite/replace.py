@@ -1,0 +1,157 @@
+"""Replace one recognised attention by the canonical op, or leave the graph exactly as it was."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from .. import ops
+from ..capture.trace import Trace, Value
+from ..reasons import Refusal
+from ..recognize.labels import is_cast, is_view
+from ..recognize.region import Operand, Region
+from .builder import GraphBuilder
+from .canonical import from_layout, to_layout
+from .dead_code import remove_dead
+from .layout import choose_out_layout
+from .masks import emit_masks
+
+aten = torch.ops.aten
+
+
+class Rewriter:
+    """Rewrites sites of one trace. Sites are independent: each is applied whole or discarded whole."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.replaced: dict[fx.Node, fx.Node] = {}
+        self._regions: list[Region] = []
+
+    def apply(self, region: Region, impl: str) -> fx.Node:
+        """Emit the op for `region` and make every later reader use it.
+
+        Raises:
+            Refusal: A tensor the op needs is not available where the result is; the graph is unchanged.
+        """
+        target, value = self._output_node(region)
+        builder = GraphBuilder(self.trace, target, self.replaced)
+        try:
+            result = self._emit(builder, region, target, value, impl)
+        except Exception:
+            builder.discard()
+            raise
+        emitted = set(builder.emitted)
+        for user in list(target.users):
+            if user not in emitted:
+                user.replace_input_with(target, result)
+        self.replaced[target] = result
+        self._regions.append(region)
+        return result
+
+    def finish(self) -> None:
+        """Remove what the rewritten sites leave unused, check the graph and recompile it."""
+        remove_dead(self.trace, [value for region in self._regions for value in region.values])
+        self.trace.graph_module.graph.lint()
+        self.trace.graph_module.recompile()
+
+    def _output_node(self, region: Region) -> tuple[fx.Node, Value]:
+        """The first Dynamo node that holds the result, or a view or cast of it."""
+        value = region.output.value
+        while True:
+            nodes = [n for n, t in self.trace.tensors.items() if t.value is value]
+            if nodes:
+                return nodes[0], value
+            users = [u for u in value.users if is_view(u) or is_cast(u)]
+            if len(users) != 1 or len(value.users) != 1:
+                raise Refusal("output_hidden", "the result of the attention is inside a larger call")
+            value = users[0]
+
+    def _emit(self, builder: GraphBuilder, region: Region, target: fx.Node, value: Value, impl: str) -> fx.Node:
+        spec, roles = region.spec, region.roles
+        heads = roles.heads
+        q = self._operand(builder, region.q, [roles.batch, heads, roles.query, roles.depth], spec.dtype)
+        k = self._operand(builder, region.k, [roles.batch, roles.kv_heads, roles.key, roles.depth], spec.dtype)
+        v = self._operand(builder, region.v, [roles.batch, roles.kv_heads, roles.key, roles.value_depth], spec.dtype)
+        if region.second:
+            q, k = self._concatenate(builder, region, q, k)
+        bias = self._bias(builder, region)
+        masks = emit_masks(builder, region)
+        sinks = self._sinks(builder, region)
+        seed = None
+        if spec.dropout_p:
+            seed = builder.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=builder.device)
+        layout = choose_out_layout(target, region, value)
+        call = builder.call(
+            ops.attention,
+            q,
+            k,
+            v,
+            bias,
+            masks.attn_mask,
+            masks.key_mask,
+            masks.kv_start,
+            masks.kv_end,
+            masks.q_ids,
+            masks.kv_ids,
+            sinks,
+            seed,
+            softmax_scale=spec.softmax_scale,
+            logits_soft_cap=spec.logits_soft_cap,
+            band_lower=masks.band_lower,
+            band_upper=masks.band_upper,
+            dropout_p=spec.dropout_p,
+            empty_rows=spec.mask.empty_rows.value,
+            out_layout=layout,
+            impl=impl,
+        )
+        out = builder.call(operator.getitem, call, 0)
+        dims = region.labels.of(value)
+        out = from_layout(builder, out, [roles.batch, heads, roles.query, roles.value_depth], dims, value.shape)
+        if builder.example(out).dtype != value.dtype:
+            out = builder.call(aten._to_copy.default, out, dtype=value.dtype)
+        return out
+
+    def _operand(self, builder: GraphBuilder, operand: Operand, groups: list, dtype: torch.dtype) -> fx.Node:
+        node = to_layout(builder, builder.tensor(operand.value), operand.dims, groups, [True] * 4)
+        if builder.example(node).dtype != dtype:
+            node = builder.call(aten._to_copy.default, node, dtype=dtype)
+        for factor, divides in operand.factors:
+            other = to_layout(builder, builder.tensor(factor.value), factor.dims, groups, [False] * 4)
+            op = aten.div.Tensor if divides else aten.mul.Tensor
+            node = builder.call(op, node, other)
+            if builder.example(node).dtype != dtype:
+                node = builder.call(aten._to_copy.default, node, dtype=dtype)
+        if operand.factor != 1:
+            node = builder.call(aten.mul.Tensor, node, operand.factor)
+        return node
+
+    def _concatenate(self, builder: GraphBuilder, region: Region, q: fx.Node, k: fx.Node) -> tuple[fx.Node, fx.Node]:
+        roles, dtype = region.roles, region.spec.dtype
+        queries, keys = [q], [k]
+        for q2, k2, depth in region.second:
+            queries.append(self._operand(builder, q2, [roles.batch, roles.heads, roles.query, depth], dtype))
+            keys.append(self._operand(builder, k2, [roles.batch, roles.kv_heads, roles.key, depth], dtype))
+        return builder.call(aten.cat.default, queries, -1), builder.call(aten.cat.default, keys, -1)
+
+    def _bias(self, builder: GraphBuilder, region: Region) -> Any:
+        roles, total = region.roles, None
+        for bias in region.biases:
+            node = to_layout(
+                builder,
+                builder.tensor(bias.value),
+                bias.dims,
+                [roles.batch, roles.heads, roles.query, roles.key],
+                [False] * 4,
+            )
+            if bias.factor != 1:
+                node = builder.call(aten.mul.Tensor, node, bias.factor)
+            total = node if total is None else builder.call(aten.add.Tensor, total, node)
+        return total
+
+    def _sinks(self, builder: GraphBuilder, region: Region) -> Any:
+        if region.sinks is None:
+            return None
+        return to_layout(builder, builder.tensor(region.sinks.value), region.sinks.dims, [region.roles.heads], [True])

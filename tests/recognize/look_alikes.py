@@ -1,0 +1,274 @@
+"""Programs that look like attention and must be left alone, each with the code of the reason.
+
+`code` is that of the refusal. None means there is no softmax to refuse: nothing may be reported as replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from spellings import SCALE, B, D, H, M, N, bhsd, rand, square
+from torch import Tensor
+
+S = 10  # all axes equal, so that only the proof can tell them apart
+
+
+def cube():
+    return tuple(rand(S, S, S, S) for _ in range(3))
+
+
+@dataclass(frozen=True)
+class LookAlike:
+    name: str
+    function: Callable[..., Tensor]
+    make: Callable[[], tuple]
+    code: str | None
+
+
+LOOK_ALIKES: dict[str, LookAlike] = {}
+
+
+def look_alike(code: str | None, make: Callable[[], tuple] = square):
+    def register(function):
+        LOOK_ALIKES[function.__name__] = LookAlike(function.__name__, function, make, code)
+        return function
+
+    return register
+
+
+# --- the wrong axis -----------------------------------------------------------------------------------------------------
+
+
+@look_alike("softmax_axis")
+def softmax_over_queries(q, k, v):
+    return (q @ k.mT * SCALE).softmax(-2) @ v
+
+
+@look_alike("softmax_axis", cube)
+def softmax_over_queries_equal_sizes(q, k, v):
+    return (q @ k.mT).softmax(2) @ v
+
+
+@look_alike("softmax_axis", cube)
+def softmax_over_heads(q, k, v):
+    return (q @ k.mT).softmax(1) @ v
+
+
+@look_alike("softmax_axis", cube)
+def softmax_over_batch(q, k, v):
+    return (q @ k.mT).softmax(0) @ v
+
+
+@look_alike("softmax_axis", cube)
+def value_contracted_over_queries(q, k, v):
+    return (q @ k.mT).softmax(-1).mT @ v
+
+
+@look_alike("scores_used_elsewhere", lambda: tuple(rand(B, H, S, S) for _ in range(3)))
+def scores_symmetrised(q, k, v):
+    s = q @ k.mT
+    return (s + s.mT).softmax(-1) @ v
+
+
+@look_alike("softmax_axis", cube)
+def key_permuted_straight(q, k, v):
+    # K lies as (b, d, h, s) here; only labels can tell, all sizes are equal
+    s = torch.einsum("bhqd,bhkd->bhqk", q, k.permute(0, 3, 1, 2))
+    return torch.einsum("bhqk,bhqd->bhkd", s.softmax(-1), v)
+
+
+@look_alike("scores_used_elsewhere")
+def talking_heads(q, k, v):
+    s = q @ k.mT * SCALE
+    s = s + s.flip(1)
+    return s.softmax(-1) @ v
+
+
+@look_alike("score_op")
+def heads_rolled(q, k, v):
+    return (q @ k.mT * SCALE).roll(1, 1).softmax(-1) @ v
+
+
+@look_alike("softmax_axis", lambda: (*square(), rand(H, H)))
+def talking_heads_mixed_weights(q, k, v, mix):
+    p = (q @ k.mT * SCALE).softmax(-1)
+    return torch.einsum("gh,bhqk->bgqk", mix, p).relu() @ v
+
+
+# --- not a softmax ------------------------------------------------------------------------------------------------------
+
+
+@look_alike(None)
+def linear_attention(q, k, v):
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    return (q @ (k.mT @ v)) / (q @ k.sum(-2, keepdim=True).mT)
+
+
+@look_alike("no_contraction")
+def efficient_attention_two_softmaxes(q, k, v):
+    return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+
+@look_alike(None)
+def sigmoid_attention(q, k, v):
+    return torch.sigmoid(q @ k.mT * SCALE) @ v
+
+
+@look_alike(None)
+def relu_squared_attention(q, k, v):
+    return torch.relu(q @ k.mT * SCALE).square() @ v
+
+
+@look_alike(None)
+def softmax_plus_one(q, k, v):
+    e = (q @ k.mT * SCALE).exp()
+    return (e / (1 + e.sum(-1, keepdim=True))) @ v
+
+
+@look_alike(None)
+def normalised_over_another_axis(q, k, v):
+    e = (q @ k.mT * SCALE).exp()
+    return (e / e.sum((-1, -2), keepdim=True)) @ v
+
+
+@look_alike("no_contraction")
+def cosine_of_scores(q, k, v):
+    return torch.cos(q @ k.mT * SCALE).softmax(-1) @ v
+
+
+@look_alike("score_op")
+def clamped_scores(q, k, v):
+    return (q @ k.mT * SCALE).clamp(-1, 1).softmax(-1) @ v
+
+
+@look_alike("scores_used_elsewhere")
+def top_k_attention(q, k, v):
+    s = q @ k.mT * SCALE
+    threshold = s.topk(3, -1).values[..., -1:]
+    return (s - F.relu(s - threshold) * 0.5).softmax(-1) @ v
+
+
+@look_alike("weights_used_elsewhere")
+def sparsified_weights(q, k, v):
+    p = (q @ k.mT * SCALE).softmax(-1)
+    return torch.where(p > 0.05, p, 0.0) @ v
+
+
+@look_alike("weights_changed", lambda: (*square(), rand(H, 1, 1)))
+def head_mask_after_softmax(q, k, v, head_mask):
+    return ((q @ k.mT * SCALE).softmax(-1) * head_mask) @ v
+
+
+@look_alike("weights_changed")
+def squared_weights(q, k, v):
+    return (q @ k.mT * SCALE).softmax(-1).square() @ v
+
+
+# --- the weights or scores are needed elsewhere ---------------------------------------------------------------------------
+
+
+@look_alike("weights_used_elsewhere")
+def weights_returned(q, k, v):
+    p = (q @ k.mT * SCALE).softmax(-1)
+    return torch.cat([p @ v, p], -1)
+
+
+@look_alike("weights_used_elsewhere")
+def weights_with_two_values(q, k, v):
+    p = (q @ k.mT * SCALE).softmax(-1)
+    return p @ v + p @ (v * 2)
+
+
+@look_alike("scores_used_elsewhere")
+def scores_reused(q, k, v):
+    s = q @ k.mT * SCALE
+    return s.softmax(-1) @ v + s.mean()
+
+
+@look_alike("weights_detached", lambda: square())
+def detached_weights(q, k, v):
+    return (q @ k.mT * SCALE).softmax(-1).detach() @ v
+
+
+# --- masks that are not what they seem -----------------------------------------------------------------------------------
+
+
+@look_alike("finite_fill")
+def finite_fill_zero(q, k, v):
+    keep = torch.ones(M, M, dtype=torch.bool).tril()
+    return (q @ k.mT * SCALE).masked_fill(~keep, 0.0).softmax(-1) @ v
+
+
+@look_alike("finite_fill")
+def finite_fill_small(q, k, v):
+    keep = torch.ones(M, M, dtype=torch.bool).tril()
+    return torch.where(keep, q @ k.mT * SCALE, -5.0).softmax(-1) @ v
+
+
+@look_alike("finite_fill")
+def finite_fill_ten_thousand(q, k, v):
+    keep = torch.ones(M, M, dtype=torch.bool).tril()
+    return (q @ k.mT * 1e6).masked_fill(~keep, -1e4).softmax(-1) @ v
+
+
+@look_alike("bool_bias")
+def bool_mask_added(q, k, v):
+    return (q @ k.mT * SCALE + torch.ones(M, M, dtype=torch.bool).tril()).softmax(-1) @ v
+
+
+@look_alike("score_op")
+def multiplied_by_mask(q, k, v):
+    keep = torch.ones(M, M).tril()
+    return (torch.relu(q @ k.mT) * keep).softmax(-1) @ v
+
+
+@look_alike("scale_tensor")
+def scores_times_mask(q, k, v):  # masked scores become 0, not -inf
+    return ((q @ k.mT) * torch.ones(M, M).tril()).softmax(-1) @ v
+
+
+@look_alike("bias_before_cap", lambda: (*bhsd(), rand(M, N)))
+def bias_inside_soft_cap(q, k, v, bias):
+    return (5.0 * torch.tanh((q @ k.mT * SCALE + bias) / 5.0)).softmax(-1) @ v
+
+
+@look_alike("shift_axis")
+def column_maximum_subtracted(q, k, v):
+    s = q @ k.mT * SCALE
+    return (s - s.amax(-2, keepdim=True)).softmax(-1) @ v
+
+
+@look_alike("fill_unknown", lambda: (*square(), rand(1)))
+def fill_from_tensor(q, k, v, fill):
+    keep = torch.ones(M, M, dtype=torch.bool).tril()
+    return torch.where(keep, q @ k.mT * SCALE, fill).softmax(-1) @ v
+
+
+@look_alike("weights_changed")
+def weights_summed(q, k, v):
+    return (q @ k.mT / math.sqrt(D)).softmax(-1).sum(-1) + v.sum(-1)
+
+
+@look_alike("softmax_axis", lambda: (rand(S, S), rand(S, S), rand(S, S)))
+def gram_matrix_softmax(q, k, v):  # the softmaxed axis is free in the product with v
+    return ((q @ k.T).softmax(0)) @ v
+
+
+@look_alike("single_key", lambda: (rand(B, H, M, D), rand(B, H, 1, D), rand(B, H, 1, D)))
+def one_key(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@look_alike("weights_changed", lambda: (rand(B, M, D), rand(B, N, D), rand(B, M, N), rand(B, N, D)))
+def product_added_to_residual(q, k, residual, v):
+    return torch.bmm((q @ k.mT).softmax(-1) + residual, v)
+
+
+@look_alike("scale_after_mask")
+def negated_after_mask(q, k, v):
+    s = (q @ k.mT).masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), float("-inf"))
+    return (s * -1.0).softmax(-1) @ v

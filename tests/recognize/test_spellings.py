@@ -1,0 +1,79 @@
+"""Every spelling of `spellings.py` is replaced by the op, and is as accurate as eager: forward and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from spellings import SPELLINGS, Spelling
+from torch import Tensor
+
+import rocm_attn_compile
+from rocm_attn_compile.pipeline import compile_graph
+from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, count_attention_calls
+
+CASES = [
+    pytest.param(torch.float32, True, None, id="fp32-train-static"),
+    pytest.param(torch.bfloat16, False, None, id="bf16-infer-static"),
+    pytest.param(torch.float32, False, True, id="fp32-infer-dynamic"),
+    pytest.param(torch.bfloat16, True, None, id="bf16-train-static", marks=pytest.mark.slow),
+    pytest.param(torch.float32, True, True, id="fp32-train-dynamic", marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, True, True, id="bf16-train-dynamic", marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, False, True, id="bf16-infer-dynamic", marks=pytest.mark.slow),
+]
+
+
+def inputs_of(spelling: Spelling, dtype: torch.dtype, rounded_to: torch.dtype, trains: bool) -> list:
+    torch.manual_seed(0)
+    return [
+        t.to(rounded_to).to(dtype).requires_grad_(trains) if isinstance(t, Tensor) and t.is_floating_point() else t
+        for t in spelling.make()
+    ]
+
+
+def results_of(function, inputs: list, trains: bool) -> tuple[Tensor, ...]:
+    """Output and, in training, the gradients that exist."""
+    out = function(*inputs)
+    if not trains:
+        return (out,)
+    torch.manual_seed(1)
+    weight = torch.randn(out.shape).to(torch.bfloat16).to(out.dtype)
+    leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    return (out, *(g for g in torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True) if g is not None))
+
+
+class Recorder:
+    """A Dynamo backend: our pipeline, keeping the rewritten graph modules."""
+
+    def __init__(self, lowering: str = "aot_eager", **options) -> None:
+        self.lowering, self.options = lowering, options
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph_module, example_inputs):
+        self.graphs.append(graph_module)
+        return compile_graph(graph_module, example_inputs, lowering=self.lowering, options=self.options)
+
+    @property
+    def calls(self) -> int:
+        return sum(map(count_attention_calls, self.graphs))
+
+
+@pytest.mark.parametrize(("dtype", "trains", "dynamic"), CASES)
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=lambda s: s.name)
+def test_spelling_is_replaced_and_right(spelling: Spelling, dtype, trains, dynamic):
+    with Float64Everywhere():  # spellings with a float32 island
+        exact = results_of(spelling.function, inputs_of(spelling, torch.float64, dtype, trains), trains)
+    eager = results_of(spelling.function, inputs_of(spelling, dtype, dtype, trains), trains)
+    recorder = Recorder(lowering="aot_eager" if trains else "eager")
+    compiled = torch.compile(spelling.function, backend=recorder, fullgraph=True, dynamic=dynamic)
+    actual = results_of(compiled, inputs_of(spelling, dtype, dtype, trains), trains)
+
+    reports = rocm_attn_compile.reports()
+    assert recorder.calls == 1, "\n".join(map(str, reports))
+    (site,) = [site for report in reports for site in report.sites]
+    assert (site.kind, site.replaced, site.backend, site.reasons) == ("attention", True, "TRITON_ATTN", [])
+    assert site.source.startswith(__file__.replace("test_spellings", "spellings") + ":")
+    assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact))
+
+
+def test_there_are_enough_spellings():
+    assert len(SPELLINGS) >= 60
