@@ -1,0 +1,107 @@
+"""Launchers of TRITON_ATTN: the forward and backward of the canonical op `rocm_attn::attention`.
+
+Letters: B batch, H query heads, K key/value heads, M q_len, N kv_len, D head_dim, E v_head_dim.
+Needs torch and triton only. Works on ROCm and CUDA devices, and on CPU tensors under TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .backward_launch import backward_launches, sink_gradient
+from .forward_launch import forward_launches
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    q_ids: Tensor | None = None,
+    kv_ids: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    softmax_scale: float = 1.0,
+    logits_soft_cap: float | None = None,
+    band_lower: int | None = None,
+    band_upper: int | None = None,
+    dropout_p: float = 0.0,
+    empty_rows: str = "nan",
+    out_layout: str = "bhsd",
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention; the arguments are those of the op, see rocm_attn_compile/ops.
+
+    No input is copied: any strides are taken, and broadcast dimensions are read in place. Loads are widest where the
+    head dimension (or, for a transposed K, the key dimension) has unit stride.
+
+    Returns:
+        `out` `(B, H, M, E)` in the dtype of q, contiguous or, for out_layout "bshd", a view of contiguous `(B, M, H, E)`;
+        `lse` `(B, H, M)` float32, natural log, -inf for an empty row.
+
+    Raises:
+        ValueError, NotImplementedError: See launch.check.
+    """
+    launches, out, lse = forward_launches(
+        q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, softmax_scale,
+        logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, out_layout,
+    )  # fmt: skip
+    for launch in launches:
+        launch.run()
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_bias: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    kv_start: Tensor | None,
+    kv_end: Tensor | None,
+    q_ids: Tensor | None,
+    kv_ids: Tensor | None,
+    sinks: Tensor | None,
+    dropout_seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    logits_soft_cap: float | None,
+    band_lower: int | None,
+    band_upper: int | None,
+    dropout_p: float,
+    empty_rows: str,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of attention_forward's `out`, deterministic.
+
+    Args:
+        grad_out: `(B, H, M, E)`, any strides.
+        out, lse: What attention_forward returned.
+        output_mask: Which of dq, dk, dv, dbias, dsinks are wanted.
+
+    Returns:
+        dq, dk, dv, dbias, dsinks: of the shape and dtype of q, k, v, attn_bias and sinks, with the strides of a dense
+        tensor kept; shape (0,) where not wanted or not given.
+
+    Raises:
+        ValueError, NotImplementedError: See launch.check.
+    """
+    launches, tensors = backward_launches(
+        grad_out, q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, out,
+        lse, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, output_mask,
+    )  # fmt: skip
+    for launch in launches:
+        launch.run()
+    if sinks is not None and output_mask[4]:
+        dsinks = sink_gradient(sinks, lse, tensors["delta"], tensors["correction"])
+    else:
+        dsinks = q.new_empty((0,))
+    return tensors["dq"], tensors["dk"], tensors["dv"], tensors["dbias"], dsinks

@@ -1,0 +1,194 @@
+"""dk and dv: one program owns a block of keys of one key/value head and walks over the queries of its whole group.
+
+Tiles are transposed, (key, query), so that the weights are at once the left operand of `dv = p^T grad_out`. Looping over
+the group inside one program keeps grouped-query attention free of atomics and of copies of K and V.
+"""
+
+import triton
+import triton.language as tl
+
+from .backward import load_row_statistics, load_tile, store_tile, tile_gradients, tile_ptrs
+from .common import EMPTY_MEAN, EMPTY_MEAN_ADDED, EMPTY_NAN, load_key_masks, load_row_masks
+
+
+@triton.jit
+def q_block_range(n_first, n_last, q_len, band_lower, band_upper, BLOCK_M: tl.constexpr, HAS_LOWER: tl.constexpr,
+                  HAS_UPPER: tl.constexpr, NO_FULL: tl.constexpr):  # fmt: skip
+    """Which query blocks the keys `n_first..n_last` need: `(begin, full_begin, full_end, end)`, see kv_block_range.
+
+    NO_FULL: limits per row exist, so no block is known to be uncut.
+    """
+    lo = 0
+    hi = q_len
+    full_lo = 0
+    full_hi = q_len
+    if HAS_UPPER:
+        lo = tl.maximum(lo, n_first - band_upper)
+        full_lo = tl.maximum(full_lo, n_last - band_upper)
+    if HAS_LOWER:
+        hi = tl.minimum(hi, n_last - band_lower + 1)
+        full_hi = tl.minimum(full_hi, n_first - band_lower + 1)
+    begin = lo // BLOCK_M
+    end = tl.maximum(begin, tl.cdiv(tl.maximum(hi, 0), BLOCK_M))
+    full_begin = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_M), begin), end)
+    full_end = tl.minimum(tl.maximum(tl.maximum(full_hi, 0) // BLOCK_M, full_begin), end)
+    if NO_FULL:
+        full_begin = begin
+        full_end = begin
+    return begin, full_begin, full_end, end
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "band_lower", "band_upper"])
+def backward_dkdv_kernel(
+    q, k, v, grad_out, grad_k, grad_v, lse, delta, correction, any_empty,
+    attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_ve, stride_gb, stride_gh, stride_gm, stride_ge,
+    stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dve,
+    stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
+    stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
+    num_heads, gqa_group_size, q_len, kv_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write `grad_k` `(B, K, N, D)` and `grad_v` `(B, K, N, E)`. Phases as in backward_dq_kernel."""
+    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
+    ROW_LIMITS: tl.constexpr = HAS_START or HAS_END
+    EMPTY_MATTERS: tl.constexpr = (
+        (EMPTY_ROWS == EMPTY_NAN) or (EMPTY_ROWS == EMPTY_MEAN) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
+    )
+    num_kv_blocks = tl.cdiv(kv_len, BLOCK_N)
+    num_row_blocks = tl.cdiv(q_len, BLOCK_M)
+    num_kv_heads = num_heads // gqa_group_size
+    pid = tl.program_id(0)
+    kv_block = pid % num_kv_blocks
+    kv_head_index = pid // num_kv_blocks
+    batch = (kv_head_index // num_kv_heads).to(tl.int64)
+    kv_head = (kv_head_index % num_kv_heads).to(tl.int64)
+    n_first = kv_block * BLOCK_N
+    n_last = tl.minimum(n_first + BLOCK_N, kv_len) - 1
+    n_first_long = n_first.to(tl.int64)
+    kv_pos = n_first + tl.arange(0, BLOCK_N)
+    col_local = tl.arange(0, BLOCK_N)
+    if WIDE:
+        col_local = col_local.to(tl.int64)
+
+    k += batch * stride_kb + kv_head * stride_kh
+    v += batch * stride_vb + kv_head * stride_vh
+    q += batch * stride_qb
+    grad_out += batch * stride_gb
+    if HAS_BIAS:
+        attn_bias += batch * stride_bb + n_first_long * stride_bn
+    if HAS_ATTN_MASK:
+        attn_mask += batch * stride_mb + n_first_long * stride_mn
+    if HAS_START:
+        kv_start += batch * stride_start_b
+    if HAS_END:
+        kv_end += batch * stride_end_b
+    if HAS_IDS:
+        q_ids += batch * stride_qid_b
+        kv_ids += batch * stride_kid_b
+    if HAS_KEY_MASK:
+        key_mask += batch * stride_key_b
+    key_keep, kv_id = load_key_masks(
+        key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
+    )
+    seed = 0
+    if HAS_DROPOUT:
+        seed = tl.load(dropout_seed)
+    k_tile = load_tile(k, n_first, stride_kn, stride_kd, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, True, WIDE)
+    v_tile = load_tile(v, n_first, stride_vn, stride_ve, kv_len, V_HEAD_DIM, BLOCK_N, BLOCK_E, True, WIDE)
+    begin, full_begin, full_end, end = q_block_range(
+        n_first, n_last, q_len, band_lower, band_upper, BLOCK_M, HAS_LOWER, HAS_UPPER, ROW_LIMITS
+    )
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    for phase in tl.static_range(3):
+        if phase == 0:
+            first = full_begin
+            count = full_end - full_begin
+        elif phase == 1:
+            first = begin
+            count = (end - begin) - (full_end - full_begin)
+        else:
+            first = 0
+            count = num_row_blocks
+        if (phase == 0 and not ROW_LIMITS) or phase == 1 or (phase == 2 and EMPTY_MATTERS):
+            for i in range(0, count * gqa_group_size):
+                head = kv_head * gqa_group_size + i // count
+                block = first + i % count
+                if phase == 1:
+                    block = tl.where(block < full_begin, block, block + (full_end - full_begin))
+                q_first = block * BLOCK_M
+                row_base = (batch * num_heads + head) * q_len
+                row_store = q_first + tl.arange(0, BLOCK_M)
+                row_ok = row_store < q_len
+                q_pos = tl.minimum(row_store, q_len - 1)
+                starts, ends, q_id = load_row_masks(
+                    kv_start, kv_end, q_ids, stride_start_m, stride_end_m, stride_qid_m, q_pos, kv_len,
+                    HAS_START, HAS_END, HAS_IDS,
+                )  # fmt: skip
+                if phase == 2:
+                    visit = tl.load(any_empty + batch * num_heads + head) != 0
+                elif ROW_LIMITS:
+                    visit = row_block_meets(starts, ends, n_first, n_last, HAS_START, HAS_END)
+                else:
+                    visit = True
+                if visit:
+                    m, d, fix, empty = load_row_statistics(lse, delta, correction, row_base, q_pos, row_ok, HAS_BIAS)
+                    q_tile = load_tile(
+                        q + head * stride_qh, q_first, stride_qm, stride_qd, q_len, HEAD_DIM, BLOCK_M, BLOCK_D,
+                        phase > 0, WIDE,
+                    )  # fmt: skip
+                    g_tile = load_tile(
+                        grad_out + head * stride_gh, q_first, stride_gm, stride_ge, q_len, V_HEAD_DIM, BLOCK_M, BLOCK_E,
+                        phase > 0, WIDE,
+                    )  # fmt: skip
+                    qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+                    dp = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
+                    row_local = q_pos - q_first
+                    if WIDE:
+                        row_local = row_local.to(tl.int64)
+                    bias_ptrs = attn_bias
+                    mask_ptrs = attn_mask
+                    if HAS_BIAS:
+                        bias_ptrs = tile_ptrs(
+                            attn_bias + head * stride_bh + q_first.to(tl.int64) * stride_bm,
+                            row_local[None, :], col_local[:, None], stride_bm, stride_bn,
+                        )  # fmt: skip
+                    if HAS_ATTN_MASK:
+                        mask_ptrs = tile_ptrs(
+                            attn_mask + head * stride_mh + q_first.to(tl.int64) * stride_mm,
+                            row_local[None, :], col_local[:, None], stride_mm, stride_mn,
+                        )  # fmt: skip
+                    weights, _ds_bias, ds = tile_gradients(
+                        qk, dp, q_pos[None, :], kv_pos[:, None], row_ok[None, :], kv_len, m[None, :], d[None, :],
+                        fix[None, :], empty[None, :], starts[None, :], ends[None, :], q_id[None, :], kv_id[:, None],
+                        key_keep[:, None], bias_ptrs, mask_ptrs, seed, (row_base + q_pos)[None, :],
+                        softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
+                        phase > 0, phase == 2, RAW, HAS_SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START,
+                        HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, EMPTY_ROWS, PRECISE,
+                    )  # fmt: skip
+                    dv = tl.dot(weights.to(g_tile.dtype), g_tile, dv, input_precision=PRECISION)
+                    if phase < 2 or EMPTY_ROWS != EMPTY_MEAN:
+                        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    grad_k += batch * stride_dkb + kv_head * stride_dkh
+    grad_v += batch * stride_dvb + kv_head * stride_dvh
+    store_tile(grad_k, dk * softmax_scale, n_first, stride_dkn, stride_dkd, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, WIDE)
+    store_tile(grad_v, dv, n_first, stride_dvn, stride_dve, kv_len, V_HEAD_DIM, BLOCK_N, BLOCK_E, WIDE)
+
+
+@triton.jit
+def row_block_meets(starts, ends, n_first, n_last, HAS_START: tl.constexpr, HAS_END: tl.constexpr):
+    """Whether some row's [kv_start, kv_end) may touch the keys n_first..n_last."""
+    meets = n_first <= n_last
+    if HAS_START:
+        meets &= tl.min(starts) <= n_last
+    if HAS_END:
+        meets &= tl.max(ends) > n_first
+    return meets

@@ -1,0 +1,132 @@
+"""dq: one program owns a block of queries and walks over the keys, exactly as the forward kernel does."""
+
+import triton
+import triton.language as tl
+
+from .backward import load_row_statistics, load_tile, store_tile, tile_gradients, tile_ptrs
+from .common import EMPTY_MEAN_ADDED, EMPTY_NAN, kv_block_range, load_key_masks, load_row_masks
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "band_lower", "band_upper"])
+def backward_dq_kernel(
+    q, k, v, grad_out, grad_q, lse, delta, correction, any_empty,
+    attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_ve, stride_gb, stride_gh, stride_gm, stride_ge,
+    stride_dqb, stride_dqh, stride_dqm, stride_dqd,
+    stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
+    stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
+    num_heads, gqa_group_size, q_len, kv_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write `grad_q` `(B, H, M, D)`. Phases: blocks that no limit of position cuts, cut blocks, empty rows."""
+    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
+    EMPTY_HAS_DS: tl.constexpr = (EMPTY_ROWS == EMPTY_NAN) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
+    num_row_blocks = tl.cdiv(q_len, BLOCK_M)
+    pid = tl.program_id(0)
+    row_block = pid % num_row_blocks
+    if HAS_UPPER:
+        row_block = num_row_blocks - 1 - row_block
+    head_index = pid // num_row_blocks
+    batch = (head_index // num_heads).to(tl.int64)
+    head = (head_index % num_heads).to(tl.int64)
+    kv_head = head // gqa_group_size
+    row_base = head_index.to(tl.int64) * q_len
+    q_first = row_block * BLOCK_M
+    q_last = tl.minimum(q_first + BLOCK_M, q_len) - 1
+    q_first_long = q_first.to(tl.int64)
+    row_store = q_first + tl.arange(0, BLOCK_M)
+    row_ok = row_store < q_len
+    q_pos = tl.minimum(row_store, q_len - 1)
+    row_local = q_pos - q_first
+    col_local = tl.arange(0, BLOCK_N)
+    if WIDE:
+        row_local = row_local.to(tl.int64)
+        col_local = col_local.to(tl.int64)
+
+    q += batch * stride_qb + head * stride_qh
+    k += batch * stride_kb + kv_head * stride_kh
+    v += batch * stride_vb + kv_head * stride_vh
+    grad_out += batch * stride_gb + head * stride_gh
+    if HAS_BIAS:
+        attn_bias += batch * stride_bb + head * stride_bh + q_first_long * stride_bm
+    if HAS_ATTN_MASK:
+        attn_mask += batch * stride_mb + head * stride_mh + q_first_long * stride_mm
+    if HAS_START:
+        kv_start += batch * stride_start_b
+    if HAS_END:
+        kv_end += batch * stride_end_b
+    if HAS_IDS:
+        q_ids += batch * stride_qid_b
+        kv_ids += batch * stride_kid_b
+    if HAS_KEY_MASK:
+        key_mask += batch * stride_key_b
+    starts, ends, q_id = load_row_masks(
+        kv_start, kv_end, q_ids, stride_start_m, stride_end_m, stride_qid_m, q_pos, kv_len, HAS_START, HAS_END, HAS_IDS
+    )
+    seed = 0
+    if HAS_DROPOUT:
+        seed = tl.load(dropout_seed)
+    m, d, fix, empty = load_row_statistics(lse, delta, correction, row_base, q_pos, row_ok, HAS_BIAS)
+    q_tile = load_tile(q, q_first, stride_qm, stride_qd, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True, WIDE)
+    g_tile = load_tile(grad_out, q_first, stride_gm, stride_ge, q_len, V_HEAD_DIM, BLOCK_M, BLOCK_E, True, WIDE)
+    begin, full_begin, full_end, end = kv_block_range(
+        q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END
+    )
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for phase in tl.static_range(3):
+        if phase == 0:
+            first = full_begin
+            last = full_end
+        elif phase == 1:
+            first = begin
+            last = end - (full_end - full_begin)
+        else:
+            first = 0
+            last = 0
+            if EMPTY_HAS_DS:
+                last = tl.where(tl.max(tl.where(empty, 1, 0)) != 0, tl.cdiv(kv_len, BLOCK_N), 0)
+        if phase < 2 or EMPTY_HAS_DS:
+            for i in range(first, last):
+                block = i
+                if phase == 1:
+                    block = tl.where(i < full_begin, i, i + (full_end - full_begin))
+                start_n = block * BLOCK_N
+                start_long = start_n.to(tl.int64)
+                kv_pos = start_n + tl.arange(0, BLOCK_N)
+                k_tile = load_tile(
+                    k, start_n, stride_kn, stride_kd, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, phase > 0, WIDE
+                )
+                v_tile = load_tile(
+                    v, start_n, stride_vn, stride_ve, kv_len, V_HEAD_DIM, BLOCK_N, BLOCK_E, phase > 0, WIDE
+                )
+                qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+                dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
+                key_keep, kv_id = load_key_masks(
+                    key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
+                )
+                bias_ptrs = attn_bias
+                mask_ptrs = attn_mask
+                if HAS_BIAS:
+                    bias_ptrs = tile_ptrs(attn_bias + start_long * stride_bn, row_local[:, None], col_local[None, :],
+                                          stride_bm, stride_bn)  # fmt: skip
+                if HAS_ATTN_MASK:
+                    mask_ptrs = tile_ptrs(attn_mask + start_long * stride_mn, row_local[:, None], col_local[None, :],
+                                          stride_mm, stride_mn)  # fmt: skip
+                _weights, _ds_bias, ds = tile_gradients(
+                    qk, dp, q_pos[:, None], kv_pos[None, :], row_ok[:, None], kv_len, m[:, None], d[:, None],
+                    fix[:, None], empty[:, None], starts[:, None], ends[:, None], q_id[:, None], kv_id[None, :],
+                    key_keep[None, :], bias_ptrs, mask_ptrs, seed, (row_base + q_pos)[:, None],
+                    softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
+                    phase > 0, phase == 2, RAW, HAS_SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START,
+                    HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, EMPTY_ROWS, PRECISE,
+                )  # fmt: skip
+                acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+    grad_q += batch * stride_dqb + head * stride_dqh
+    store_tile(grad_q, acc * softmax_scale, q_first, stride_dqm, stride_dqd, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, WIDE)

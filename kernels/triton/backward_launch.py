@@ -1,0 +1,177 @@
+"""Plans the launches of one backward call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import configs
+from .backward import backward_rows_kernel
+from .backward_bias import backward_bias_kernel
+from .backward_dkdv import backward_dkdv_kernel
+from .backward_dq import backward_dq_kernel
+from .launch import EMPTY_ROWS, Launch, Tuning, check, common_arguments, device_arch, dot_precision
+
+
+def empty_gradient(tensor: Tensor) -> Tensor:
+    """An uninitialised gradient of `tensor`: with its strides if it is dense, else contiguous."""
+    gradient = torch.empty_like(tensor)
+    return gradient if gradient.stride() == tensor.stride() else tensor.new_empty(tensor.shape)
+
+
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, correction: Tensor | None) -> Tensor:
+    """`-(weight of the sink) * delta`, summed over batch and queries; `(H,)` in the dtype of `sinks`."""
+    weight = torch.exp(sinks.float()[None, :, None] - lse)
+    if correction is not None:
+        weight = weight * torch.exp2(-correction)
+    # lse is -inf only where the sink is -inf too: no weight there.
+    weight = torch.where(lse == -math.inf, 0.0, weight)
+    return -(weight * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def backward_launches(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_bias: Tensor | None,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    kv_start: Tensor | None,
+    kv_end: Tensor | None,
+    q_ids: Tensor | None,
+    kv_ids: Tensor | None,
+    sinks: Tensor | None,
+    dropout_seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    logits_soft_cap: float | None,
+    band_lower: int | None,
+    band_upper: int | None,
+    dropout_p: float,
+    empty_rows: str,
+    output_mask: Sequence[bool],
+    tuning: Tuning | None = None,
+) -> tuple[list[Launch], dict[str, Any]]:
+    """Allocate the gradients and describe the launches that fill them. Arguments as attention.attention_backward.
+
+    Returns:
+        The launches in order, and the tensors: "dq", "dk", "dv", "dbias" (shape (0,) where not wanted), "delta" and
+        "correction" (`(B, H, M)` float32 or None).
+    """
+    check(q, k, v, empty_rows)
+    tuning = tuning or Tuning()
+    batch, num_heads, q_len, _ = q.shape
+    _, kv_heads, kv_len, v_head_dim = v.shape
+    lse = lse.contiguous()
+    arch, _ = device_arch(q.device)
+    arch = tuning.arch or arch
+    is_amd = arch.startswith("gfx")
+
+    names = ("dq", "dk", "dv", "dbias")
+    wanted = [bool(flag) and t is not None for flag, t in zip(output_mask, (q, k, v, attn_bias, sinks))]
+    # dk and dv come from one kernel.
+    computed = [wanted[0], wanted[1] or wanted[2], wanted[1] or wanted[2], wanted[3]]
+    tensors: dict[str, Any] = {
+        name: empty_gradient(t) if need and t is not None else q.new_empty((0,))
+        for name, t, need in zip(names, (q, k, v, attn_bias), computed)
+    }
+    tensors["delta"] = torch.empty((batch, num_heads, q_len), dtype=torch.float32, device=q.device)
+    tensors["correction"] = None if attn_bias is None else torch.empty_like(tensors["delta"])
+    if grad_out.numel() == 0 or kv_len == 0:
+        for tensor in tensors.values():
+            if tensor is not None:
+                tensor.zero_()
+        return [], tensors
+
+    arguments = common_arguments(
+        q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed, softmax_scale,
+        logits_soft_cap, band_lower, band_upper, dropout_p,
+    )  # fmt: skip
+    empty = EMPTY_ROWS[empty_rows] if sinks is None else EMPTY_ROWS["zero"]
+    arguments.update(zip(("stride_gb", "stride_gh", "stride_gm", "stride_ge"), grad_out.stride()))
+    arguments.update(
+        grad_out=grad_out,
+        lse=lse,
+        delta=tensors["delta"],
+        correction=tensors["correction"],
+        any_empty=torch.zeros((batch * num_heads,), dtype=torch.int32, device=q.device) if empty else None,
+        EMPTY_ROWS=empty,
+        PRECISION=dot_precision(q.dtype, arch),
+    )
+    head_block = max(arguments["BLOCK_D"], arguments["BLOCK_E"])
+
+    def launch(kernel: Any, direction: str, grid: Any, **extra: Any) -> Launch:
+        config = tuning.config or configs.select(arch, direction, head_block, q.element_size())
+        tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        return Launch(kernel, grid(config), {**arguments, **extra, **tiles}, config.options(is_amd))
+
+    launches = [
+        launch(
+            backward_rows_kernel,
+            "backward_q",
+            lambda c: batch * num_heads * triton.cdiv(q_len, c.block_m),
+            out=out,
+            sinks=sinks,
+            HAS_SINKS=sinks is not None,
+            **dict(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out.stride())),
+        )
+    ]
+    if computed[1]:
+        dk, dv = tensors["dk"], tensors["dv"]
+        launches.append(
+            launch(
+                backward_dkdv_kernel,
+                "backward_kv",
+                lambda c: batch * kv_heads * triton.cdiv(kv_len, c.block_n),
+                grad_k=dk,
+                grad_v=dv,
+                **dict(zip(("stride_dkb", "stride_dkh", "stride_dkn", "stride_dkd"), dk.stride())),
+                **dict(zip(("stride_dvb", "stride_dvh", "stride_dvn", "stride_dve"), dv.stride())),
+            )
+        )
+    if computed[0]:
+        dq = tensors["dq"]
+        launches.append(
+            launch(
+                backward_dq_kernel,
+                "backward_q",
+                lambda c: batch * num_heads * triton.cdiv(q_len, c.block_m),
+                grad_q=dq,
+                **dict(zip(("stride_dqb", "stride_dqh", "stride_dqm", "stride_dqd"), dq.stride())),
+            )
+        )
+    if computed[3]:
+        dbias = tensors["dbias"]
+        bias_batch, bias_heads, bias_m, bias_n = dbias.shape
+        reduce_m, reduce_n = bias_m != q_len, bias_n != kv_len
+        launches.append(
+            launch(
+                backward_bias_kernel,
+                "backward_bias",
+                lambda c: (
+                    bias_batch
+                    * bias_heads
+                    * (1 if reduce_m else triton.cdiv(q_len, c.block_m))
+                    * (1 if reduce_n else triton.cdiv(kv_len, c.block_n))
+                ),
+                grad_bias=dbias,
+                bias_heads=bias_heads,
+                repeat_batch=batch // bias_batch,
+                repeat_heads=num_heads // bias_heads,
+                REDUCE_M=reduce_m,
+                REDUCE_N=reduce_n,
+                **dict(zip(("stride_dbb", "stride_dbh", "stride_dbm", "stride_dbn"), dbias.stride())),
+            )
+        )
+    for name, want in zip(names, wanted):
+        if not want:
+            # Filled, but not asked for: the op's contract is an empty tensor.
+            tensors[name] = q.new_empty((0,))
+    return launches, tensors

@@ -1,0 +1,208 @@
+"""Device functions shared by the forward, backward and combine kernels: scores, masks, ranges, dropout.
+
+Letters: B batch, H query heads, K key/value heads, M q_len, N kv_len, D head_dim, E v_head_dim.
+
+Scores live in one of three domains, fixed at compile time:
+
+* RAW (no bias, no soft cap, positive scale): the plain product q k^T. The factor `softmax_scale * log2(e)` is applied
+  together with the subtraction of the row maximum, one fused multiply-add per element.
+* log2 (soft cap, or a scale that is not positive): already scaled by log2(e).
+* natural (a bias is added): not scaled by log2(e), because a bias of `finfo.min` would overflow to -inf and a row made
+  of such values must stay uniform, as in eager.
+
+Row maxima `m` and `lse` inside the kernels are in log2 units in the first two domains, natural in the third.
+
+Every function takes 2-D index tensors that broadcast against the tile, so that the same code serves tiles of shape
+(query, key) and, in the dk/dv kernel, (key, query).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
+FLOAT32_MIN = tl.constexpr(-3.4028234663852886e38)
+
+# Values of the kernels' EMPTY_ROWS argument; see rocm_attn_compile.spec.EmptyRows. "zero" and "impossible" share code.
+EMPTY_ZERO = tl.constexpr(0)
+EMPTY_NAN = tl.constexpr(1)
+EMPTY_MEAN = tl.constexpr(2)
+EMPTY_MEAN_ADDED = tl.constexpr(3)
+
+
+@triton.jit
+def tanh(x, PRECISE: tl.constexpr):
+    """tanh of a float32 tensor. Absolute error about 1e-7; with PRECISE also a small relative error near zero.
+
+    `1 - 2 / (exp(2x) + 1)` cancels for small x, which a soft cap multiplies by the cap: harmless beside 16-bit inputs,
+    visible beside float32 ones, so those take the Taylor polynomial for |x| < 0.25 (next term below 1e-8).
+    """
+    t = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+    if PRECISE:
+        y = x * x
+        series = -17.0 / 315.0 + y * (62.0 / 2835.0)
+        series = 2.0 / 15.0 + y * series
+        series = -1.0 / 3.0 + y * series
+        t = tl.where(y < 0.0625, x + x * (y * series), t)
+    return t
+
+
+@triton.jit
+def load_bias(ptrs, ok):
+    """Load a bias tile as float32; a float64 bias below the float32 range becomes the smallest float32, not -inf."""
+    bias = tl.load(ptrs, mask=ok, other=0.0)
+    if bias.dtype == tl.float64:
+        bias = tl.where(bias == -INF, bias, tl.maximum(bias, FLOAT32_MIN))
+    return bias.to(tl.float32)
+
+
+@triton.jit
+def score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+               HAS_BIAS: tl.constexpr, PRECISE: tl.constexpr):  # fmt: skip
+    """Turn q k^T into scores of the chosen domain.
+
+    Returns:
+        The scores, and the derivative of the soft cap (1 where there is none).
+    """
+    slope = 1.0
+    if RAW:
+        s = qk
+    elif HAS_SOFT_CAP:
+        t = tanh(qk * (softmax_scale / logits_soft_cap), PRECISE)
+        slope = 1.0 - t * t
+        if HAS_BIAS:
+            s = t * logits_soft_cap + bias
+        else:
+            s = t * (logits_soft_cap * LOG2E)
+    else:
+        if HAS_BIAS:
+            s = qk * softmax_scale + bias
+        else:
+            s = qk * (softmax_scale * LOG2E)
+    return s, slope
+
+
+@triton.jit
+def exponent(s, m, scale_log2, RAW: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The base-2 exponent of `exp(s - m)`; `m` broadcasts against `s` and must not be -inf."""
+    if RAW:
+        x = s * scale_log2 - m
+    elif HAS_BIAS:
+        x = (s - m) * LOG2E
+    else:
+        x = s - m
+    return x
+
+
+@triton.jit
+def mask_scores(s, q_pos, kv_pos, kv_len, starts, ends, q_ids, kv_ids, key_keep, mask_keep, band_lower, band_upper,
+                BOUNDED: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_START: tl.constexpr,
+                HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+                HAS_ATTN_MASK: tl.constexpr):  # fmt: skip
+    """Put -inf where the mask drops a pair.
+
+    BOUNDED says that the tile may cross a limit given by positions (kv_len, the band, kv_start, kv_end); elsewhere the
+    caller has proved from the block ranges that it does not. The other masks are read wherever they exist.
+    """
+    if BOUNDED:
+        keep = kv_pos < kv_len
+        if HAS_UPPER:
+            keep &= kv_pos - q_pos <= band_upper
+        if HAS_LOWER:
+            keep &= kv_pos - q_pos >= band_lower
+        if HAS_START:
+            keep &= kv_pos >= starts
+        if HAS_END:
+            keep &= kv_pos < ends
+        s = tl.where(keep, s, -INF)
+    if HAS_IDS:
+        s = tl.where(q_ids == kv_ids, s, -INF)
+    if HAS_KEY_MASK:
+        s = tl.where(key_keep, s, -INF)
+    if HAS_ATTN_MASK:
+        s = tl.where(mask_keep, s, -INF)
+    return s
+
+
+@triton.jit
+def load_row_masks(kv_start, kv_end, q_ids, stride_start_m, stride_end_m, stride_qid_m, q_pos, kv_len,
+                   HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_IDS: tl.constexpr):  # fmt: skip
+    """Load `(kv_start, kv_end, q_ids)` of the rows `q_pos`, which must exist; anything absent is returned as q_pos.
+
+    The limits are clamped to [0, kv_len], so that they fit in 32 bits. The pointers already point at the batch entry.
+    """
+    starts = q_pos
+    ends = q_pos
+    ids = q_pos
+    at = q_pos.to(tl.int64)
+    if HAS_START:
+        starts = tl.minimum(tl.maximum(tl.load(kv_start + at * stride_start_m), 0), kv_len).to(tl.int32)
+    if HAS_END:
+        ends = tl.minimum(tl.maximum(tl.load(kv_end + at * stride_end_m), 0), kv_len).to(tl.int32)
+    if HAS_IDS:
+        ids = tl.load(q_ids + at * stride_qid_m)
+    return starts, ends, ids
+
+
+@triton.jit
+def load_key_masks(key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK: tl.constexpr,
+                   HAS_IDS: tl.constexpr):  # fmt: skip
+    """Load `(key_mask, kv_ids)` of the keys `kv_pos`; anything absent is returned as kv_pos."""
+    keep = kv_pos
+    ids = kv_pos
+    at = kv_pos.to(tl.int64)
+    ok = kv_pos < kv_len
+    if HAS_KEY_MASK:
+        keep = tl.load(key_mask + at * stride_key_n, mask=ok, other=0) != 0
+    if HAS_IDS:
+        ids = tl.load(kv_ids + at * stride_kid_n, mask=ok, other=0)
+    return keep, ids
+
+
+@triton.jit
+def kv_block_range(q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N: tl.constexpr,
+                   HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_START: tl.constexpr,
+                   HAS_END: tl.constexpr):  # fmt: skip
+    """Which key blocks a block of queries `q_first..q_last` needs.
+
+    Returns:
+        `(begin, full_begin, full_end, end)` in blocks of BLOCK_N, non-decreasing: outside [begin, end) no pair is kept;
+        inside [full_begin, full_end) no pair is dropped by a limit of position.
+    """
+    lo = 0
+    hi = kv_len
+    full_lo = 0
+    full_hi = kv_len
+    if HAS_UPPER:
+        hi = tl.minimum(hi, q_last + band_upper + 1)
+        full_hi = tl.minimum(full_hi, q_first + band_upper + 1)
+    if HAS_LOWER:
+        lo = tl.maximum(lo, q_first + band_lower)
+        full_lo = tl.maximum(full_lo, q_last + band_lower)
+    if HAS_START:
+        lo = tl.maximum(lo, tl.min(starts))
+        full_lo = tl.maximum(full_lo, tl.max(starts))
+    if HAS_END:
+        hi = tl.minimum(hi, tl.max(ends))
+        full_hi = tl.minimum(full_hi, tl.min(ends))
+    begin = lo // BLOCK_N
+    end = tl.maximum(begin, tl.cdiv(tl.maximum(hi, 0), BLOCK_N))
+    full_begin = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_N), begin), end)
+    full_end = tl.minimum(tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N, full_begin), end)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def dropout_keep(seed, row_index, kv_pos, kv_len, dropout_p):
+    """True where a weight survives dropout. `row_index` is `(b * H + h) * M + q` as int64; offset = row * N + k.
+
+    Equal to `tl.rand(seed, offset) >= dropout_p`. Philox is called directly because older releases of Triton run
+    another (64-bit) variant when the offset has 64 bits, and the mask must not depend on the release.
+    """
+    offset = row_index * kv_len + kv_pos
+    low = offset.to(tl.uint32)
+    high = (offset >> 32).to(tl.uint32)
+    zero = low * 0
+    bits, _b, _c, _d = tl.philox(seed, low, high, zero, zero)
+    return tl.uint_to_uniform_float(bits) >= dropout_p

@@ -1,0 +1,323 @@
+"""The forward kernel (prefill and split-KV decode alike) and the kernel that combines the splits.
+
+One program owns BLOCK_M rows of one batch entry and walks over blocks of BLOCK_N keys with the online softmax. A row is
+one (query head, query position) pair: with PACK > 1 the PACK query heads that share a key/value head lie in one tile
+(row = q * PACK + head), so that a decode step fills the matrix unit and reads K and V once per group.
+
+The walk has two phases: first the blocks that no limit of position cuts (no comparison per element), then the rest on
+both sides of them. Blocks that no row keeps are never visited; their range comes from the band and, on the device, from
+kv_start and kv_end, so a static cache costs what its valid part costs.
+
+Letters as in common.py.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    EMPTY_MEAN,
+    EMPTY_MEAN_ADDED,
+    EMPTY_NAN,
+    INF,
+    LN2,
+    LOG2E,
+    dropout_keep,
+    exponent,
+    kv_block_range,
+    load_bias,
+    load_key_masks,
+    load_row_masks,
+    mask_scores,
+    score_tile,
+)
+
+# These change from call to call (lengths grow while decoding); specialising on them would recompile.
+_RUNTIME_SIZES = ["q_len", "kv_len", "num_splits", "band_lower", "band_upper"]
+
+
+@triton.jit
+def finish_rows(acc, m, l, sink, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.constexpr, EMPTY_ROWS: tl.constexpr):
+    """Normalise: `(acc, m, l)` of finished rows to `(out, lse)`; lse in natural units, -inf for an empty row.
+
+    Args:
+        acc: `(R, E)` float32, sum of exp(s - m) v.
+        m: `(R,)` row maximum in the domain's units, -inf for an empty row.
+        l: `(R,)` sum of exp(s - m), 0 for an empty row. Not m decides emptiness: a NaN score leaves m at -inf.
+        sink: `(R,)` float32 natural, ignored without HAS_SINKS.
+    """
+    if not HAS_BIAS:
+        m = m * LN2
+    if HAS_SINKS:
+        top = tl.maximum(m, sink)
+        top = tl.where(top == -INF, 0.0, top)
+        shrink = tl.exp2((m - top) * LOG2E)
+        l = l * shrink + tl.exp2((sink - top) * LOG2E)
+        acc = acc * shrink[:, None]
+        m = top
+    empty = l == 0.0
+    l = tl.where(empty, 1.0, l)
+    out = acc / l[:, None]
+    if EMPTY_ROWS == EMPTY_NAN:
+        out = tl.where(empty[:, None], float("nan"), out)
+    lse = tl.where(empty, -INF, m + tl.log2(l) * LN2)
+    return out, lse
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+def attention_forward_kernel(
+    q, k, v, out, lse, partial, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_ve, stride_ob, stride_oh, stride_om, stride_oe,
+    stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
+    stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
+    num_heads, gqa_group_size, q_len, kv_len, num_splits,
+    softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
+    RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_IDS: tl.constexpr,
+    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention forward; see the module docstring and the canonical op for the meaning of every argument.
+
+    Writes `out` and `lse`, or with SPLIT the unnormalised `(acc, m, l)` of its share of the keys into `partial`, float32
+    `(B * H * M, num_splits, E + 2)`.
+    """
+    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
+    rows_len = q_len * PACK
+    num_row_blocks = tl.cdiv(rows_len, BLOCK_M)
+    pid = tl.program_id(0)
+    split = 0
+    if SPLIT:
+        split = pid % num_splits
+        pid = pid // num_splits
+    row_block = pid % num_row_blocks
+    if HAS_UPPER:
+        # The last queries of a causal mask see the most keys: start them first, so that short ones fill the tail.
+        row_block = num_row_blocks - 1 - row_block
+    head_block = pid // num_row_blocks
+    num_head_blocks = num_heads // PACK
+    batch = (head_block // num_head_blocks).to(tl.int64)
+    head = (head_block % num_head_blocks) * PACK
+    kv_head = (head // gqa_group_size).to(tl.int64)
+
+    # Rows past the end repeat the last one: every load is in bounds without a mask, only stores are masked.
+    row_store = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = row_store < rows_len
+    row = tl.minimum(row_store, rows_len - 1)
+    q_first = (row_block * BLOCK_M) // PACK
+    q_last = (tl.minimum((row_block + 1) * BLOCK_M, rows_len) - 1) // PACK
+    q_pos = row // PACK
+    head_local = row % PACK
+    q_local = q_pos - q_first
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_e = tl.arange(0, BLOCK_E)
+    if WIDE:
+        head_local = head_local.to(tl.int64)
+        q_local = q_local.to(tl.int64)
+        offs_n = offs_n.to(tl.int64)
+        offs_d = offs_d.to(tl.int64)
+        offs_e = offs_e.to(tl.int64)
+    head_long = head.to(tl.int64)
+    q_first_long = q_first.to(tl.int64)
+    d_ok = offs_d < HEAD_DIM
+    e_ok = offs_e < V_HEAD_DIM
+
+    q += batch * stride_qb + head_long * stride_qh + q_first_long * stride_qm
+    k += batch * stride_kb + kv_head * stride_kh
+    v += batch * stride_vb + kv_head * stride_vh
+    q_ptrs = q + (head_local * stride_qh + q_local * stride_qm)[:, None] + offs_d[None, :] * stride_qd
+    if BLOCK_D == HEAD_DIM:
+        q_tile = tl.load(q_ptrs)
+    else:
+        q_tile = tl.load(q_ptrs, mask=d_ok[None, :], other=0.0)
+
+    if HAS_START:
+        kv_start += batch * stride_start_b
+    if HAS_END:
+        kv_end += batch * stride_end_b
+    if HAS_IDS:
+        q_ids += batch * stride_qid_b
+        kv_ids += batch * stride_kid_b
+    if HAS_KEY_MASK:
+        key_mask += batch * stride_key_b
+    starts, ends, q_id = load_row_masks(
+        kv_start, kv_end, q_ids, stride_start_m, stride_end_m, stride_qid_m, q_pos, kv_len, HAS_START, HAS_END, HAS_IDS
+    )
+    bias = 0.0
+    mask_keep = 0
+    if HAS_BIAS:
+        attn_bias += batch * stride_bb + head_long * stride_bh + q_first_long * stride_bm
+        bias_row = head_local * stride_bh + q_local * stride_bm
+    if HAS_ATTN_MASK:
+        attn_mask += batch * stride_mb + head_long * stride_mh + q_first_long * stride_mm
+        mask_row = head_local * stride_mh + q_local * stride_mm
+    if HAS_DROPOUT:
+        seed = tl.load(dropout_seed)
+        row_index = ((batch * num_heads + head) + (row % PACK)) * q_len + q_pos
+
+    begin, full_begin, full_end, end = kv_block_range(
+        q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END
+    )
+    if SPLIT:
+        share = tl.cdiv(end - begin, num_splits)
+        begin = tl.minimum(begin + split * share, end)
+        end = tl.minimum(begin + share, end)
+        full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
+        full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
+
+    scale_log2 = softmax_scale * LOG2E
+    m_i = tl.full((BLOCK_M,), -INF, tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    for phase in tl.static_range(2):
+        if phase == 0:
+            first = full_begin
+            last = full_end
+        else:
+            first = begin
+            last = end - (full_end - full_begin)
+        for i in range(first, last):
+            block = i
+            if phase == 1:
+                block = tl.where(i < full_begin, i, i + (full_end - full_begin))
+            start_n = block * BLOCK_N
+            start_long = start_n.to(tl.int64)
+            kv_pos = start_n + tl.arange(0, BLOCK_N)
+            n_ok = kv_pos < kv_len
+            k_ptrs = k + start_long * stride_kn + offs_n[:, None] * stride_kn + offs_d[None, :] * stride_kd
+            v_ptrs = v + start_long * stride_vn + offs_n[:, None] * stride_vn + offs_e[None, :] * stride_ve
+            if phase == 1 and BLOCK_D != HEAD_DIM:
+                k_tile = tl.load(k_ptrs, mask=n_ok[:, None] & d_ok[None, :], other=0.0)
+            elif phase == 1:
+                k_tile = tl.load(k_ptrs, mask=n_ok[:, None], other=0.0)
+            elif BLOCK_D != HEAD_DIM:
+                k_tile = tl.load(k_ptrs, mask=d_ok[None, :], other=0.0)
+            else:
+                k_tile = tl.load(k_ptrs)
+            qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+
+            if HAS_BIAS:
+                bias_ptrs = attn_bias + start_long * stride_bn + bias_row[:, None] + offs_n[None, :] * stride_bn
+                bias = load_bias(bias_ptrs, (n_ok | (phase == 0))[None, :])
+            if HAS_ATTN_MASK:
+                mask_ptrs = attn_mask + start_long * stride_mn + mask_row[:, None] + offs_n[None, :] * stride_mn
+                mask_keep = tl.load(mask_ptrs, mask=(n_ok | (phase == 0))[None, :], other=0) != 0
+            key_keep, kv_id = load_key_masks(
+                key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
+            )
+            s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, HAS_SOFT_CAP, HAS_BIAS, PRECISE)
+            s = mask_scores(
+                s, q_pos[:, None], kv_pos[None, :], kv_len, starts[:, None], ends[:, None], q_id[:, None],
+                kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper,
+                phase == 1, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END, HAS_IDS, HAS_KEY_MASK, HAS_ATTN_MASK,
+            )  # fmt: skip
+
+            top = tl.max(s, 1)
+            if RAW:
+                top = top * scale_log2
+            m_new = tl.maximum(m_i, top)
+            # A row that has seen no key yet: subtract 0 instead of -inf, which would give NaN.
+            m_safe = tl.where(m_new == -INF, 0.0, m_new)
+            p = tl.exp2(exponent(s, m_safe[:, None], scale_log2, RAW, HAS_BIAS))
+            alpha = tl.exp2((m_i - m_safe) * LOG2E) if HAS_BIAS else tl.exp2(m_i - m_safe)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            if HAS_DROPOUT:
+                p = tl.where(dropout_keep(seed, row_index[:, None], kv_pos[None, :], kv_len, dropout_p), p, 0.0)
+            if phase == 1 and BLOCK_E != V_HEAD_DIM:
+                v_tile = tl.load(v_ptrs, mask=n_ok[:, None] & e_ok[None, :], other=0.0)
+            elif phase == 1:
+                v_tile = tl.load(v_ptrs, mask=n_ok[:, None], other=0.0)
+            elif BLOCK_E != V_HEAD_DIM:
+                v_tile = tl.load(v_ptrs, mask=e_ok[None, :], other=0.0)
+            else:
+                v_tile = tl.load(v_ptrs)
+            acc = acc * alpha[:, None]
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+            m_i = m_new
+
+    row_flat = (batch * num_heads + head + (row % PACK)) * q_len + q_pos
+    if SPLIT:
+        part = partial + (row_flat * num_splits + split) * (V_HEAD_DIM + 2)
+        tl.store(part[:, None] + offs_e[None, :], acc, mask=row_ok[:, None] & e_ok[None, :])
+        tl.store(part + V_HEAD_DIM, m_i, mask=row_ok)
+        tl.store(part + V_HEAD_DIM + 1, l_i, mask=row_ok)
+    else:
+        empty = l_i == 0.0
+        if EMPTY_ROWS == EMPTY_MEAN or EMPTY_ROWS == EMPTY_MEAN_ADDED:
+            # Every key, also those outside the visited range, with equal weight. Rows with a key have weight 0 here.
+            if tl.max(tl.where(empty & row_ok, 1, 0)) != 0:
+                for i in range(0, tl.cdiv(kv_len, BLOCK_N)):
+                    start_n = i * BLOCK_N
+                    kv_pos = start_n + tl.arange(0, BLOCK_N)
+                    v_ptrs = v + start_n.to(tl.int64) * stride_vn + offs_n[:, None] * stride_vn
+                    v_ptrs += offs_e[None, :] * stride_ve
+                    v_tile = tl.load(v_ptrs, mask=(kv_pos < kv_len)[:, None] & e_ok[None, :], other=0.0)
+                    one = empty[:, None] & (kv_pos < kv_len)[None, :]
+                    if HAS_DROPOUT:
+                        one &= dropout_keep(seed, row_index[:, None], kv_pos[None, :], kv_len, dropout_p)
+                    acc = tl.dot(one.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+                acc = tl.where(empty[:, None], acc / kv_len, acc)
+        sink = m_i
+        if HAS_SINKS:
+            sink = tl.load(sinks + head + (row % PACK)).to(tl.float32)
+        result, row_lse = finish_rows(acc, m_i, l_i, sink, HAS_SINKS, HAS_BIAS, EMPTY_ROWS)
+        if HAS_DROPOUT:
+            result = result / (1.0 - dropout_p)
+        out += batch * stride_ob + head_long * stride_oh + q_first_long * stride_om
+        out_ptrs = out + (head_local * stride_oh + q_local * stride_om)[:, None] + offs_e[None, :] * stride_oe
+        tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=row_ok[:, None] & e_ok[None, :])
+        tl.store(lse + row_flat, row_lse, mask=row_ok)
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "num_splits"])
+def attention_combine_kernel(
+    partial, v, out, lse, sinks,
+    stride_vb, stride_vh, stride_vn, stride_ve, stride_ob, stride_oh, stride_om, stride_oe,
+    num_heads, gqa_group_size, q_len, kv_len, num_splits,
+    V_HEAD_DIM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, EMPTY_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Combine the splits of one row, in a fixed order: `partial` `(B * H * M, num_splits, E + 2)` to out and lse."""
+    row_flat = tl.program_id(0).to(tl.int64)
+    q_pos = row_flat % q_len
+    head = (row_flat // q_len) % num_heads
+    batch = row_flat // q_len // num_heads
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_s = tl.arange(0, BLOCK_S)
+    e_ok = offs_e < V_HEAD_DIM
+    partial += row_flat * num_splits * (V_HEAD_DIM + 2)
+
+    m_all = tl.load(partial + offs_s * (V_HEAD_DIM + 2) + V_HEAD_DIM, mask=offs_s < num_splits, other=-INF)
+    m = tl.max(m_all, 0)
+    m_safe = tl.where(m == -INF, 0.0, m)
+    l = 0.0
+    acc = tl.zeros((BLOCK_E,), tl.float32)
+    for split in range(0, num_splits):
+        part = partial + split * (V_HEAD_DIM + 2)
+        delta = tl.load(part + V_HEAD_DIM) - m_safe
+        weight = tl.exp2(delta * LOG2E) if HAS_BIAS else tl.exp2(delta)
+        l += tl.load(part + V_HEAD_DIM + 1) * weight
+        acc += tl.load(part + offs_e, mask=e_ok, other=0.0) * weight
+    if EMPTY_ROWS == EMPTY_MEAN or EMPTY_ROWS == EMPTY_MEAN_ADDED:
+        if l == 0.0:
+            v += batch * stride_vb + (head // gqa_group_size) * stride_vh
+            for start_n in range(0, kv_len, BLOCK_N):
+                kv_pos = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+                v_ptrs = v + kv_pos[:, None] * stride_vn + offs_e[None, :].to(tl.int64) * stride_ve
+                v_tile = tl.load(v_ptrs, mask=(kv_pos < kv_len)[:, None] & e_ok[None, :], other=0.0)
+                acc += tl.sum(v_tile.to(tl.float32), 0)
+            acc = acc / kv_len
+    sink = 0.0
+    if HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32)
+    one_row = tl.zeros((1,), tl.float32)
+    result, row_lse = finish_rows(
+        acc[None, :], one_row + m, one_row + l, one_row + sink, HAS_SINKS, HAS_BIAS, EMPTY_ROWS
+    )
+    out += batch * stride_ob + head * stride_oh + q_pos * stride_om
+    tl.store(out + offs_e[None, :] * stride_oe, result.to(out.dtype.element_ty), mask=e_ok[None, :])
+    tl.store(lse + row_flat + tl.arange(0, 1), row_lse)

@@ -1,0 +1,199 @@
+"""Host side shared by forward and backward: checks, kernel arguments common to all kernels, and the launch itself.
+
+A launch is data first (`Launch`), so that the ahead-of-time tests compile exactly what the device would run.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from . import configs
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+EMPTY_ROWS = {"impossible": 0, "zero": 0, "nan": 1, "mean": 2, "mean_added": 3}
+"""Value of the kernels' EMPTY_ROWS argument (common.py) for each `rocm_attn_compile.spec.EmptyRows`."""
+
+
+@dataclass
+class Launch:
+    """One kernel launch: `kernel[(grid,)](**arguments, **options)`."""
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    def run(self) -> None:
+        """Launch on the current stream of the current device."""
+        if self.grid:
+            self.kernel[(self.grid,)](**self.arguments, **self.options)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Overrides of the host's choices, for tests and autotuning.
+
+    Attributes:
+        config: Launch configuration of every kernel of the call; None takes the table's.
+        pack: Query heads of one group per tile; must divide H / K.
+        num_splits: Programs that share the keys of one tile.
+        arch: Architecture whose table is used.
+    """
+
+    config: configs.KernelConfig | None = None
+    pack: int | None = None
+    num_splits: int | None = None
+    arch: str | None = None
+
+
+@functools.lru_cache(maxsize=None)
+def device_arch(device: torch.device) -> tuple[str, int]:
+    """The architecture's name ("gfx942", "sm90"; "interpreter" on a CPU) and the number of compute units."""
+    if device.type == "cpu":
+        return "interpreter", 4
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
+    return f"sm{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def dot_precision(dtype: torch.dtype, arch: str) -> str:
+    """How float32 tiles are multiplied: "ieee", or "tf32" if the user's torch.backends settings allow it.
+
+    tf32 exists on NVIDIA and on gfx942 (as xf32). For 16-bit types the answer does not matter.
+    """
+    if dtype != torch.float32 or (arch.startswith("gfx") and arch != "gfx942") or arch == "interpreter":
+        return "ieee"
+    precision = torch.backends.cuda.matmul.fp32_precision
+    if precision == "none":
+        precision = torch.backends.fp32_precision
+    return "tf32" if precision == "tf32" else "ieee"
+
+
+def padded(head_dim: int) -> int:
+    """The tile extent of a head dimension: a power of two, at least 16 for the matrix units."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty_rows: str, out_layout: str = "bhsd") -> None:
+    """Raise on what these kernels cannot take. Shapes of the optional tensors are checked by the op's fake kernel.
+
+    Raises:
+        ValueError: Wrong ranks or sizes that do not fit together, or an unknown mode.
+        NotImplementedError: A dtype or head size outside what the kernels were built for.
+    """
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(
+            f"q, k, v must be 4-D (batch, heads, length, head_dim); got {q.dim()}-D, {k.dim()}-D, {v.dim()}-D"
+        )
+    (batch, heads, _, head_dim), (_, kv_heads, kv_len, _) = q.shape, k.shape
+    if k.shape != (batch, kv_heads, kv_len, head_dim) or v.shape[:3] != (batch, kv_heads, kv_len):
+        raise ValueError(f"k and v must fit q: got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"num_kv_heads must divide num_heads; got {kv_heads} and {heads}")
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise NotImplementedError(
+            f"q, k, v must share one dtype of float16, bfloat16, float32; got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if not (1 <= head_dim <= MAX_HEAD_DIM and 1 <= v.shape[3] <= MAX_HEAD_DIM):
+        raise NotImplementedError(
+            f"head_dim and v_head_dim must be 1 to {MAX_HEAD_DIM}; got {head_dim} and {v.shape[3]}"
+        )
+    if empty_rows not in EMPTY_ROWS:
+        raise ValueError(f"empty_rows must be one of {sorted(EMPTY_ROWS)}; got {empty_rows!r}")
+    if out_layout not in ("bhsd", "bshd"):
+        raise ValueError(f"out_layout must be 'bhsd' or 'bshd'; got {out_layout!r}")
+
+
+def strides(tensor: torch.Tensor | None, count: int) -> tuple[int | None, ...]:
+    """Strides for a broadcasting kernel argument: 0 where the size is 1, None for an absent tensor."""
+    if tensor is None:
+        return (None,) * count
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def common_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_bias: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    kv_start: torch.Tensor | None,
+    kv_end: torch.Tensor | None,
+    q_ids: torch.Tensor | None,
+    kv_ids: torch.Tensor | None,
+    dropout_seed: torch.Tensor | None,
+    softmax_scale: float,
+    logits_soft_cap: float | None,
+    band_lower: int | None,
+    band_upper: int | None,
+    dropout_p: float,
+) -> dict[str, Any]:
+    """The arguments that the forward, dq, dk/dv and bias kernels share; those differ only by tiles and outputs."""
+    batch, num_heads, q_len, head_dim = q.shape
+    _, kv_heads, kv_len, v_head_dim = v.shape
+    # A band edge that lies outside the score matrix drops nothing (or everything): keep it within 32 bits.
+    if band_lower is not None:
+        band_lower = None if band_lower <= 1 - q_len else min(band_lower, kv_len)
+    if band_upper is not None:
+        band_upper = None if band_upper >= kv_len - 1 else max(band_upper, -q_len)
+    if dropout_p > 0.0 and dropout_seed is None:
+        raise ValueError("dropout_p > 0 needs dropout_seed, an int64 tensor of one element on the same device")
+
+    arguments: dict[str, Any] = {
+        "q": q, "k": k, "v": v, "attn_bias": attn_bias, "attn_mask": attn_mask, "key_mask": key_mask,
+        "kv_start": kv_start, "kv_end": kv_end, "q_ids": q_ids, "kv_ids": kv_ids,
+        "dropout_seed": dropout_seed if dropout_p > 0.0 else None,
+    }  # fmt: skip
+    for names, values in (
+        (("stride_qb", "stride_qh", "stride_qm", "stride_qd"), q.stride()),
+        (("stride_kb", "stride_kh", "stride_kn", "stride_kd"), k.stride()),
+        (("stride_vb", "stride_vh", "stride_vn", "stride_ve"), v.stride()),
+        (("stride_bb", "stride_bh", "stride_bm", "stride_bn"), strides(attn_bias, 4)),
+        (("stride_mb", "stride_mh", "stride_mm", "stride_mn"), strides(attn_mask, 4)),
+        (("stride_key_b", "stride_key_n"), strides(key_mask, 2)),
+        (("stride_start_b", "stride_start_m"), strides(kv_start, 2)),
+        (("stride_end_b", "stride_end_m"), strides(kv_end, 2)),
+        (("stride_qid_b", "stride_qid_m"), strides(q_ids, 2)),
+        (("stride_kid_b", "stride_kid_n"), strides(kv_ids, 2)),
+    ):
+        arguments.update(zip(names, values))
+    arguments.update(
+        num_heads=num_heads,
+        gqa_group_size=num_heads // kv_heads,
+        q_len=q_len,
+        kv_len=kv_len,
+        softmax_scale=float(softmax_scale),
+        logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
+        band_lower=band_lower,
+        band_upper=band_upper,
+        dropout_p=float(dropout_p) if dropout_p > 0.0 else None,
+        HEAD_DIM=head_dim,
+        V_HEAD_DIM=v_head_dim,
+        BLOCK_D=padded(head_dim),
+        BLOCK_E=padded(v_head_dim),
+        WIDE=any(
+            256 * max(t.stride()[1:]) >= 2**31
+            for t in (q, k, v, attn_bias, attn_mask)
+            if t is not None and t.dim() == 4
+        ),
+        RAW=attn_bias is None and logits_soft_cap is None and softmax_scale > 0,
+        HAS_SOFT_CAP=logits_soft_cap is not None,
+        HAS_BIAS=attn_bias is not None,
+        HAS_ATTN_MASK=attn_mask is not None,
+        HAS_KEY_MASK=key_mask is not None,
+        HAS_START=kv_start is not None,
+        HAS_END=kv_end is not None,
+        HAS_IDS=q_ids is not None,
+        HAS_LOWER=band_lower is not None,
+        HAS_UPPER=band_upper is not None,
+        HAS_DROPOUT=dropout_p > 0.0,
+    )
+    return arguments

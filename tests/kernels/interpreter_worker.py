@@ -1,0 +1,120 @@
+"""Runs the launchers under Triton's interpreter, in a process of its own.
+
+TRITON_INTERPRET must be set before triton is first imported, and then holds for the whole process; the pytest process
+needs the compiler (test_aot.py). So the tests talk to this worker: requests and replies are pickled, length-prefixed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import traceback
+from typing import Any
+
+
+class InterpreterWorker:
+    """The parent's side: start, call, close."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+
+    def call(self, function: str, **arguments: Any) -> Any:
+        """Run `forward` or `backward` of this file in the worker.
+
+        Raises:
+            RuntimeError: With the worker's traceback.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        write_message(self.process.stdin, (function, arguments))
+        failed, reply = read_message(self.process.stdout)
+        if failed:
+            raise RuntimeError(reply)
+        return reply
+
+    def close(self) -> None:
+        """End the worker."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def write_message(stream: Any, value: Any) -> None:
+    """Send one value."""
+    data = pickle.dumps(value)
+    stream.write(struct.pack("<q", len(data)) + data)
+    stream.flush()
+
+
+def read_message(stream: Any) -> Any:
+    """Receive one value; EOFError when the other side has closed."""
+    header = stream.read(8)
+    if len(header) < 8:
+        raise EOFError
+    return pickle.loads(stream.read(struct.unpack("<q", header)[0]))
+
+
+def add_bfloat16_dot() -> None:
+    """Triton's interpreter keeps bfloat16 as uint16 and multiplies those numbers in tl.dot; widen them first."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (
+                interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) for x in (a, b)
+            )
+        return original(self, a, b, d, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def forward(tuning: dict[str, Any] | None, **arguments: Any) -> Any:
+    """`(out, lse)`; `tuning` as keyword arguments of launch.Tuning. Outputs are filled with NaN before the launch."""
+    from rocm_attn_compile.kernels.triton.forward_launch import forward_launches
+    from rocm_attn_compile.kernels.triton.launch import Tuning
+
+    launches, out, lse = forward_launches(**arguments, tuning=Tuning(**tuning) if tuning else None)
+    if launches:
+        out.fill_(float("nan"))
+        lse.fill_(float("nan"))
+    for launch in launches:
+        launch.run()
+    return out, lse
+
+
+def backward(**arguments: Any) -> Any:
+    """The five gradients."""
+    from rocm_attn_compile.kernels.triton.attention import attention_backward
+
+    return attention_backward(**arguments)
+
+
+def serve() -> None:
+    """Answer requests until stdin is closed."""
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = io.TextIOWrapper(open(os.devnull, "wb"))  # noqa: SIM115 - nothing may disturb the replies
+    add_bfloat16_dot()
+    with contextlib.suppress(EOFError):
+        while True:
+            function, arguments = read_message(source)
+            try:
+                reply = False, globals()[function](**arguments)
+            except BaseException:
+                reply = True, traceback.format_exc()
+            write_message(sink, reply)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,162 @@
+"""Named cases for the kernel tests: every feature alone, the awkward combinations, and seeded random mixtures."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import torch
+
+FULL = (True, True, True, True)
+
+
+def case(name: str, **fields: Any) -> dict[str, Any]:
+    """A small case with odd sizes that cross the interpreter's 16 x 16 tiles; `fields` override."""
+    return {"name": name, "B": 2, "H": 2, "K": 2, "M": 21, "N": 37, "D": 16, "E": 16, **fields}
+
+
+def feature_cases() -> list[dict[str, Any]]:
+    """Every feature alone or with what it interacts with."""
+    cases = [
+        case("plain"),
+        case("one-query", M=1),
+        case("one-key", N=1),
+        case("single", M=1, N=1, B=1),
+        case("exact-tiles", M=32, N=48),
+        case("causal-top-left", M=37, band_upper=0),
+        case("causal-bottom-right", M=21, N=37, band_upper=16),
+        case("causal-more-queries", M=50, N=20, band_upper=0),
+        case("causal-bottom-right-more-queries", M=40, N=20, band_upper=-20),
+        case("window", M=60, N=60, band_lower=-6, band_upper=0),
+        case("window-two-sided", M=50, N=70, band_lower=-20, band_upper=25),
+        case("window-left-only", M=40, N=55, band_lower=3),
+        case("band-beyond-int32", band_lower=-(2**40), band_upper=2**40),
+        case("band-drops-all", band_upper=-(2**40)),
+        case("negative-scale", scale=-0.3),
+        case("zero-scale", scale=0.0, band_upper=4),
+        case("gqa", H=6, K=2, band_upper=10),
+        case("mqa", H=3, K=1),
+        *(
+            case(f"head-{d}-{e}", D=d, E=e, B=1)
+            for d, e in ((8, 8), (24, 40), (80, 80), (96, 64), (192, 128), (20, 256))
+        ),
+        case("bf16", dtype=torch.bfloat16, band_upper=12),
+        case("fp16", dtype=torch.float16, band_upper=12),
+        case("fp16-bias", dtype=torch.float16, bias=FULL, bias_dtype=torch.float16),
+        *(
+            case("bias-" + "".join("bhmn"[i] if f else "1" for i, f in enumerate(full)), bias=full, H=4, K=2)
+            for full in itertools.product((True, False), repeat=4)
+        ),
+        case("bias-causal", bias=(False, True, True, True), band_upper=16),
+        case("bias-holes", bias=FULL, bias_kind="holes"),
+        case("bias-finfo-min", bias=FULL, bias_kind="finfo_min"),
+        case("bias-finfo-min-sinks", bias=FULL, bias_kind="finfo_min", sinks=True),
+        case("bias-minus-1e9", bias=(True, False, True, True), bias_kind="minus_1e9", oracle_dtype=torch.float32),
+        case("bias-float64", bias=(True, False, True, True), bias_dtype=torch.float64),
+        case("mask-full", mask=FULL, H=4, K=2),
+        case("mask-mn", mask=(False, False, True, True), band_upper=16),
+        case("mask-bn", mask=(True, False, False, True)),
+        case("key-mask", key_mask=True, band_upper=16),
+        case("limits-rows", limits=(True, False)),
+        case("limits-broadcast", limits=(False, True), H=4, K=2),
+        case("limits-wide-causal", limits=(True, True), band_upper=16),
+        case("ids", ids=True, empty_rows="zero"),
+        case("soft-cap", soft_cap=2.0, band_upper=16),
+        case("soft-cap-bias", soft_cap=1.5, bias=FULL),
+        case("sinks", sinks=True, H=4, K=2, band_upper=4),
+        case("sinks-empty", sinks=True, mask=FULL, empty=("mask_rows",), empty_rows="nan"),
+        case("sinks-bias", sinks=True, bias=FULL, soft_cap=3.0),
+        case("dropout", dropout_p=0.3, H=4, K=2),
+        case("dropout-long-seed", dropout_p=0.6, dropout_seed=2**45 + 7, bias=FULL, band_upper=3),
+        case("packed-qkv", layout="packed", M=37, H=4, K=2, band_upper=0, out_layout="bshd"),
+        case("k-transposed", layout="k_transposed", band_upper=16),
+        case("expanded-kv", layout="expanded", H=4, K=2),
+        case("no-keys", N=0),
+        case("no-batch", B=0),
+    ]
+    for mode in ("nan", "zero", "mean", "mean_added"):
+        cases += [
+            case(f"empty-mask-{mode}", mask=FULL, empty=("mask_rows",), empty_rows=mode, H=4, K=2),
+            case(f"empty-band-{mode}", M=40, N=20, band_upper=-20, empty_rows=mode),
+            case(f"empty-limits-{mode}", limits=(True, False), empty=("limits",), empty_rows=mode),
+            case(f"empty-key-mask-{mode}", key_mask=True, empty=("key_mask",), empty_rows=mode, band_upper=16),
+        ]
+    cases += [
+        case("empty-mean-dropout", mask=FULL, empty=("mask_rows",), empty_rows="mean", dropout_p=0.4),
+        case("empty-mean-added-bias-dropout", mask=FULL, empty=("mask_rows",), empty_rows="mean_added", dropout_p=0.4,
+             bias=(True, False, True, True), soft_cap=2.0),
+        case("empty-ids-mean-added", ids=True, empty=("ids",), empty_rows="mean_added", bias=(False, True, False, True)),
+    ]  # fmt: skip
+    return cases
+
+
+def random_cases(count: int) -> list[dict[str, Any]]:
+    """Seeded mixtures of everything."""
+    rng = random.Random(2024)
+
+    def maybe(value: Any, probability: float = 0.35) -> Any:
+        return value if rng.random() < probability else None
+
+    cases = []
+    for index in range(count):
+        K = rng.choice((1, 2))
+        mode = rng.choice(("zero", "mean", "mean_added"))
+        mask = maybe(tuple(rng.random() < 0.6 for _ in range(3)) + (True,))
+        limits = maybe((rng.random() < 0.7, rng.random() < 0.5))
+        M, N = rng.randint(1, 50), rng.randint(1, 60)
+        cases.append(
+            case(
+                f"random-{index}",
+                seed=index,
+                B=rng.choice((1, 2)),
+                K=K,
+                H=K * rng.choice((1, 2, 3)),
+                M=M,
+                N=N,
+                D=rng.choice((8, 16, 24, 40)),
+                E=rng.choice((8, 16, 24, 40)),
+                dtype=rng.choice((torch.float32, torch.float16)),
+                layout=rng.choice(("bhsd", "k_transposed", "expanded")),
+                bias=maybe(tuple(rng.random() < 0.6 for _ in range(4))),
+                mask=mask,
+                limits=limits,
+                empty=tuple(
+                    kind for kind, there in (("mask_rows", mask and mask[2]), ("limits", limits and limits[0])) if there
+                ),
+                key_mask=maybe(True),
+                ids=maybe(True, 0.2),
+                band_lower=maybe(rng.randint(-N, M // 2)),
+                band_upper=maybe(rng.randint(-M // 2, N)),
+                soft_cap=maybe(2.5),
+                sinks=maybe(True, 0.2),
+                dropout_p=maybe(0.25, 0.2) or 0.0,
+                empty_rows=mode,
+                out_layout=rng.choice(("bhsd", "bshd")),
+            )
+        )
+    return cases
+
+
+def decode_cases() -> list[dict[str, Any]]:
+    """Forward only: query heads packed into one tile and the keys split between programs."""
+    cases = []
+    for pack, splits in ((1, 3), (2, 1), (4, 3), (4, 7)):
+        tag = f"pack{pack}-split{splits}"
+        tuning = {"pack": pack, "num_splits": splits}
+        shared = {"H": 8, "K": 2, "N": 90, "tuning": tuning}
+        cases += [
+            case(f"decode-{tag}", M=1, **shared),
+            case(f"decode-causal-{tag}", M=5, band_upper=85, **shared),
+            case(f"decode-window-{tag}", M=3, band_upper=87, band_lower=60, **shared),
+            case(f"decode-static-cache-{tag}", M=2, limits=(True, True), **shared),
+            case(f"decode-bias-sinks-{tag}", M=4, bias=FULL, sinks=True, soft_cap=3.0, **shared),
+            case(f"decode-finfo-min-{tag}", M=4, bias=FULL, bias_kind="finfo_min", **shared),
+            case(f"decode-mask-ids-{tag}", M=4, mask=FULL, ids=True, key_mask=True, empty_rows="zero", **shared),
+        ]
+        for mode in ("nan", "zero", "mean", "mean_added"):
+            cases.append(
+                case(f"decode-empty-{mode}-{tag}", M=6, mask=FULL, empty=("mask_rows",), empty_rows=mode, **shared)
+            )
+    cases.append(case("decode-pack-dropout", H=8, K=2, M=3, dropout_p=0.4, tuning={"pack": 4}))
+    return cases

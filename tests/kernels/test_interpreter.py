@@ -1,0 +1,120 @@
+"""TRITON_ATTN's kernels, run by Triton's interpreter on the CPU, against a float64 oracle."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+def sibling(name: str) -> Any:
+    """Import a helper file of this folder (tests are not a package)."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+oracle_module = sibling("kernel_oracle")
+cases_module = sibling("kernel_cases")
+worker_module = sibling("interpreter_worker")
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Any]:
+    """One interpreter process for the file."""
+    process = worker_module.InterpreterWorker()
+    yield process
+    process.close()
+
+
+def by_name(case: dict[str, Any]) -> str:
+    return case["name"]
+
+
+def run_forward(worker: Any, case: dict[str, Any], tensors: dict, scalars: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = worker.call(
+        "forward", **tensors, **scalars, out_layout=case.get("out_layout", "bhsd"), tuning=case.get("tuning")
+    )
+    shape = (case["B"], case["H"], case["M"], case["E"])
+    assert out.shape == shape
+    assert out.dtype == tensors["q"].dtype
+    assert lse.shape == shape[:3]
+    assert lse.dtype == torch.float32
+    assert (out if case.get("out_layout", "bhsd") == "bhsd" else out.transpose(1, 2)).is_contiguous()
+    return out, lse
+
+
+def check(case: dict, tensors: dict, scalars: dict, got: dict, grad_out: torch.Tensor | None = None) -> None:
+    errors = oracle_module.compare(tensors, scalars, got, grad_out, case.get("oracle_dtype", torch.float64))
+    bad = {name: f"{error:.2e} > {limit:.2e}" for name, (error, limit) in errors.items() if not error <= limit}
+    assert not bad, f"{case['name']}: {bad}"
+
+
+@pytest.mark.parametrize("case", cases_module.feature_cases() + cases_module.random_cases(16), ids=by_name)
+def test_forward_and_backward(worker: Any, case: dict[str, Any]) -> None:
+    tensors, scalars = oracle_module.make_inputs(case)
+    out, lse = run_forward(worker, case, tensors, scalars)
+    if case["N"] == 0 or case["B"] == 0:
+        assert bool((out == 0).all())
+        assert bool((lse == -torch.inf).all())
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    if case.get("layout") == "expanded":
+        grad_out = grad_out[:, :, :1, :1].expand(out.shape)
+    grads = worker.call("backward", grad_out=grad_out, **tensors, out=out, lse=lse, **scalars, output_mask=[True] * 5)
+    got = {"out": out, "lse": lse}
+    for name, grad in zip(oracle_module.GRADIENTS, grads):
+        leaf = tensors[name]
+        if leaf is None:
+            assert grad.shape == (0,)
+            continue
+        assert grad.shape == leaf.shape
+        assert grad.dtype == leaf.dtype
+        got[name] = grad
+    if case["N"] == 0 or case["B"] == 0:
+        assert all(bool((got[name] == 0).all()) for name in ("q", "k", "v"))
+        return
+    check(case, tensors, scalars, got, grad_out)
+
+
+@pytest.mark.parametrize("case", cases_module.decode_cases(), ids=by_name)
+def test_decode_forward(worker: Any, case: dict[str, Any]) -> None:
+    tensors, scalars = oracle_module.make_inputs(case)
+    out, lse = run_forward(worker, case, tensors, scalars)
+    check(case, tensors, scalars, {"out": out, "lse": lse})
+
+
+def test_rows_are_empty_where_meant() -> None:
+    """The cases named empty do have empty rows beside rows that are not: otherwise they would test nothing."""
+    for case in cases_module.feature_cases() + cases_module.decode_cases():
+        if "empty-" in case["name"]:
+            tensors, scalars = oracle_module.make_inputs(case)
+            rows = oracle_module.keep_pairs(tensors, scalars, tuple(case[letter] for letter in "BHMN")).any(-1)
+            assert not rows.all(), case["name"]
+            assert rows.any(), case["name"]
+
+
+def test_output_mask_and_dtype_errors(worker: Any) -> None:
+    """Unwanted gradients are empty; what the kernels were not built for is refused with the reason."""
+    case = cases_module.case("mask", bias=(True, True, True, True), sinks=True)
+    tensors, scalars = oracle_module.make_inputs(case)
+    out, lse = run_forward(worker, case, tensors, scalars)
+    grads = worker.call(
+        "backward", grad_out=out, **tensors, out=out, lse=lse, **scalars, output_mask=[False, True, False, False, False]
+    )
+    assert [tuple(grad.shape) for grad in grads] == [(0,), tuple(tensors["k"].shape), (0,), (0,), (0,)]
+    double = {name: tensors[name].double() for name in "qkv"}
+    with pytest.raises(RuntimeError, match="NotImplementedError: q, k, v must share one dtype"):
+        run_forward(worker, case, {**tensors, **double}, scalars)
+    with pytest.raises(RuntimeError, match="NotImplementedError: head_dim and v_head_dim must be 1 to 256"):
+        run_forward(worker, case, {**tensors, "v": torch.zeros(2, 2, 37, 257)}, scalars)
