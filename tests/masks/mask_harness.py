@@ -1,0 +1,180 @@
+"""Captures a mask function through Dynamo, and evaluates proved forms number by number to compare with the real mask."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import sympy
+import torch
+
+from rocm_attn_compile.capture import capture
+from rocm_attn_compile.recognize.mask import ClosedForm, MaskContext, index_symbol
+from rocm_attn_compile.recognize.mask.integers import FloorDiv, from_size, loaded_value
+from rocm_attn_compile.recognize.mask.predicate import And, BoolLoad, Or, Rel
+from rocm_attn_compile.recognize.mask.values import FloatLoad, If
+
+B, H, Q, K = (index_symbol(name) for name in "bhqk")
+
+
+class Captured:
+    """One traced call: the Value of its output, and what every captured Value and symbol really is."""
+
+    def __init__(self, function: Callable, *args: Any, dynamic: bool = False) -> None:
+        torch._dynamo.reset()
+        self.symbols: dict[sympy.Symbol, int] = {}
+        self._tensors: dict[Any, torch.Tensor] = {}
+        self.real = torch.compile(function, backend=self._backend, dynamic=dynamic, fullgraph=True)(*args)
+
+    def _backend(self, graph_module: torch.fx.GraphModule, inputs: list) -> Callable:
+        trace = capture(graph_module, inputs)
+        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+        for node, real in zip(placeholders, inputs, strict=True):
+            if isinstance(real, torch.Tensor):
+                self._tensors[trace.tensors[node].value] = real.clone()
+            else:
+                # Converting the SymInt to an int would specialise it; its hint does not.
+                self.symbols[real.node.expr] = real.node.hint
+        for node, real in zip(placeholders, inputs, strict=True):
+            if isinstance(real, torch.Tensor):
+                for size, number in zip(node.meta["example_value"].shape, real.shape, strict=True):
+                    if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                        self.symbols[size.node.expr] = int(number)
+        (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
+        result = output.args[0][0]
+        self.value = self._value_at_end(trace, result)
+        return graph_module.forward
+
+    @staticmethod
+    def _value_at_end(trace: Any, node: torch.fx.Node) -> Any:
+        held = trace.tensors[node]
+        return held.storage.value if held.is_base else held.value
+
+    def number(self, x: Any) -> Any:
+        """A captured argument with SymInts made ints."""
+        if isinstance(x, (torch.SymInt, torch.SymFloat)):
+            return expression(x.node.expr, self.symbols, self)
+        if isinstance(x, (list, tuple)):
+            return type(x)(self.number(item) for item in x)
+        return self.tensor(x) if hasattr(x, "op") and hasattr(x, "args") else x
+
+    def tensor(self, value: Any) -> torch.Tensor:
+        """What a captured Value really holds: its program, run."""
+        if value not in self._tensors:
+            if value.op == "constant":
+                result = torch.full(self.number(value.shape), value.kwargs["value"], dtype=value.dtype)
+            elif value.op == "view_scatter":
+                base, source, chain = value.args
+                result = self.tensor(base).clone()
+                view = result
+                for op, args, kwargs, output_index in chain:
+                    view = op(view, *self.number(args), **{k: self.number(x) for k, x in kwargs.items()})
+                    view = view if output_index is None else view[output_index]
+                view.copy_(self.tensor(source))
+            else:
+                assert not isinstance(value.op, str), f"{value!r} is not known"
+                kwargs = {name: self.number(x) for name, x in value.kwargs.items()}
+                result = value.op(*self.number(tuple(value.args)), **kwargs)
+                if value.output_index is not None:
+                    result = result[value.output_index]
+            self._tensors[value] = result
+        return self._tensors[value]
+
+
+def expression(expr: sympy.Expr, env: dict[sympy.Symbol, int], captured: Captured) -> Any:
+    """An integer expression as an int."""
+    if isinstance(expr, sympy.Integer):
+        return int(expr)
+    if isinstance(expr, sympy.Symbol):
+        return env[expr]
+    parts = [expression(argument, env, captured) for argument in expr.args]
+    if isinstance(expr, sympy.Add):
+        return sum(parts)
+    if isinstance(expr, sympy.Mul):
+        return sympy.prod(parts)
+    if isinstance(expr, sympy.Pow):
+        return parts[0] ** parts[1]
+    if isinstance(expr, FloorDiv) or type(expr).__name__ == "FloorDiv":
+        return parts[0] // parts[1]
+    if isinstance(expr, sympy.Max):
+        return max(parts)
+    if isinstance(expr, sympy.Min):
+        return min(parts)
+    assert isinstance(expr, sympy.core.function.AppliedUndef), expr
+    return element(captured.tensor(loaded_value(expr)), parts)
+
+
+def element(tensor: torch.Tensor, index: list[int]) -> Any:
+    assert len(index) == tensor.dim()
+    # Branches not taken may point outside; Python's choice of branch below never evaluates them.
+    assert all(0 <= i < size for i, size in zip(index, tensor.shape)), f"index {index} of {tuple(tensor.shape)}"
+    return tensor[tuple(index)].item()
+
+
+def scalar(x: Any, env: dict[sympy.Symbol, int], captured: Captured) -> Any:
+    """Any element or predicate as a Python number. Disjunctions stop at the first True, as conditions guard loads."""
+    if isinstance(x, (bool, int, float)):
+        return x
+    if isinstance(x, And):
+        return all(scalar(part, env, captured) for part in x.parts)
+    if isinstance(x, Or):
+        return any(scalar(part, env, captured) for part in x.parts)
+    if isinstance(x, Rel):
+        number = expression(x.expr, env, captured)
+        return {"le": number <= 0, "eq": number == 0, "ne": number != 0}[x.op]
+    if isinstance(x, BoolLoad):
+        index = [expression(i, env, captured) for i in x.index]
+        return bool(element(captured.tensor(x.value), index)) != x.negated
+    if isinstance(x, FloatLoad):
+        return element(captured.tensor(x.value), [expression(i, env, captured) for i in x.index])
+    if isinstance(x, If):
+        return scalar(x.then if scalar(x.condition, env, captured) else x.otherwise, env, captured)
+    return expression(x, env, captured)
+
+
+def context_of(captured: Captured, names: str = "bhqk") -> tuple[list[sympy.Expr], MaskContext]:
+    """The index and context of a mask whose last dimensions are `names`."""
+    value = captured.value
+    symbols = [index_symbol(name) for name in names[len(names) - value.ndim :]]
+    sizes = dict(zip(symbols, map(from_size, value.shape)))
+    context = MaskContext(
+        Q,
+        K,
+        sizes.get(Q, sympy.Integer(1)),
+        sizes.get(K, sympy.Integer(1)),
+        {B: sizes[B]} if B in sizes else {},
+        {H: sizes[H]} if H in sizes else {},
+    )
+    return [sympy.Integer(0) if sizes[s] == 1 else s for s in symbols], context
+
+
+def points(captured: Captured, context: MaskContext) -> Iterator[tuple[dict[sympy.Symbol, int], tuple[int, ...]]]:
+    """Every index: the values of all symbols, and the position in the real mask."""
+    sizes = {**context.batch, **context.heads, context.q: context.q_len, context.k: context.kv_len}
+    order = [index_symbol(name) for name in "bhqk"[4 - captured.value.ndim :]]
+    ranges = [range(expression(sizes.get(s, sympy.Integer(1)), captured.symbols, captured)) for s in order]
+    for at in itertools.product(*ranges):
+        yield {**captured.symbols, **dict(zip(order, at))}, at
+
+
+def keeps(form: ClosedForm, env: dict[sympy.Symbol, int], captured: Captured) -> bool:
+    """The conjunction of all parts of a closed form at one point."""
+    q, k = env[form.context.q], env[form.context.k]
+    fine = form.band_lower is None or k - q >= expression(form.band_lower, env, captured)
+    fine &= form.band_upper is None or k - q <= expression(form.band_upper, env, captured)
+    fine &= all(k >= scalar(start, env, captured) for start in form.kv_start)
+    fine &= all(k < scalar(end, env, captured) for end in form.kv_end)
+    fine &= all(scalar(predicate, env, captured) for predicate in form.key_masks)
+    fine &= all(expression(a, env, captured) == expression(b, env, captured) for a, b in form.segment_ids)
+    return bool(fine and all(scalar(predicate, env, captured) for predicate in form.residual))
+
+
+def assert_exact(form: ClosedForm, captured: Captured, kept: torch.Tensor) -> None:
+    """The predicate, and the conjunction of the parts, equal the real mask everywhere."""
+    for env, at in points(captured, form.context):
+        real = bool(kept[at])
+        assert scalar(form.predicate, env, captured) == real, f"predicate {form.predicate} at {env}: mask is {real}"
+        assert keeps(form, env, captured) == real, f"{form} at {env}: mask is {real}"
+    if form.every_row_keeps_a_key():
+        assert kept.any(-1).all(), f"a row keeps no key: {form.predicate}"
