@@ -11,6 +11,7 @@ import torch
 import torch.fx
 
 from . import _torch_private
+from .pipeline import compile_graph
 from .report import Report, Site, collect_reports
 
 
@@ -81,8 +82,6 @@ def explain(
     """
 
     def run(*args: Any, **kwargs: Any) -> Explanation:
-        from .compiler import compile_graph  # not at import: explain is part of the package's public face
-
         breaks: list[str] = []
 
         # A new function for every call: Dynamo keys its cache on the backend, so it compiles afresh.

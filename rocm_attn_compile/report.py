@@ -102,9 +102,7 @@ class Site:
     @property
     def headline(self) -> str:
         """What became of it, in a few words."""
-        if not self.replaced:
-            return "left as it is" if self.spec else "not an attention we can prove"
-        return f"replaced by {self.backend}"
+        return f"replaced by {self.backend}" if self.replaced else "left as it is"
 
 
 @dataclass
