@@ -31,8 +31,9 @@ def main():
     with torch.no_grad():
         explanation = rocm_attn_compile.explain(model)(torch.randn(3, 70, 256))
     print(explanation)
-    for look_alike in explanation.look_alikes:
-        print("left alone:", look_alike.source, look_alike.reasons[0].code)
+    for site in explanation.sites:
+        if not site.replaced:
+            print("left alone:", site.source, site.reasons[0].code)
 
 
 if __name__ == "__main__":

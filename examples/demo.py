@@ -13,6 +13,7 @@ import argparse
 import os
 import platform
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -64,6 +65,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16, help="how many to generate")
     parser.add_argument("--backend", default="rocm_attn", help="what to demonstrate")
     parser.add_argument("--no-inductor", action="store_true", help="leave out the comparison with Inductor alone")
+    parser.add_argument("--report", action="store_true", help="print the whole reports, not a summary")
     parser.add_argument("--quick", action="store_true", help="a tiny model, under a minute on a laptop")
     args = parser.parse_args()
 
@@ -206,7 +208,7 @@ def main() -> int:
         with working(f"{backend}: compiling and generating"):
             result = compiled_job.run()
         if backend == "rocm_attn":
-            ok = all_replaced() and ok
+            ok = all_replaced(args.report) and ok
         right = check(backend, result, eager, exact)
         ok = ok and (right or backend != args.backend)
         with working(f"{backend}: measuring"):
@@ -227,11 +229,24 @@ def machine(device: str) -> str:
     return f"rocm_attn_compile {rocm_attn_compile.__version__}, torch {torch.__version__}, {name}"
 
 
-def all_replaced() -> bool:
-    """Print the reports of what was compiled; whether every attention in it was replaced."""
+def all_replaced(full: bool) -> bool:
+    """Print the reports of what was compiled; whether every attention in it was replaced.
+
+    A summary has one entry for all layers that are alike; the full text has every site and every other backend.
+    """
     reports = rocm_attn_compile.reports()
     for report in reports:
-        print(report)
+        if full:
+            print(report)
+            continue
+        print(f"graph {report.graph}:")
+        alike = Counter(
+            (s.replaced, s.source, s.code, s.spec, s.mask, tuple(s.choice), *s.reasons) for s in report.sites
+        )
+        for (replaced, source, code, spec, mask, choice, *reasons), count in alike.items():
+            print(f"  {count} {'replaced' if replaced else 'left as they are'}: {spec}")
+            print(f"    at {source}  {code}")
+            print("\n".join(f"    {text}" for text in [f"mask: {mask}", *choice, *map(str, reasons)] if text))
     sites = [site for report in reports for site in report.sites]
     replaced = sum(site.replaced for site in sites)
     print(f"{replaced} of {len(sites)} attention sites in {len(reports)} graphs replaced")
