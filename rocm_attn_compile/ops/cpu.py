@@ -14,7 +14,14 @@ from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops.cpu_mask import empty_rows_of, fused_mask
 from rocm_attn_compile.ops.reference import NEG_INF, group_rows, keep_mask
 from rocm_attn_compile.ops.reference import forward as reference_forward
-from rocm_attn_compile.ops.schemas import DTYPES, check_inputs, dropout_keep_mask, lse_dtype
+from rocm_attn_compile.ops.schemas import (
+    DTYPES,
+    EMPTY_ROWS,
+    OUT_LAYOUTS,
+    check_inputs,
+    dropout_keep_mask,
+    lse_dtype,
+)
 
 _fused = _torch_private.cpu_flash_attention
 _no_view_tracking = _torch_private.below_autograd_and_views
@@ -43,30 +50,29 @@ def forward(
     out_layout: str = "bhsd",
 ) -> tuple[Tensor, Tensor]:
     """The op `attention`; see schemas.py for arguments and reference.py for the meaning."""
-    has_optional = not (
-        attn_bias is None
-        and attn_mask is None
+    masks = (attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids)
+    # The usual call is kept short: no tensor but q, k, v, and at most a causal mask.
+    if (
+        attn_mask is None
         and key_mask is None
         and kv_start is None
         and kv_end is None
         and q_ids is None
         and kv_ids is None
+        and attn_bias is None
         and sinks is None
         and dropout_seed is None
-    )
-    optionals = (attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed)
-    if has_optional or dropout_p or not can_fuse(q, k, v):
-        check_inputs(q, k, v, *optionals, dropout_p, empty_rows, out_layout)
-    elif logits_soft_cap is None:
-        # The usual call, kept short: no tensor but q, k, v, and at most a causal mask.
-        q_len, kv_len = q.shape[2], k.shape[2]
-        is_causal = band_upper == 0 and q_len > 1 and softmax_scale > 0
-        if (band_upper is None or is_causal or band_upper >= kv_len - 1) and (
-            band_lower is None or band_lower <= 1 - q_len
-        ):
+        and logits_soft_cap is None
+        and not dropout_p
+        and empty_rows in EMPTY_ROWS
+        and out_layout in OUT_LAYOUTS
+        and can_fuse(q, k, v)
+    ):
+        is_causal = simple_band(q.shape[2], k.shape[2], softmax_scale, band_lower, band_upper)
+        if is_causal is not None:
             out, lse = _fused(q, k, v, 0.0, is_causal, scale=softmax_scale)
             return (out if out_layout == "bshd" else out.contiguous()), lse.contiguous()
-    masks = (attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids)
+    check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, dropout_p, empty_rows, out_layout)
     # Views made below are returned: they must not be tracked as views of a hidden base, or in-place changes would fail.
     with _no_view_tracking():
         if q.numel() == 0 or k.numel() == 0:
@@ -90,6 +96,17 @@ def forward(
             if sinks is not None:
                 out, lse = _add_sinks(out, lse, sinks)
         return with_layout(out.to(q.dtype), out_layout), lse.contiguous()
+
+
+def simple_band(
+    q_len: int, kv_len: int, softmax_scale: float, band_lower: int | None, band_upper: int | None
+) -> bool | None:
+    """The kernel's causal flag for a band that it can express; None if the band needs a mask."""
+    if band_lower is not None and band_lower > 1 - q_len:
+        return None
+    if band_upper is None or band_upper >= kv_len - 1:
+        return False
+    return True if band_upper == 0 and softmax_scale > 0 and q_len > 1 else None
 
 
 def can_fuse(q: Tensor, k: Tensor, v: Tensor) -> bool:

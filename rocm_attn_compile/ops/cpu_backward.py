@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import reference_impl
-from rocm_attn_compile.ops.cpu import fold_groups, pad_heads
+from rocm_attn_compile.ops.cpu import can_fuse, fold_groups, pad_heads, simple_band
 from rocm_attn_compile.ops.cpu_mask import fused_mask
 from rocm_attn_compile.ops.reference import NEG_INF
 from rocm_attn_compile.ops.schemas import check_backward_inputs, check_inputs, empty_grad, lse_dtype
@@ -42,6 +42,32 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `attention_backward`; an unwanted gradient is an empty tensor."""
     masks = (attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids)
+    shape = q.shape
+    # As in cpu.forward: the usual call is kept short.
+    if (
+        attn_mask is None
+        and key_mask is None
+        and kv_start is None
+        and kv_end is None
+        and q_ids is None
+        and kv_ids is None
+        and attn_bias is None
+        and sinks is None
+        and logits_soft_cap is None
+        and not dropout_p
+        and can_fuse(q, k, v)
+        and grad_out.shape == shape
+        and out.shape == shape
+        and out.stride(3) == 1
+        and lse.shape == shape[:3]
+        and output_mask[:3] == [True, True, True]
+    ):
+        is_causal = simple_band(shape[2], k.shape[2], softmax_scale, band_lower, band_upper)
+        if is_causal is not None:
+            dq, dk, dv = _torch_private.cpu_flash_attention_backward(
+                grad_out, q, k, v, out, lse, 0.0, is_causal, scale=softmax_scale
+            )
+            return _like(dq, q), _like(dk, k), _like(dv, v), q.new_empty((0,)), q.new_empty((0,))
     wants_dbias = output_mask[3] and attn_bias is not None
     with _torch_private.below_autograd_and_views():
         if logits_soft_cap is None and not dropout_p and not wants_dbias and q.numel() and k.numel():
@@ -119,9 +145,9 @@ def _fused_backward(
         dq = dq.reshape(B, H, M, width)
         dk, dv = (t.sum(1, dtype=lse_dtype(q.dtype)).reshape(B, K, N, width) for t in (dk, dv))
     if width != E:
-        dv = dv[..., :E]
+        dv = dv[..., :E].contiguous()
     if width != q.shape[3]:
-        dq, dk = dq[..., : q.shape[3]], dk[..., : q.shape[3]]
+        dq, dk = (t[..., : q.shape[3]].contiguous() for t in (dq, dk))
 
     if is_empty is not None and empty_rows in ("nan", "mean"):
         rows = is_empty[..., None]
@@ -138,7 +164,7 @@ def _fused_backward(
 
 def _like(grad: Tensor, tensor: Tensor) -> Tensor:
     """`grad` in the dtype of `tensor` and the strides that the fake kernel promised."""
-    target = empty_grad(tensor)
-    if grad.dtype == tensor.dtype and grad.stride() == target.stride():
+    # What the kernel returns is dense, so with equal strides the tensor is, too, and its strides are what is promised.
+    if grad.dtype == tensor.dtype and grad.stride() == tensor.stride():
         return grad
-    return target.copy_(grad)
+    return empty_grad(tensor).copy_(grad)

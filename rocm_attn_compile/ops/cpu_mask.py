@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rocm_attn_compile.ops.reference import NEG_INF, keep_mask, lse_dtype
+from rocm_attn_compile.ops.reference import NEG_INF, keep_mask
+from rocm_attn_compile.ops.schemas import DTYPES, lse_dtype
+
+_KEPT_DROPPED = {dtype: (torch.tensor(0.0, dtype=dtype), torch.tensor(NEG_INF, dtype=dtype)) for dtype in DTYPES}
 
 
 def fused_mask(
@@ -43,7 +46,7 @@ def fused_mask(
     # The kernel reads the mask in the dtype of q or, for half precision, in float32; -inf exists in all of them.
     if attn_bias is None:
         assert keep is not None
-        mask = torch.zeros(keep.shape, dtype=q.dtype).masked_fill_(~keep, NEG_INF)
+        mask = torch.where(keep, *_KEPT_DROPPED[q.dtype])
     else:
         mask = attn_bias if attn_bias.dtype == q.dtype else attn_bias.to(lse_dtype(q.dtype))
         if keep is not None:

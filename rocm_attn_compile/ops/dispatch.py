@@ -75,7 +75,8 @@ def run_gpu(*args: Any, impl: str = "", **kwargs: Any) -> tuple[Tensor, Tensor]:
         return implementation(impl, "cuda").forward(*args, **kwargs)
 
 
-def _run_backward_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def run_backward_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """CPU kernel of the op `attention_backward`."""
     *rest, impl, output_mask = args
     return implementation(impl, "cpu").backward(*rest, output_mask)
 
@@ -87,7 +88,8 @@ _BACKWARD_NAMES = (
 )  # fmt: skip
 
 
-def _run_backward_gpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def run_backward_gpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """CUDA and ROCm kernel of the op `attention_backward`."""
     *rest, impl, output_mask = args
     with _torch_private.below_autograd_and_views():
         # By name: a kernel's launcher may order its arguments as it likes.
@@ -97,5 +99,5 @@ def _run_backward_gpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
 
 LIBRARY.impl("attention", run_cpu, "CPU")
 LIBRARY.impl("attention", run_gpu, "CUDA")
-LIBRARY.impl("attention_backward", _run_backward_cpu, "CPU")
-LIBRARY.impl("attention_backward", _run_backward_gpu, "CUDA")
+LIBRARY.impl("attention_backward", run_backward_cpu, "CPU")
+LIBRARY.impl("attention_backward", run_backward_gpu, "CUDA")

@@ -5,6 +5,7 @@ Letters: B batch, H query heads, K key/value heads, M q_len, N kv_len, D head_di
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 EMPTY_ROWS = ("impossible", "nan", "zero", "mean", "mean_added")
 OUT_LAYOUTS = ("bhsd", "bshd")
+INTEGERS = (torch.int32, torch.int64)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 OPTIONAL_TENSORS = (
@@ -92,92 +94,97 @@ def check_inputs(
     out_layout: str = "bhsd",
 ) -> None:
     """Raise ValueError, saying what was got and what is allowed, unless the arguments fit. Sizes may be symbolic."""
-    check: Any = torch._check_value
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check(
-            tensor.dim() == 4, lambda n=name, t=tensor: f"{n} has {t.dim()} dims; need 4: (batch, heads, len, head_dim)"
-        )
-    check(q.dtype in DTYPES, lambda: f"q is {q.dtype}; allowed are float16, bfloat16, float32 and float64")
-    check(
-        q.dtype == k.dtype and q.dtype == v.dtype,
-        lambda: f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must have one dtype, cast them before the call",
-    )
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; need 4 dims: (batch, heads, len, head_dim)")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q is {q.dtype}; allowed are float16, bfloat16, float32 and float64")
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must have one dtype: cast them before")
     B, H, M, D = q.shape
-    K, N, E = k.shape[1], k.shape[2], v.shape[3]
-    shapes = lambda: f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"  # noqa: E731
-    check(k.shape[0] == B, lambda: f"{shapes()}: k must have q's batch size; expand it")
-    check(k.shape[3] == D, lambda: f"{shapes()}: k must have q's head_dim (last size)")
-    check(v.shape[0] == B, lambda: f"{shapes()}: v must have q's batch size; expand it")
-    check(v.shape[1] == K, lambda: f"{shapes()}: v must have k's number of heads")
-    check(v.shape[2] == N, lambda: f"{shapes()}: v must have k's length")
-    check(D >= 1, lambda: f"{shapes()}: head_dim must be at least 1")
-    check(E >= 1, lambda: f"{shapes()}: v's head_dim must be at least 1")
-    check(K >= 1, lambda: f"{shapes()}: k needs at least one head")
-    check(H % K == 0, lambda: f"{shapes()}: k's number of heads must divide q's")
-
-    def check_tensor(name: str, tensor: Tensor | None, sizes: tuple, kind: str) -> None:
-        """`sizes[i]` is the full size; a size given as (full,) may also be 1, to broadcast."""
-        if tensor is None:
-            return
-        text = lambda: (  # noqa: E731
-            f"{name} is {tensor.dtype} {tuple(tensor.shape)}; need {kind} "
-            f"({', '.join(f'{s[0]} or 1' if isinstance(s, tuple) else str(s) for s in sizes)})"
-        )
-        check(tensor.dim() == len(sizes), text)
-        for got, size in zip(tensor.shape, sizes):
-            full, broadcasts = (size[0], True) if isinstance(size, tuple) else (size, False)
-            # A static 1 is tried first, so that a symbolic size is not compared (and guarded) without need.
-            if not (broadcasts and isinstance(got, int) and got == 1):
-                check(got == full, text)
-        fits = {
-            "bool": tensor.dtype == torch.bool,
-            "float": tensor.dtype.is_floating_point,
-            "int32 or int64": tensor.dtype in (torch.int32, torch.int64),
-        }
-        check(fits[kind], text)
-
-    check_tensor("attn_bias", attn_bias, ((B,), (H,), (M,), (N,)), "float")
-    check_tensor("attn_mask", attn_mask, ((B,), (H,), (M,), (N,)), "bool")
-    check_tensor("key_mask", key_mask, ((B,), N), "bool")
-    check_tensor("kv_start", kv_start, ((B,), (M,)), "int32 or int64")
-    check_tensor("kv_end", kv_end, ((B,), (M,)), "int32 or int64")
-    check_tensor("q_ids", q_ids, ((B,), M), "int32 or int64")
-    check_tensor("kv_ids", kv_ids, ((B,), N), "int32 or int64")
-    check_tensor("sinks", sinks, (H,), "float")
-    check((q_ids is None) == (kv_ids is None), lambda: "q_ids and kv_ids go together: give both or neither")
-    check(0.0 <= dropout_p < 1.0, lambda: f"dropout_p is {dropout_p}; allowed is 0 <= dropout_p < 1")
-    if dropout_p > 0.0:
-        check(dropout_seed is not None, lambda: "dropout_p > 0 needs dropout_seed, an int64 tensor of one element")
+    _, K, N, _ = k.shape
+    E = v.shape[3]
+    _check_shape("k", k, (B, K, N, D))
+    _check_shape("v", v, (B, K, N, E))
+    heads = lambda: f"q has {H} heads of {D}, k has {K}, v has {K} of {E}; k's number must divide q's, none is 0"  # noqa: E731
+    _check(K >= 1, heads)
+    _check(H % K == 0, heads)
+    _check(D >= 1, heads)
+    _check(E >= 1, heads)
+    if attn_bias is not None:
+        _check_shape("attn_bias", attn_bias, (B, H, M, N), broadcast=4)
+        _check_dtype("attn_bias", attn_bias, attn_bias.dtype.is_floating_point, "a float dtype")
+    if attn_mask is not None:
+        _check_shape("attn_mask", attn_mask, (B, H, M, N), broadcast=4)
+        _check_dtype("attn_mask", attn_mask, attn_mask.dtype == torch.bool, "bool, True keeps")
+    if key_mask is not None:
+        _check_shape("key_mask", key_mask, (B, N), broadcast=1)
+        _check_dtype("key_mask", key_mask, key_mask.dtype == torch.bool, "bool, True keeps")
+    for name, bound in (("kv_start", kv_start), ("kv_end", kv_end)):
+        if bound is not None:
+            _check_shape(name, bound, (B, M), broadcast=2)
+            _check_dtype(name, bound, bound.dtype in INTEGERS, "int32 or int64")
+    for name, ids, length in (("q_ids", q_ids, M), ("kv_ids", kv_ids, N)):
+        if ids is not None:
+            _check_shape(name, ids, (B, length), broadcast=1)
+            _check_dtype(name, ids, ids.dtype in INTEGERS, "int32 or int64")
+    if (q_ids is None) != (kv_ids is None):
+        raise ValueError("q_ids and kv_ids go together: give both or neither")
+    if sinks is not None:
+        _check_shape("sinks", sinks, (H,))
+        _check_dtype("sinks", sinks, sinks.dtype.is_floating_point, "a float dtype")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; allowed is 0 <= dropout_p < 1")
     if dropout_seed is not None:
-        check(
-            dropout_seed.dtype == torch.int64 and dropout_seed.numel() == 1,
-            lambda: f"dropout_seed is {dropout_seed.dtype} {tuple(dropout_seed.shape)}; need int64 with one element",
-        )
-    check(empty_rows in EMPTY_ROWS, lambda: f"empty_rows is {empty_rows!r}; allowed are {', '.join(EMPTY_ROWS)}")
-    check(out_layout in OUT_LAYOUTS, lambda: f"out_layout is {out_layout!r}; allowed are {', '.join(OUT_LAYOUTS)}")
-    for name, tensor in zip(
-        ("k", "v", *OPTIONAL_TENSORS),
-        (k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed),
-    ):
-        check(
-            tensor is None or tensor.device == q.device,
-            lambda n=name, t=tensor: f"{n} is on {t.device}, q on {q.device}; move it",
-        )
+        _check_dtype("dropout_seed", dropout_seed, dropout_seed.dtype == torch.int64, "int64")
+        if dropout_seed.numel() != 1:
+            raise ValueError(f"dropout_seed is {tuple(dropout_seed.shape)}; need one element")
+    elif dropout_p > 0.0:
+        raise ValueError(f"dropout_p is {dropout_p} without dropout_seed; give an int64 tensor of one element")
+    if empty_rows not in EMPTY_ROWS:
+        raise ValueError(f"empty_rows is {empty_rows!r}; allowed are {', '.join(EMPTY_ROWS)}")
+    if out_layout not in OUT_LAYOUTS:
+        raise ValueError(f"out_layout is {out_layout!r}; allowed are {', '.join(OUT_LAYOUTS)}")
+    others = (k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed)
+    for name, other in zip(("k", "v", *OPTIONAL_TENSORS), others):
+        if other is not None and other.device != q.device:
+            raise ValueError(f"{name} is on {other.device}, q on {q.device}; move it")
 
 
 def check_backward_inputs(grad_out: Tensor, q: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """Raise ValueError unless grad_out and out are `(B, H, M, E)` and lse is `(B, H, M)`."""
-    check: Any = torch._check_value
-    shape = (q.shape[0], q.shape[1], q.shape[2], v.shape[3])
-    for name, tensor in (("grad_out", grad_out), ("out", out)):
-        check(tensor.dim() == 4, lambda n=name, t=tensor: f"{n} has {t.dim()} dims; need 4")
-        for got, size in zip(tensor.shape, shape):
-            check(
-                got == size, lambda n=name, t=tensor: f"{n} is {tuple(t.shape)}; need {shape}, the shape of the output"
-            )
-    check(lse.dim() == 3, lambda: f"lse has {lse.dim()} dims; need 3")
-    for got, size in zip(lse.shape, shape[:3]):
-        check(got == size, lambda: f"lse is {tuple(lse.shape)}; need {shape[:3]}")
+    B, H, M, _ = q.shape
+    E = v.shape[3]
+    _check_shape("grad_out", grad_out, (B, H, M, E))
+    _check_shape("out", out, (B, H, M, E))
+    _check_shape("lse", lse, (B, H, M))
+
+
+def _check(condition: Any, message: Callable[[], str]) -> None:
+    # torch._check costs 1 us; only symbolic conditions need it.
+    if condition is not True:
+        torch._check_value(condition, message)
+
+
+def _check_shape(name: str, tensor: Tensor, sizes: tuple, broadcast: int = 0) -> None:
+    """The shape must be `sizes`, but the first `broadcast` of them may be 1."""
+    shape = tensor.shape
+
+    def message() -> str:
+        need = ", ".join(f"{size} or 1" if i < broadcast else str(size) for i, size in enumerate(sizes))
+        return f"{name} is {tuple(shape)}; need ({need})"
+
+    if len(shape) != len(sizes):
+        raise ValueError(message())
+    for i, got in enumerate(shape):
+        # A static 1 first, so that a symbolic size is not compared (and guarded) without need.
+        if not (i < broadcast and isinstance(got, int) and got == 1):
+            _check(got == sizes[i], message)
+
+
+def _check_dtype(name: str, tensor: Tensor, is_allowed: bool, allowed: str) -> None:
+    if not is_allowed:
+        raise ValueError(f"{name} is {tensor.dtype}; need {allowed}")
 
 
 def _attention_fake(
