@@ -77,6 +77,30 @@ def recompile_limits_lifted() -> AbstractContextManager:
     return torch._dynamo.config.patch(recompile_limit=unlimited, accumulated_recompile_limit=unlimited)
 
 
+def add_guard(is_valid: Callable[[], bool], text: str) -> bool:
+    """Make Dynamo compile again, the next time the graph being compiled is called, once `is_valid()` is False.
+
+    Args:
+        is_valid: Called before every run of the compiled graph, so it must be fast.
+        text: What is guarded; `TORCH_LOGS=recompiles` prints it.
+
+    Returns:
+        False outside a compilation by Dynamo, where there is nothing to guard.
+    """
+    from torch._dynamo.source import GlobalStateSource
+    from torch._guards import Guard, TracingContext
+
+    context = TracingContext.try_get()
+    if context is None:
+        return False
+
+    def create(builder: Any, guard: Any) -> None:
+        builder.guard_manager.root.add_lambda_guard(lambda _: is_valid(), [text], None)
+
+    context.guards_context.dynamo_guards.add(Guard(GlobalStateSource(), create))
+    return True
+
+
 def graph_break_reason(graph_module: torch.fx.GraphModule) -> str | None:
     """Why Dynamo ended this graph early, or None if it ended by returning."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)
@@ -176,6 +200,7 @@ def schema_arguments(op: torch._ops.OpOverload) -> tuple[tuple[str, Any], ...]:
     """`(name, default)` of each argument of an overload, in order; None where there is no default."""
     return tuple((argument.name, argument.default_value) for argument in op._schema.arguments)
 
+
 # --- Capture: fakes and modes (capture/) ---
 
 # Base class of a mode that sees every ATen call.
@@ -241,7 +266,9 @@ def makes_unbacked_size(result: Any, operands: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     def symbols(tree: Any) -> set:
-        tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, (torch.Tensor, torch.SymInt))]
+        tensors = [
+            leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, (torch.Tensor, torch.SymInt))
+        ]
         sizes = [size for leaf in tensors for size in (leaf.shape if isinstance(leaf, torch.Tensor) else (leaf,))]
         return {symbol for size in sizes if not isinstance(size, int) for symbol in free_unbacked_symbols(size)}
 
@@ -341,3 +368,8 @@ transformer_encoder_layer_fwd = torch._transformer_encoder_layer_fwd
 def is_generated_function(target: Any) -> bool:
     """True for functions of `torch` that are generated from ATen's list of ops, such as `torch.where`."""
     return getattr(torch._C._VariableFunctions, getattr(target, "__name__", ""), None) is target
+
+
+def specialize(size: Any, shape_env: Any) -> int:
+    """The number a symbolic size has now; Dynamo recompiles when it changes (a guard, as `int(symint)` installs)."""
+    return int(shape_env.evaluate_expr(size))

@@ -44,16 +44,17 @@ class Ambient(AbstractContextManager):
         if node.op != "call_function":
             return False
         target = node.target
+        entry: Any = node.args[0] if node.args else None
         if target is private.set_grad_enabled:
-            self._grad_enabled = bool(node.args[0])
+            self._grad_enabled = bool(entry)
         elif target is private.enter_inference_mode:
-            self._inference[node] = bool(node.args[0])
+            self._inference[node] = bool(entry)
         elif target is private.exit_inference_mode:
-            self._inference.pop(node.args[0], None)
+            self._inference.pop(entry, None)
         elif target is private.enter_autocast:
             self._autocast[node] = private.enter_autocast(*node.args)
         elif target is private.exit_autocast:
-            mode = self._autocast.pop(node.args[0], None)
+            mode = self._autocast.pop(entry, None)
             if mode is not None:
                 private.exit_autocast(mode)
         else:

@@ -41,7 +41,7 @@ def target_name(node: fx.Node) -> str:
 
 
 def is_foreign(tensor: torch.Tensor) -> bool:
-    """True for tensors that plain ATen calls on a strided fake cannot stand for (DTensor, nested, sparse, quantized)."""
+    """True for tensors that a strided fake cannot stand for: DTensor, nested, sparse, quantized."""
     return private.is_wrapper_subclass(tensor) or tensor.layout != torch.strided or tensor.is_quantized
 
 

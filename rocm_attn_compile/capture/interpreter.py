@@ -178,9 +178,18 @@ class Shadow:
                 result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 result = node.target(*args, **kwargs)  # type: ignore[operator]
+            if policy.is_in_place_view(node):
+                self._forget(result)
         if example is not MISSING and not is_plain_result:
             check_result(name, result, example)
         return example if is_plain_result else result
+
+    def _forget(self, tensor: torch.Tensor) -> None:
+        """Earlier nodes gave this very tensor object, which now has another shape: they hold their values no longer."""
+        for earlier in self.trace.tensors.values():
+            if self._env[earlier.node] is tensor:
+                earlier.is_base = False
+        self.memory.touch(tensor)
 
     def result_of(self, node: fx.Node) -> Any:
         """What an earlier node gave: fakes, numbers, symbols or modules."""

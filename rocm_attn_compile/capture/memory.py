@@ -196,6 +196,11 @@ class Memory:
         state.value, state.version = value, len(storage.history)
         self._clobber_aliases(storage)
 
+    def touch(self, tensor: torch.Tensor) -> None:
+        """Count a write that changes nothing, so that values read before are looked up anew."""
+        storage = self.state_of(tensor).storage
+        self._advance(storage, storage.value)
+
     def clobber(self, tensors: Iterable[torch.Tensor]) -> None:
         """Something unknown may have been written into these tensors."""
         for storage in dict.fromkeys(self.state_of(tensor).storage for tensor in tensors):

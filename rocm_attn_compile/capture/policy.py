@@ -14,6 +14,8 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 
+from rocm_attn_compile import _torch_private as private
+
 aten = torch.ops.aten
 
 CUT: frozenset[Callable] = frozenset(
@@ -114,10 +116,11 @@ _IN_PLACE_VIEWS = frozenset(
     {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "resize_", "set_"}
 )
 
-_WRITING_DUNDERS = frozenset(
-    {"__setitem__"}
-    | {f"__i{x}__" for x in "add sub mul truediv floordiv mod and or xor lshift rshift pow matmul".split()}
-)
+_WRITING_DUNDERS = frozenset({name for name in dir(operator) if name.startswith("__i")} | {"__setitem__"}) - {
+    "__index__",
+    "__inv__",
+    "__invert__",
+}
 
 FUNCTORCH_MODULES = ("torch._C._functorch", "torch._functorch", "torch.autograd.forward_ad")
 
@@ -192,10 +195,8 @@ def is_runnable(node: fx.Node) -> bool:
         return name not in _STATEFUL_METHODS
     if module in _TENSOR_MODULES:
         return not name.startswith("_") or module == "torch._tensor"
-    if getattr(torch._C._VariableFunctions, name, None) is target:
-        # Underscored names are also PyTorch's own switches; those that are ATen ops are plain functions.
-        return not name.startswith("_") or hasattr(aten, name)
-    return False
+    # Underscored names are also PyTorch's own switches; those that are ATen ops are plain functions.
+    return private.is_generated_function(target) and (not name.startswith("_") or hasattr(aten, name))
 
 
 def may_write(node: fx.Node) -> bool:
@@ -215,7 +216,7 @@ def may_write(node: fx.Node) -> bool:
         return f"__{name}__" in _WRITING_DUNDERS
     if _is_method_descriptor(target):
         return _is_writing_method(name)
-    if getattr(torch._C._VariableFunctions, name, None) is target:
+    if private.is_generated_function(target):
         return name.endswith("_") or name in ("batch_norm", "instance_norm", "native_batch_norm")
     # Of anything that is not known to leave its arguments alone, assume the worst.
     return not (is_functorch(node) or target is getattr or module in ("builtins", "math"))

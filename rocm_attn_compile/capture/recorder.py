@@ -10,6 +10,7 @@ import torch
 from rocm_attn_compile import _torch_private as private
 from rocm_attn_compile.capture.memory import Look, Memory, TensorState, ViewStep, tensors_in, values_in
 from rocm_attn_compile.capture.schema import Effects, effects
+from rocm_attn_compile.capture.trace import Value
 
 aten = torch.ops.aten
 
@@ -60,6 +61,11 @@ class Recorder(private.TorchDispatchMode):
         if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default) and not memory.is_known(args[0]):
             # `torch.tensor(0.5)` arrives here with the real tensor that it made.
             memory.leaf("constant", out, {"value": python_number(args[0])})
+            return
+        if func is aten.detach.default and _is_factory(memory.value_of(args[0])):
+            # The Python bindings of `torch.ones` and its like detach their result; nothing is cut off there.
+            state = memory.state_of(args[0])
+            memory.place(out, state.value, state.storage, state.chain)
             return
         inputs = {id(tensor) for tensor in tensors_in((args, kwargs))}
         value_args, value_kwargs = memory.as_values(args), memory.as_values(kwargs)
@@ -128,6 +134,14 @@ class Recorder(private.TorchDispatchMode):
         chain = (*state.chain, step) if state.chain is not None else None
         for tensor in (args[0], out):
             memory.place(tensor, value, state.storage, chain)
+
+
+def _is_factory(value: Value) -> bool:
+    """True for a tensor whose content depends on no other tensor, so that no gradient can flow into it."""
+    if isinstance(value.op, str):
+        return value.op == "constant"
+    is_like = value.name.endswith("_like") or value.name.startswith("new_")
+    return is_like or not values_in((value.args, value.kwargs))
 
 
 def argument(place: tuple[int | None, str], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -54,7 +54,7 @@ class Regions:
         name = policy.higher_order_name(node)
         operands = tensors_in((args, kwargs))
         if name in policy.NESTED_REGIONS:
-            aliased = self._run_bodies(node, operands)
+            aliased = self._runbodies(node, operands)
         elif name in policy.PURE_REGIONS:
             aliased = []
         else:
@@ -62,7 +62,7 @@ class Regions:
             aliased = operands
         return owner.leaves(node, example, "higher_order_op", f"{name} is a region of its own", aliased)
 
-    def _run_bodies(self, node: fx.Node, operands: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _runbodies(self, node: fx.Node, operands: list[torch.Tensor]) -> list[torch.Tensor]:
         """Capture the bodies of a call and apply what they do to its operands.
 
         Returns:
@@ -71,7 +71,7 @@ class Regions:
         memory = self._owner.memory
         passed = [self._owner.result_of(used) for used in _operand_nodes(node, self._owner.trace.graph_module)]
         viewed: list[torch.Tensor] = []
-        for attribute, body in _bodies(node, self._owner.trace.graph_module):
+        for attribute, body in bodies(node, self._owner.trace.graph_module):
             num_inputs = sum(inner.op == "placeholder" for inner in body.graph.nodes)
             # The body's inputs are the last operands (`cond` has its predicate before them).
             inputs = passed[len(passed) - num_inputs :] if len(passed) >= num_inputs else None
@@ -125,7 +125,7 @@ def _effect(shadow: Shadow) -> Effect:
     )
 
 
-def _bodies(node: fx.Node, graph_module: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
+def bodies(node: fx.Node, graph_module: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
     """The bodies that a higher-order op calls, with their attribute names."""
     found = {}
     for used in node.all_input_nodes:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -19,9 +19,10 @@ class Value:
 
     Attributes:
         id: Unique, increasing in execution order.
-        op: A *functional* `OpOverload` (`add_` is recorded as `add`), or one of the strings of `LEAF_OPS` / `WHOLE_OPS`,
-            or "view_scatter": `args = (base, source, chain)`, the base storage's value after `source` was written through
-            a view; `chain` is the tuple of view calls `(op, args, kwargs, output_index)` that lead from base to the view.
+        op: A *functional* `OpOverload` (`add_` is recorded as `add`), or one of the strings of `LEAF_OPS` and
+            `WHOLE_OPS`, or "view_scatter": `args = (base, source, chain)`, the base storage's value after `source` was
+            written through a view; `chain` is the tuple of view calls `(op, args, kwargs, output_index)` that lead
+            from base to the view.
         args, kwargs: As in the call, tensors replaced by Values; numbers, SymInts, dtypes, lists as they are.
         shape, stride: Sizes are int or SymInt.
         dtype, device: Of the tensor.
@@ -33,7 +34,7 @@ class Value:
     """
 
     id: int
-    op: Union[torch._ops.OpOverload, str]
+    op: torch._ops.OpOverload | str
     args: tuple
     kwargs: dict[str, Any]
     shape: tuple
@@ -44,7 +45,7 @@ class Value:
     time: int
     grad_mode: bool
     output_index: int | None = None
-    users: list["Value"] = field(default_factory=list)
+    users: list[Value] = field(default_factory=list)
 
     @property
     def name(self) -> str:
