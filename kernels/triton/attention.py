@@ -41,7 +41,8 @@ def attention_forward(
     head dimension (or, for a transposed K, the key dimension) has unit stride.
 
     Returns:
-        `out` `(B, H, M, E)` in the dtype of q, contiguous or, for out_layout "bshd", a view of contiguous `(B, M, H, E)`;
+        `out` `(B, H, M, E)` in the dtype of q, contiguous or, for out_layout "bshd", with the memory of a contiguous
+        `(B, M, H, E)`;
         `lse` `(B, H, M)` float32, natural log, -inf for an empty row.
 
     Raises:

@@ -2,7 +2,7 @@
 
 With p the weights after the softmax, dp = grad_out v^T and delta = rowsum(grad_out * out):
 
-    dv = p^T grad_out        ds = p (dp - delta) [* slope of the soft cap]        dq = scale ds k        dk = scale ds^T q
+    dv = p^T grad_out      ds = p (dp - delta) [* slope of the soft cap]      dq = scale ds k      dk = scale ds^T q
 
 Dropout multiplies p in dv, and dp, by keep / (1 - p). Nothing is accumulated atomically: each output tile has one
 program and a fixed order, so gradients are deterministic. dk/dv loops over the query heads of its group.
@@ -21,7 +21,6 @@ from .common import (
     EMPTY_MEAN_ADDED,
     EMPTY_NAN,
     INF,
-    LN2,
     LOG2E,
     dropout_keep,
     exponent,
@@ -39,7 +38,7 @@ _RUNTIME_SIZES = ["q_len", "kv_len", "band_lower", "band_upper"]
 @triton.jit
 def load_tile(ptr, first, stride_row, stride_col, row_end, SIZE: tl.constexpr, BLOCK_ROW: tl.constexpr,
               BLOCK_COL: tl.constexpr, CHECK_ROWS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Load rows `first..first + BLOCK_ROW` of a matrix with SIZE columns, 0 outside; CHECK_ROWS if row_end may cut it."""
+    """Load rows `first..first + BLOCK_ROW` of a matrix of SIZE columns, 0 outside; CHECK_ROWS if row_end may cut it."""
     offs_row = tl.arange(0, BLOCK_ROW)
     offs_col = tl.arange(0, BLOCK_COL)
     row_ok = first + offs_row < row_end
@@ -76,7 +75,7 @@ def store_tile(ptr, tile, first, stride_row, stride_col, row_end, SIZE: tl.const
 
 @triton.jit
 def load_row_statistics(lse, delta, correction, row_base, q_pos, row_ok, HAS_BIAS: tl.constexpr):
-    """Per-row `(m, delta, correction, empty)`: m is lse in the domain's units, +inf (p = 0) for empty or absent rows."""
+    """Per-row `(m, delta, correction, empty)`: m is lse in the domain's units, +inf (p = 0) for empty, absent rows."""
     m = tl.load(lse + row_base + q_pos, mask=row_ok, other=INF)
     empty = m == -INF
     m = tl.where(empty, INF, m)

@@ -59,7 +59,7 @@ def backward_bias_kernel(
         seed = tl.load(dropout_seed)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in range(0, repeat_batch * repeat_heads * walk_m * walk_n):
+    for i in range(repeat_batch * repeat_heads * walk_m * walk_n):
         kv_block = tile_n + i % walk_n
         row_block = tile_m + (i // walk_n) % walk_m
         head = (bias_head + (i // walk_n // walk_m) % repeat_heads).to(tl.int64)

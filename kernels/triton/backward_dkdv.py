@@ -1,7 +1,7 @@
 """dk and dv: one program owns a block of keys of one key/value head and walks over the queries of its whole group.
 
-Tiles are transposed, (key, query), so that the weights are at once the left operand of `dv = p^T grad_out`. Looping over
-the group inside one program keeps grouped-query attention free of atomics and of copies of K and V.
+Tiles are transposed, (key, query), so that the weights are at once the left operand of `dv = p^T grad_out`. Looping
+over the group inside one program keeps grouped-query attention free of atomics and of copies of K and V.
 """
 
 import triton
@@ -119,7 +119,7 @@ def backward_dkdv_kernel(
             first = 0
             count = num_row_blocks
         if (phase == 0 and not ROW_LIMITS) or phase == 1 or (phase == 2 and EMPTY_MATTERS):
-            for i in range(0, count * gqa_group_size):
+            for i in range(count * gqa_group_size):
                 head = kv_head * gqa_group_size + i // count
                 block = first + i % count
                 if phase == 1:

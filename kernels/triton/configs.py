@@ -2,9 +2,11 @@
 
 A row of a table is chosen by the larger of the two padded head sizes and by the element size. What bounds the choice:
 
-* LDS (shared memory): 64 KiB on gfx90a, gfx942 and Radeon, 160 KiB on gfx950, 227 KiB on sm90, 99 KiB on sm86/sm89/sm120.
-* Registers: the float32 accumulators of a program need `rows * head size / (warps * lanes)` registers a lane; beyond 256
-  VGPRs only one wave fits a SIMD (gfx9), beyond 512 it spills. tests/kernels/test_aot.py holds every row to no spills.
+* LDS (shared memory): 64 KiB on gfx90a, gfx942 and Radeon, 160 KiB on gfx950, 227 KiB on sm90, 99 KiB on sm86
+  and sm120.
+* Registers: the float32 accumulators of a program need `rows * head size / (warps * lanes)` registers a lane; beyond
+  256 VGPRs only one wave fits a SIMD (gfx9), beyond 512 it spills. tests/kernels/test_aot.py holds every row to no
+  spills.
 
 Speed is tuned per architecture in a later step; these are safe, sensible values.
 """

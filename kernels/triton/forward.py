@@ -36,13 +36,13 @@ _RUNTIME_SIZES = ["q_len", "kv_len", "num_splits", "band_lower", "band_upper"]
 
 
 @triton.jit
-def finish_rows(acc, m, l, sink, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.constexpr, EMPTY_ROWS: tl.constexpr):
-    """Normalise: `(acc, m, l)` of finished rows to `(out, lse)`; lse in natural units, -inf for an empty row.
+def finish_rows(acc, m, total, sink, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.constexpr, EMPTY_ROWS: tl.constexpr):
+    """Normalise: `(acc, m, total)` of finished rows to `(out, lse)`; lse in natural units, -inf for an empty row.
 
     Args:
         acc: `(R, E)` float32, sum of exp(s - m) v.
         m: `(R,)` row maximum in the domain's units, -inf for an empty row.
-        l: `(R,)` sum of exp(s - m), 0 for an empty row. Not m decides emptiness: a NaN score leaves m at -inf.
+        total: `(R,)` sum of exp(s - m), 0 for an empty row. Not m decides emptiness: a NaN score leaves m at -inf.
         sink: `(R,)` float32 natural, ignored without HAS_SINKS.
     """
     if not HAS_BIAS:
@@ -51,15 +51,15 @@ def finish_rows(acc, m, l, sink, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.constexpr
         top = tl.maximum(m, sink)
         top = tl.where(top == -INF, 0.0, top)
         shrink = tl.exp2((m - top) * LOG2E)
-        l = l * shrink + tl.exp2((sink - top) * LOG2E)
+        total = total * shrink + tl.exp2((sink - top) * LOG2E)
         acc = acc * shrink[:, None]
         m = top
-    empty = l == 0.0
-    l = tl.where(empty, 1.0, l)
-    out = acc / l[:, None]
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    out = acc / total[:, None]
     if EMPTY_ROWS == EMPTY_NAN:
         out = tl.where(empty[:, None], float("nan"), out)
-    lse = tl.where(empty, -INF, m + tl.log2(l) * LN2)
+    lse = tl.where(empty, -INF, m + tl.log2(total) * LN2)
     return out, lse
 
 
@@ -82,8 +82,8 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """Attention forward; see the module docstring and the canonical op for the meaning of every argument.
 
-    Writes `out` and `lse`, or with SPLIT the unnormalised `(acc, m, l)` of its share of the keys into `partial`, float32
-    `(B * H * M, num_splits, E + 2)`.
+    Writes `out` and `lse`, or with SPLIT the unnormalised `(acc, m, l)` of its share of the keys into `partial`,
+    float32 `(B * H * M, num_splits, E + 2)`.
     """
     PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
     rows_len = q_len * PACK
@@ -250,7 +250,7 @@ def attention_forward_kernel(
         if EMPTY_ROWS == EMPTY_MEAN or EMPTY_ROWS == EMPTY_MEAN_ADDED:
             # Every key, also those outside the visited range, with equal weight. Rows with a key have weight 0 here.
             if tl.max(tl.where(empty & row_ok, 1, 0)) != 0:
-                for i in range(0, tl.cdiv(kv_len, BLOCK_N)):
+                for i in range(tl.cdiv(kv_len, BLOCK_N)):
                     start_n = i * BLOCK_N
                     kv_pos = start_n + tl.arange(0, BLOCK_N)
                     v_ptrs = v + start_n.to(tl.int64) * stride_vn + offs_n[:, None] * stride_vn
@@ -294,16 +294,16 @@ def attention_combine_kernel(
     m_all = tl.load(partial + offs_s * (V_HEAD_DIM + 2) + V_HEAD_DIM, mask=offs_s < num_splits, other=-INF)
     m = tl.max(m_all, 0)
     m_safe = tl.where(m == -INF, 0.0, m)
-    l = 0.0
+    total = 0.0
     acc = tl.zeros((BLOCK_E,), tl.float32)
-    for split in range(0, num_splits):
+    for split in range(num_splits):
         part = partial + split * (V_HEAD_DIM + 2)
         delta = tl.load(part + V_HEAD_DIM) - m_safe
         weight = tl.exp2(delta * LOG2E) if HAS_BIAS else tl.exp2(delta)
-        l += tl.load(part + V_HEAD_DIM + 1) * weight
+        total += tl.load(part + V_HEAD_DIM + 1) * weight
         acc += tl.load(part + offs_e, mask=e_ok, other=0.0) * weight
     if EMPTY_ROWS == EMPTY_MEAN or EMPTY_ROWS == EMPTY_MEAN_ADDED:
-        if l == 0.0:
+        if total == 0.0:
             v += batch * stride_vb + (head // gqa_group_size) * stride_vh
             for start_n in range(0, kv_len, BLOCK_N):
                 kv_pos = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -316,7 +316,7 @@ def attention_combine_kernel(
         sink = tl.load(sinks + head).to(tl.float32)
     one_row = tl.zeros((1,), tl.float32)
     result, row_lse = finish_rows(
-        acc[None, :], one_row + m, one_row + l, one_row + sink, HAS_SINKS, HAS_BIAS, EMPTY_ROWS
+        acc[None, :], one_row + m, one_row + total, one_row + sink, HAS_SINKS, HAS_BIAS, EMPTY_ROWS
     )
     out += batch * stride_ob + head * stride_oh + q_pos * stride_om
     tl.store(out + offs_e[None, :] * stride_oe, result.to(out.dtype.element_ty), mask=e_ok[None, :])

@@ -52,10 +52,10 @@ class Tuning:
     arch: str | None = None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_arch(device: torch.device) -> tuple[str, int]:
-    """The architecture's name ("gfx942", "sm90"; "interpreter" on a CPU) and the number of compute units."""
-    if device.type == "cpu":
+    """The architecture's name ("gfx942", "sm90"; "interpreter" without a GPU) and the number of compute units."""
+    if device.type in ("cpu", "meta"):
         return "interpreter", 4
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:

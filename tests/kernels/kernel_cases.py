@@ -86,7 +86,7 @@ def feature_cases() -> list[dict[str, Any]]:
         case("empty-mean-dropout", mask=FULL, empty=("mask_rows",), empty_rows="mean", dropout_p=0.4),
         case("empty-mean-added-bias-dropout", mask=FULL, empty=("mask_rows",), empty_rows="mean_added", dropout_p=0.4,
              bias=(True, False, True, True), soft_cap=2.0),
-        case("empty-ids-mean-added", ids=True, empty=("ids",), empty_rows="mean_added", bias=(False, True, False, True)),
+        case("empty-ids-mean-added", ids=True, empty=("ids",), empty_rows="mean_added", bias=(False, True, True, False))
     ]  # fmt: skip
     return cases
 

@@ -260,8 +260,8 @@ def compare(
     """Errors of `got` against the oracle.
 
     Returns:
-        Per name `(relative error, limit)`. The limit is 3 times eager's own error in the dtype of q, and at least that
-        dtype's epsilon: where eager happens to be exact (a single key), one rounding must still be allowed.
+        Per name `(relative error, limit)`. The limit is 3 times eager's own error in the dtype of q, and at least twice
+        that dtype's epsilon: where eager happens to be exact (a single key), one rounding must still be allowed.
     """
     dtype = tensors["q"].dtype
     want = oracle(tensors, scalars, oracle_dtype, grad_out)
@@ -274,6 +274,6 @@ def compare(
         floor = torch.finfo(torch.float32 if name == "lse" else dtype).eps
         results[name] = (
             error_norm(value, want[name]) / size,
-            max(3 * eager_error if math.isfinite(eager_error) else 0.0, 4 * floor if name == "lse" else floor),
+            max(3 * eager_error if math.isfinite(eager_error) else 0.0, 4 * floor if name == "lse" else 2 * floor),
         )
     return results
