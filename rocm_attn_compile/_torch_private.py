@@ -373,3 +373,7 @@ def is_generated_function(target: Any) -> bool:
 def specialize(size: Any, shape_env: Any) -> int:
     """The number a symbolic size has now; Dynamo recompiles when it changes (a guard, as `int(symint)` installs)."""
     return int(shape_env.evaluate_expr(size))
+
+
+# The softmax's derivative in one pass: (grad, weights, dim, dtype) -> weights * (grad - sum(weights * grad)).
+softmax_backward = torch.ops.aten._softmax_backward_data.default

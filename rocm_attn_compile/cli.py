@@ -178,7 +178,7 @@ def _spec(arguments: argparse.Namespace, env: Environment) -> AttentionSpec:
     )
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A rich table on a terminal if rich is there; plain text otherwise, and always when piped."""
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         try:

@@ -157,6 +157,7 @@ class Environment:
         device_arch, device_name = _device()
         option_arch = options.arch if options is not None else None
         variable_arch = environ.get(ARCH_VARIABLE) or None
+        arch: str | None
         if variable_arch is not None:
             arch, source = normalize_arch(variable_arch, ARCH_VARIABLE), "variable"
         elif option_arch is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _torch_private
-from .env import RocmAttnWarning, normalize_arch
+from .env import SELECTION_VARIABLES, RocmAttnWarning, normalize_arch
 
 PREFIX = "rocm_attn."
 
@@ -90,6 +90,28 @@ def split_options(
                 )
             ours[name] = value
     return Options(**ours), inductor
+
+
+def guard_environment() -> None:
+    """Make the graph that Dynamo is compiling valid only while the variables that decided about it stay as they are.
+
+    Dynamo keeps compiled code per backend object and options; without this, `torch.compile` after a change of the
+    environment would go on with the old code.
+    """
+    get, keys = _environ_reader()
+    now = tuple(map(get, keys))
+    names = ", ".join((*SELECTION_VARIABLES, *OPTION_VARIABLES.values()))
+    _torch_private.add_guard(lambda: tuple(map(get, keys)) == now, f"rocm_attn: unchanged environment ({names})")
+
+
+def _environ_reader() -> tuple[Callable[[Any], Any], tuple]:
+    """A fast getter and its keys: this runs before every call, and `os.environ.get` converts text each time."""
+    names = (*SELECTION_VARIABLES, *OPTION_VARIABLES.values())
+    try:
+        data, encode = os.environ._data, os.environ.encodekey  # type: ignore[attr-defined]
+        return data.get, tuple(map(encode, names))
+    except AttributeError:  # not CPython's os.environ
+        return os.environ.get, names
 
 
 def _check_inductor(options: dict[str, Any]) -> None:

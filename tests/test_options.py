@@ -1,14 +1,16 @@
 """Options: ours and Inductor's told apart, validated, and overridden by variables."""
 
+import os
 import warnings
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from rocm_attn_compile import _torch_private
-from rocm_attn_compile.env import RocmAttnWarning
-from rocm_attn_compile.options import _PARSERS, OPTION_VARIABLES, Options, split_options
+from rocm_attn_compile.env import SELECTION_VARIABLES, RocmAttnWarning
+from rocm_attn_compile.options import _PARSERS, OPTION_VARIABLES, Options, guard_environment, split_options
 
 GIVEN = {
     "attention_backend": "TRITON_ATTN",
@@ -167,3 +169,32 @@ def test_os_environ_is_read_each_time(monkeypatch):
     assert split_options(None)[0].disable
     monkeypatch.delenv("ROCM_ATTN_DISABLE")
     assert not split_options(None)[0].disable
+
+
+@pytest.mark.parametrize("variable", [*SELECTION_VARIABLES, *OPTION_VARIABLES.values()])
+@pytest.mark.parametrize("reader", ["fast", "portable"])
+def test_compiled_code_is_for_the_environment_it_was_compiled_in(monkeypatch, variable, reader):
+    if reader == "portable":
+
+        class Environ(dict):
+            pass
+
+        monkeypatch.setattr("rocm_attn_compile.options.os.environ", Environ(os.environ))
+    compilations = []
+
+    def backend(gm, inputs):
+        guard_environment()
+        compilations.append(os.environ.get(variable))
+        return gm.forward
+
+    def function(x):
+        return x + 1
+
+    x = torch.ones(2)
+    torch.compile(function, backend=backend)(x)
+    monkeypatch.setitem(os.environ, variable, "1")
+    for _ in range(2):
+        torch.compile(function, backend=backend)(x)
+    monkeypatch.delitem(os.environ, variable)
+    torch.compile(function, backend=backend)(x)
+    assert compilations == [None, "1"]

@@ -3,6 +3,9 @@
 import importlib
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -371,3 +374,18 @@ def test_explain_passes_on_what_it_is_given(monkeypatch):
 def test_explain_does_not_swallow_errors():
     with pytest.raises(Exception, match="unknown option 'stric'"):
         rocm_attn_compile.explain(attention, options={"stric": True})(*tensors())
+
+
+@pytest.mark.parametrize(("setting", "level"), [("rocm_attn_compile", "info"), ("+rocm_attn_compile", "debug")])
+def test_torch_logs_shows_reports(setting, level, tmp_path):
+    program = (
+        "import torch, rocm_attn_compile\n"
+        "x = torch.ones(1, 2, 6, 16)\n"
+        "rocm_attn_compile.explain(lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v)(x, x, x)\n"
+    )
+    environ = {**os.environ, "TORCH_LOGS": setting}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("graph 0/0: 1 attention site") == (1 if level == "info" else 2)
+    assert ("attention 0: replaced by TRITON_ATTN" in done.stderr) is (level == "debug")

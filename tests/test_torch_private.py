@@ -150,3 +150,21 @@ def test_schema_arguments_are_named_in_order_with_defaults():
     arguments = _torch_private.schema_arguments(torch.ops.aten.slice.Tensor)
     assert arguments == (("self", None), ("dim", 0), ("start", None), ("end", None), ("step", 1))
     assert _torch_private.schema_arguments(torch.ops.aten.add.Tensor)[2] == ("alpha", 1)
+
+
+def test_add_guard_recompiles_when_it_fails_and_finds_the_old_code_again():
+    compiled = []
+    state = {"value": 1}
+
+    def backend(gm, inputs):
+        saved = dict(state)
+        compiled.append(saved)
+        assert _torch_private.add_guard(lambda: state == saved, "the state is as it was")
+        return gm.forward
+
+    run = torch.compile(lambda x: x + 1, backend=backend)
+    for value in (1, 1, 2, 2, 1):
+        state["value"] = value
+        run(torch.ones(2))
+    assert compiled == [{"value": 1}, {"value": 2}]
+    assert not _torch_private.add_guard(lambda: True, "outside a compilation")
