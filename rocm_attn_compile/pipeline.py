@@ -35,6 +35,9 @@ from .rewrite import Rewriter
 
 log = logging.getLogger(__name__)
 
+_ROUNDS = 3
+"""One proof may need head counts as numbers first and head sizes then."""
+
 
 def compile_graph(
     graph_module: fx.GraphModule,
@@ -51,7 +54,9 @@ def compile_graph(
     before = graph_module.print_readable(print_output=False) if ours.dump_dir else ""
     try:
         if not ours.disable:
-            replace_attention(graph_module, example_inputs, ours, env, report)
+            with _timed(report, "capture"):
+                trace = capture(graph_module, example_inputs, _torch_private.current_shape_env())
+            replace_attention(trace, ours, env, report)
         _check_strict(report, ours)
     finally:
         publish(report)
@@ -61,18 +66,14 @@ def compile_graph(
     return lower(graph_module, example_inputs, lowering=lowering, mode=mode, inductor_options=inductor_options)
 
 
-def replace_attention(
-    graph_module: fx.GraphModule,
-    example_inputs: Sequence[Any] | None,
-    options: Options,
-    env: Environment,
-    report: Report,
-) -> None:
-    """All stages up to `rewrite`, on one graph module and those nested in it."""
-    with _timed(report, "capture"):
-        trace = capture(graph_module, example_inputs, _torch_private.current_shape_env())
+def replace_attention(trace: Trace, options: Options, env: Environment, report: Report) -> None:
+    """The stages from `normalize` to `rewrite`, on one captured graph module and those nested in it."""
     with _timed(report, "recognize"):
         regions, others = recognize(trace)
+        for _ in range(_ROUNDS):
+            if not _fix_head_dims(regions, others):
+                break
+            regions, others = recognize(trace)
     for other in others:
         _report_refused(report, trace, other)
     rewriter = Rewriter(trace)
@@ -80,8 +81,8 @@ def replace_attention(
         for region in regions:
             report.sites.append(_replace_site(rewriter, region, options, env, report))
         rewriter.finish()
-    for _, name in trace.subgraphs:
-        replace_attention(getattr(graph_module, name), None, options, env, report)
+    for nested in trace.subtraces.values():
+        replace_attention(nested, options, env, report)
 
 
 def _replace_site(rewriter: Rewriter, region: Region, options: Options, env: Environment, report: Report) -> Site:
@@ -101,6 +102,23 @@ def _replace_site(rewriter: Rewriter, region: Region, options: Options, env: Env
         log.warning("%s", traceback.format_exc())
         return _not_replaced(site, Reason("internal_error", repr(error)))
     return site
+
+
+def _fix_head_dims(regions: Sequence[Region], others: Sequence[LookAlike]) -> bool:
+    """Make head sizes (and head counts that a proof needs) numbers; True if any was a symbol.
+
+    With `dynamic=True` they are symbols, but kernels are chosen by them. Dynamo gets a guard and the sizes of all
+    captured values change, so the caller recognises again.
+    """
+    shape_env = _torch_private.current_shape_env()
+    sizes = [size for region in regions for size in (region.spec.head_dim, region.spec.v_head_dim)]
+    sizes += [size for other in others for size in other.needs_numbers]
+    symbolic = {size for size in sizes if not isinstance(size, int) and size.free_symbols}
+    if shape_env is None or not symbolic:
+        return False
+    for symbol in sorted(set().union(*(size.free_symbols for size in symbolic)), key=str):
+        _torch_private.specialize(symbol, shape_env)
+    return True
 
 
 def _not_replaced(site: Site, reason: Reason) -> Site:

@@ -25,8 +25,13 @@ class Refusal(Exception):
     """Raised inside a stage to leave one site alone; the pipeline turns it into a report entry.
 
     Never escapes to the user: `strict` mode raises its own error that lists all reasons.
+
+    Attributes:
+        reason: Why.
+        needs_numbers: Symbolic sizes (sympy) that the proof needs as numbers; the pipeline may specialise and try again.
     """
 
-    def __init__(self, code: str, text: str) -> None:
+    def __init__(self, code: str, text: str, needs_numbers: tuple = ()) -> None:
         super().__init__(f"{code}: {text}")
         self.reason = Reason(code, text)
+        self.needs_numbers = needs_numbers

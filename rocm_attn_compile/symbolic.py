@@ -16,11 +16,18 @@ Size = Union[int, torch.SymInt, sympy.Expr]
 
 def to_expr(size: Size) -> sympy.Expr:
     """The sympy expression of an int, a `SymInt` or an expression."""
-    if isinstance(size, sympy.Expr):
-        return size
     if isinstance(size, torch.SymInt):
-        return size.node.expr
+        size = size.node.expr
+    if isinstance(size, sympy.Expr):
+        return size.replace(_is_exact_floor_div, lambda e: sympy.cancel(e.args[0] / e.args[1]))
     return sympy.Integer(int(size))
+
+
+def _is_exact_floor_div(expr: sympy.Basic) -> bool:
+    """True for torch's `FloorDiv(a * b, b)`, which it leaves unsimplified after a view with -1."""
+    if type(expr).__name__ != "FloorDiv":
+        return False
+    return sympy.cancel(expr.args[0] / expr.args[1]).as_numer_denom()[1] == 1
 
 
 def same_size(left: Size, right: Size) -> bool:

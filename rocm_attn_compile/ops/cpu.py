@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from rocm_attn_compile import _torch_private
+from rocm_attn_compile.ops import cpu_unfused
 from rocm_attn_compile.ops.cpu_mask import empty_rows_of, fused_mask
-from rocm_attn_compile.ops.reference import NEG_INF, group_rows, keep_mask
+from rocm_attn_compile.ops.cpu_unfused import sink_share
+from rocm_attn_compile.ops.reference import NEG_INF
 from rocm_attn_compile.ops.reference import forward as reference_forward
 from rocm_attn_compile.ops.schemas import (
     DTYPES,
@@ -24,6 +26,9 @@ from rocm_attn_compile.ops.schemas import (
 )
 
 _fused = _torch_private.cpu_flash_attention
+_HALF = (torch.float16, torch.bfloat16)
+_SMALL_SCORES = 1 << 24
+_FOLD_FROM = 1 << 13
 _no_view_tracking = _torch_private.below_autograd_and_views
 
 
@@ -67,9 +72,15 @@ def forward(
         and empty_rows in EMPTY_ROWS
         and out_layout in OUT_LAYOUTS
         and can_fuse(q, k, v)
+        and not unfused_is_faster(q, k, v, band_upper)
     ):
         is_causal = simple_band(q.shape[2], k.shape[2], softmax_scale, band_lower, band_upper)
         if is_causal is not None:
+            if out_layout == "bhsd" and worth_folding(q, k, v):
+                # The kernel writes (batch, len, heads, head_dim): with every head as a batch of its own, that is bhsd.
+                with _no_view_tracking():
+                    out, lse = _fused(*map(heads_as_batch, (q, k, v)), 0.0, is_causal, scale=softmax_scale)
+                    return out.view(*q.shape[:3], v.shape[3]), lse.view(q.shape[:3])
             out, lse = _fused(q, k, v, 0.0, is_causal, scale=softmax_scale)
             return (out if out_layout == "bshd" else out.contiguous()), lse.contiguous()
     check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, dropout_p, empty_rows, out_layout)
@@ -79,10 +90,12 @@ def forward(
             out, lse = reference_forward(
                 q, k, v, attn_bias, *masks, sinks, softmax_scale=softmax_scale, empty_rows=empty_rows
             )
-        elif logits_soft_cap is not None or dropout_p > 0.0:
-            bands = (band_lower, band_upper)
+        elif logits_soft_cap is not None or dropout_p > 0.0 or unfused_is_faster(q, k, v, band_upper):
             numbers = (softmax_scale, logits_soft_cap, dropout_p)
-            out, lse = _unfused_forward(q, k, v, attn_bias, masks, bands, sinks, dropout_seed, *numbers, empty_rows)
+            bands = (band_lower, band_upper)
+            out, lse = cpu_unfused.forward(
+                q, k, v, attn_bias, (*masks, *bands), sinks, dropout_seed, *numbers, empty_rows
+            )
         else:
             is_causal, mask = fused_mask(q, k, attn_bias, *masks, softmax_scale, band_lower, band_upper)
             out, lse = fused_forward(q, k, v, is_causal, mask, softmax_scale)
@@ -94,8 +107,21 @@ def forward(
                     lse.masked_fill_(is_empty, NEG_INF)
                     _fill_empty(out, v, is_empty, empty_rows, has_sinks=sinks is not None)
             if sinks is not None:
-                out, lse = _add_sinks(out, lse, sinks)
-        return with_layout(out.to(q.dtype), out_layout), lse.contiguous()
+                share, lse = sink_share(lse, sinks)
+                out.mul_(share[..., None])
+        return with_layout(out, out_layout), lse.contiguous()
+
+
+def unfused_is_faster(q: Tensor, k: Tensor, v: Tensor, band_upper: int | None) -> bool:
+    """True if separate operations beat ATen's kernel, by measurement (benchmarks/cpu_attention.py).
+
+    In half precision its matrix products are slower than eager's unless it skips the upper triangle; for the sake of
+    memory it is taken all the same for big scores. One query with unequal head sizes is not worth padding all of v.
+    """
+    q_len = q.shape[2]
+    if q.dtype in _HALF:
+        return (band_upper != 0 or q_len == 1) and q.numel() // q.shape[3] * k.shape[2] <= _SMALL_SCORES
+    return q_len == 1 and q.shape[3] != v.shape[3]
 
 
 def simple_band(
@@ -129,6 +155,17 @@ def can_fuse(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and B * H * M * D != 0
         and k_shape[2] != 0
     )
+
+
+def worth_folding(*tensors: Tensor) -> bool:
+    """True if the tensors are contiguous and big enough that views cost less than the copies they spare."""
+    return tensors[0].numel() >= _FOLD_FROM and all(t.is_contiguous() for t in tensors)
+
+
+def heads_as_batch(tensor: Tensor) -> Tensor:
+    """Contiguous `(B, H, L, X)` as `(B * H, 1, L, X)`."""
+    B, H, L, X = tensor.shape
+    return tensor.view(B * H, 1, L, X)
 
 
 def fused_forward(
@@ -185,62 +222,6 @@ def with_layout(out: Tensor, out_layout: str) -> Tensor:
     if out_layout == "bhsd":
         return out.contiguous()
     return out.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _unfused_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_bias: Tensor | None,
-    masks: tuple[Tensor | None, ...],
-    bands: tuple[int | None, int | None],
-    sinks: Tensor | None,
-    dropout_seed: Tensor | None,
-    softmax_scale: float,
-    logits_soft_cap: float | None,
-    dropout_p: float,
-    empty_rows: str,
-) -> tuple[Tensor, Tensor]:
-    """The reference's forward with everything done in place, so that it costs no more than eager code."""
-    B, H, M, _ = q.shape
-    K, N = k.shape[1:3]
-    dtype = lse_dtype(q.dtype)
-    s = torch.matmul(group_rows(q.to(dtype), K), k.to(dtype).mT).view(B, H, M, N)
-    if logits_soft_cap is None:
-        s.mul_(softmax_scale)
-    else:
-        s.mul_(softmax_scale / logits_soft_cap).tanh_().mul_(logits_soft_cap)
-    if attn_bias is not None:
-        s.add_(attn_bias)
-    keep = keep_mask(M, N, q.device, *masks, *bands)
-    if keep is not None:
-        s.masked_fill_(~keep, NEG_INF)
-    p = torch.softmax(s, -1)
-    # The largest weight is exp(largest - lse): two reductions instead of logsumexp's exponentials.
-    largest = s.amax(-1)
-    lse = largest - p.amax(-1).log()
-    is_empty = None if attn_bias is None and keep is None else largest == NEG_INF
-    if is_empty is not None and is_empty.any():
-        lse.masked_fill_(is_empty, NEG_INF)
-        fill = float("nan")
-        if sinks is not None or empty_rows == "zero":
-            fill = 0.0
-        elif empty_rows in ("mean", "mean_added"):
-            fill = 1.0 / N
-        p.masked_fill_(is_empty[..., None], fill)
-    if dropout_p > 0.0:
-        assert dropout_seed is not None
-        p.mul_(dropout_keep_mask(dropout_seed, dropout_p, (B, H, M, N))).mul_(1.0 / (1.0 - dropout_p))
-    out = torch.matmul(group_rows(p, K), v.to(dtype)).view(B, H, M, v.shape[3])
-    return (out, lse) if sinks is None else _add_sinks(out, lse, sinks)
-
-
-def _add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Let the sink join a softmax that is already done: it only takes its share from every weight. Changes out."""
-    total = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
-    # NaN where lse and sink are both -inf: the row is 0 already.
-    share = torch.exp(lse - total).nan_to_num_(nan=0.0)
-    return out.mul_(share[..., None]), total
 
 
 def _fill_empty(out: Tensor, v: Tensor, is_empty: Tensor, empty_rows: str, has_sinks: bool) -> None:

@@ -6,11 +6,21 @@ import torch
 from torch import Tensor
 
 from rocm_attn_compile import _torch_private
-from rocm_attn_compile.ops import reference_impl
-from rocm_attn_compile.ops.cpu import can_fuse, fold_groups, pad_heads, simple_band
+from rocm_attn_compile.ops import cpu_unfused, reference_impl
+from rocm_attn_compile.ops.cpu import (
+    can_fuse,
+    fold_groups,
+    heads_as_batch,
+    pad_heads,
+    simple_band,
+    unfused_is_faster,
+    worth_folding,
+)
 from rocm_attn_compile.ops.cpu_mask import fused_mask
 from rocm_attn_compile.ops.reference import NEG_INF
 from rocm_attn_compile.ops.schemas import check_backward_inputs, check_inputs, empty_grad, lse_dtype
+
+_fused_grads = _torch_private.cpu_flash_attention_backward
 
 LSE_KEEPS_LOG_N = 1024.0
 """exp(s - lse) is as exact as a softmax up to about this |lse|; a row of finfo.min (or -1e9) has lost log N in lse."""
@@ -61,28 +71,38 @@ def backward(
         and out.stride(3) == 1
         and lse.shape == shape[:3]
         and output_mask[:3] == [True, True, True]
+        and not unfused_is_faster(q, k, v, band_upper)
     ):
         is_causal = simple_band(shape[2], k.shape[2], softmax_scale, band_lower, band_upper)
         if is_causal is not None:
-            dq, dk, dv = _torch_private.cpu_flash_attention_backward(
-                grad_out, q, k, v, out, lse, 0.0, is_causal, scale=softmax_scale
-            )
+            if worth_folding(q, k, v, grad_out, out, lse):
+                with _torch_private.below_autograd_and_views():
+                    tensors = [heads_as_batch(t) for t in (grad_out, q, k, v, out)]
+                    safe_lse = lse.view(-1, 1, shape[2])
+                    folded = _fused_grads(*tensors, safe_lse, 0.0, is_causal, scale=softmax_scale)
+                    dq, dk, dv = (grad.view(t.shape) for grad, t in zip(folded, (q, k, v)))
+            else:
+                dq, dk, dv = _fused_grads(grad_out, q, k, v, out, lse, 0.0, is_causal, scale=softmax_scale)
             return _like(dq, q), _like(dk, k), _like(dv, v), q.new_empty((0,)), q.new_empty((0,))
     wants_dbias = output_mask[3] and attn_bias is not None
     with _torch_private.below_autograd_and_views():
-        if logits_soft_cap is None and not dropout_p and not wants_dbias and q.numel() and k.numel():
-            check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, dropout_p, empty_rows)
-            check_backward_inputs(grad_out, q, v, out, lse)
+        check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, dropout_p, empty_rows)
+        check_backward_inputs(grad_out, q, v, out, lse)
+        can_be_fused = logits_soft_cap is None and not dropout_p and not wants_dbias
+        if q.numel() and k.numel() and can_be_fused and not unfused_is_faster(q, k, v, band_upper):
             is_causal, mask = fused_mask(q, k, attn_bias, *masks, softmax_scale, band_lower, band_upper)
             grads = _fused_backward(
                 grad_out, q, k, v, attn_bias, sinks, out, lse, is_causal, mask, softmax_scale, empty_rows
             )
             if grads is not None:
-                dq, dk, dv, dbias, dsinks = (
-                    _like(grad, tensor) if wanted and grad is not None and tensor is not None else q.new_empty((0,))
-                    for grad, tensor, wanted in zip(grads, (q, k, v, None, sinks), output_mask)
-                )
-                return dq, dk, dv, dbias, dsinks
+                return _wanted(grads, (q, k, v, attn_bias, sinks), output_mask)
+        if q.numel() and k.numel():
+            numbers = (softmax_scale, logits_soft_cap, dropout_p)
+            all_masks = (*masks, band_lower, band_upper)
+            grads = cpu_unfused.backward(
+                grad_out, q, k, v, attn_bias, all_masks, sinks, dropout_seed, out, *numbers, empty_rows, wants_dbias
+            )
+            return _wanted(grads, (q, k, v, attn_bias, sinks), output_mask)
         return reference_impl.backward(
             grad_out, q, k, v, attn_bias, *masks, sinks, dropout_seed, out, lse, softmax_scale, logits_soft_cap,
             band_lower, band_upper, dropout_p, empty_rows, output_mask,
@@ -138,9 +158,7 @@ def _fused_backward(
         grad_, out_ = (t.reshape(B * K, group, M, width) for t in (grad_, out_))
         safe_lse = safe_lse.reshape(B * K, group, M)
     out_ = out_ if out_.stride(3) == 1 else out_.contiguous()
-    dq, dk, dv = _torch_private.cpu_flash_attention_backward(
-        grad_, q_, k_, v_, out_, safe_lse, 0.0, is_causal, attn_mask=mask, scale=softmax_scale
-    )
+    dq, dk, dv = _fused_grads(grad_, q_, k_, v_, out_, safe_lse, 0.0, is_causal, attn_mask=mask, scale=softmax_scale)
     if group > 1:
         dq = dq.reshape(B, H, M, width)
         dk, dv = (t.sum(1, dtype=lse_dtype(q.dtype)).reshape(B, K, N, width) for t in (dk, dv))
@@ -160,6 +178,19 @@ def _fused_backward(
             from_empty = torch.where(rows, grad_out.to(lse.dtype), 0.0)
             dv = dv + from_empty.reshape(B, K, group * M, E).sum(2, keepdim=True) / N
     return dq, dk, dv, None, dsinks
+
+
+def _wanted(
+    grads: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients as the op returns them."""
+    dq, dk, dv, dbias, dsinks = (
+        _like(grad, tensor) if wanted and grad is not None and tensor is not None else tensors[0].new_empty((0,))
+        for grad, tensor, wanted in zip(grads, tensors, output_mask)
+    )
+    return dq, dk, dv, dbias, dsinks
 
 
 def _like(grad: Tensor, tensor: Tensor) -> Tensor:

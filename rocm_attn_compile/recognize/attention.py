@@ -42,7 +42,7 @@ def recognize(trace: Trace) -> tuple[list[Region], list[LookAlike]]:
         try:
             regions.append(recognize_site(anchor, live))
         except Refusal as refusal:
-            others.append(LookAlike(value, refusal.reason, _is_kin(anchor)))
+            others.append(LookAlike(value, refusal.reason, _is_kin(anchor), refusal.needs_numbers))
     return regions, others
 
 

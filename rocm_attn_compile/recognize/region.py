@@ -99,9 +99,11 @@ class LookAlike:
     Attributes:
         anchor: The softmax or "sdpa" value.
         reason: What stopped the proof.
+        needs_numbers: Symbolic sizes that would have to be numbers for the proof.
         is_attention: It stands between two matrix products (or is SDPA): an attention, but one we cannot prove.
     """
 
     anchor: Value
     reason: Reason
     is_attention: bool = False
+    needs_numbers: tuple[Any, ...] = ()

@@ -8,7 +8,7 @@ import torch
 
 from ..capture.trace import Value
 from ..reasons import Refusal
-from ..symbolic import divide, is_one, same_size
+from ..symbolic import divide, is_one, same_size, to_expr
 from .axes import Atom, Dim, broadcast, resolve, unify
 from .labels import Labels
 from .proof import Proof
@@ -84,7 +84,11 @@ def _batch_dims(value: Value, labels: Labels) -> list[Dim]:
     if args.get("enable_gqa") and min(len(lq), len(lk), len(lv)) >= 1 and not same_size(sq[-1], sk[-1]):
         groups = divide(sq[-1], sk[-1])
         if groups is None or not same_size(sk[-1], sv[-1]):
-            raise Refusal("gqa_heads", f"{sq[-1]} query heads on {sk[-1]} key and {sv[-1]} value heads")
+            raise Refusal(
+                "gqa_heads",
+                f"{sq[-1]} query heads on {sk[-1]} key and {sv[-1]} value heads",
+                needs_numbers=tuple(to_expr(size) for size in (sq[-1], sk[-1], sv[-1])),
+            )
         unify(lk[-1], lv[-1])
         unify(lq[-1], (*resolve(lk[-1]), Atom(groups)))
         heads = lq[-1]

@@ -40,7 +40,7 @@ def look_alike(code: str | None, make: Callable[[], tuple] = square):
     return register
 
 
-# --- the wrong axis -----------------------------------------------------------------------------------------------------
+# --- the wrong axis ---
 
 
 @look_alike("softmax_axis")
@@ -99,7 +99,7 @@ def talking_heads_mixed_weights(q, k, v, mix):
     return torch.einsum("gh,bhqk->bgqk", mix, p).relu() @ v
 
 
-# --- not a softmax ------------------------------------------------------------------------------------------------------
+# --- not a softmax ---
 
 
 @look_alike(None)
@@ -168,7 +168,7 @@ def squared_weights(q, k, v):
     return (q @ k.mT * SCALE).softmax(-1).square() @ v
 
 
-# --- the weights or scores are needed elsewhere ---------------------------------------------------------------------------
+# --- the weights or scores are needed elsewhere ---
 
 
 @look_alike("weights_used_elsewhere")
@@ -194,7 +194,7 @@ def detached_weights(q, k, v):
     return (q @ k.mT * SCALE).softmax(-1).detach() @ v
 
 
-# --- masks that are not what they seem -----------------------------------------------------------------------------------
+# --- masks that are not what they seem ---
 
 
 @look_alike("finite_fill")

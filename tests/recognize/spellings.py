@@ -24,7 +24,7 @@ class Spelling:
     make: Callable[[], tuple]
     trains: bool = True
     dynamic: bool = True
-    """Recognised with `dynamic=True` too (where not, the report must say why)."""
+    """Recognised with `dynamic=True` too, where even head counts and widths are symbols; where not, the report says why."""
 
 
 SPELLINGS: dict[str, Spelling] = {}
@@ -62,7 +62,7 @@ def bshd():
 SCALE = 1 / math.sqrt(D)
 
 
-# --- plain products ---------------------------------------------------------------------------------------------------
+# --- plain products ---
 
 
 @spelling(bhsd)
@@ -134,7 +134,7 @@ def scalar_parameter_scale(q, k, v, temperature):
     return ((q @ k.mT) * temperature).softmax(-1) @ v
 
 
-# --- einsum -----------------------------------------------------------------------------------------------------------
+# --- einsum ---
 
 
 @spelling(bhsd)
@@ -173,7 +173,7 @@ def xlnet_key_before_heads(q, k, v):
     return torch.einsum("bnij,jbnd->ibnd", a.softmax(dim=3), v)
 
 
-# --- 3-D, packed, transposed layouts ----------------------------------------------------------------------------------
+# --- 3-D, packed, transposed layouts ---
 
 
 @spelling(lambda: flat(*bhsd()))
@@ -221,7 +221,7 @@ def timm_qkv_unbind(x, w):
     return (a @ v).transpose(1, 2).reshape(B, M, 48)
 
 
-@spelling(lambda: (rand(B, M, 48), rand(144, 48)))
+@spelling(lambda: (rand(B, M, 48), rand(144, 48)), dynamic=False)
 def lucidrains_chunk_rearrange(x, w):
     q, k, v = (t.reshape(B, M, H, D).permute(0, 2, 1, 3) for t in F.linear(x, w).chunk(3, dim=-1))
     dots = torch.einsum("b h i d, b h j d -> b h i j", q, k) * SCALE
@@ -259,7 +259,7 @@ def vae_single_head_channels_first(q, k, v):
     return torch.bmm(v, w.softmax(dim=2).permute(0, 2, 1))
 
 
-@spelling(lambda: (rand(M, B, H, D), rand(N, B, H, D), rand(N, B, H, E)))
+@spelling(lambda: (rand(M, B, H, D), rand(N, B, H, D), rand(N, B, H, E)), dynamic=False)
 def megatron_sbhd(q, k, v):
     q, k, v = (t.reshape(t.shape[0], B * H, -1).transpose(0, 1) for t in (q, k, v))
     s = torch.empty(B * H, M, N, dtype=q.dtype).copy_(torch.bmm(q, k.transpose(1, 2))) * SCALE
@@ -267,12 +267,12 @@ def megatron_sbhd(q, k, v):
     return torch.bmm(p.view(B * H, M, N), v).transpose(0, 1).reshape(M, B, H * E)
 
 
-@spelling(lambda: (rand(B, 8, 8, 48), rand(144, 48), rand(H, 16, 16)))
+@spelling(lambda: (rand(B, 8, 8, 48), rand(144, 48), rand(H, 16, 16)), dynamic=False)
 def swin_shifted_windows(x, w, relative):
     windows = x.view(B, 2, 4, 2, 4, 48).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 48)
     q, k, v = F.linear(windows, w).reshape(-1, 16, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
     a = (q * SCALE) @ k.transpose(-2, -1) + relative.unsqueeze(0)
-    mask = torch.zeros(4, 16, 16)
+    mask = torch.zeros(4, 16, 16, dtype=x.dtype)
     mask[1:3, :8, 8:] = -100.0
     a = (a.view(B, 4, H, 16, 16) + mask.unsqueeze(1).unsqueeze(0)).view(-1, H, 16, 16)
     return (a.softmax(-1) @ v).transpose(1, 2).reshape(-1, 16, 48)
@@ -310,13 +310,13 @@ def products_by_mul_and_sum(q, k, v):
     return (s.softmax(-1).unsqueeze(-1) * v.unsqueeze(-3)).sum(-2)
 
 
-@spelling(lambda: (rand(B, M, 48), rand(B, N, 48), rand(B, N, 48)))
+@spelling(lambda: (rand(B, M, 48), rand(B, N, 48), rand(B, N, 48)), dynamic=False)
 def nn_transformer_style_heads_in_batch(q, k, v):
     q, k, v = (t.transpose(0, 1).contiguous().view(t.shape[1], B * H, D).transpose(0, 1) for t in (q, k, v))
     return torch.bmm(torch.bmm(q / math.sqrt(D), k.transpose(1, 2)).softmax(-1), v)
 
 
-# --- grouped and multi-query ------------------------------------------------------------------------------------------
+# --- grouped and multi-query ---
 
 
 @spelling(lambda: bhsd(kv_heads=K))
@@ -375,7 +375,7 @@ def perceiver_shared_queries(q, k, v):
     return torch.softmax(q @ k.mT * SCALE, -1) @ v
 
 
-# --- softmax islands and hand-written softmax ---------------------------------------------------------------------------
+# --- softmax islands and hand-written softmax ---
 
 
 @spelling(bhsd)
@@ -431,7 +431,7 @@ def softmax_module(q, k, v):
     return torch.nn.Softmax(dim=-1)(q @ k.mT * SCALE) @ v
 
 
-# --- masks, biases, caps ------------------------------------------------------------------------------------------------
+# --- masks, biases, caps ---
 
 
 @spelling(square)
@@ -449,13 +449,15 @@ def causal_where_finfo_min(q, k, v):
 
 @spelling(square)
 def causal_additive_inf(q, k, v):
-    mask = torch.full((M, M), float("-inf")).triu(1)
+    mask = torch.full((M, M), float("-inf"), dtype=q.dtype).triu(1)
     return torch.softmax(q @ k.mT * SCALE + mask, -1) @ v
 
 
 @spelling(square)
 def causal_generated_by_nn_transformer(q, k, v):
-    return torch.softmax(torch.nn.Transformer.generate_square_subsequent_mask(M) + q @ k.mT * SCALE, -1) @ v
+    return (
+        torch.softmax(torch.nn.Transformer.generate_square_subsequent_mask(M, dtype=q.dtype) + q @ k.mT * SCALE, -1) @ v
+    )
 
 
 @spelling(square)
@@ -556,7 +558,7 @@ def deepseek_two_einsums(q, k, v, q_pe, k_pe):
     return torch.einsum("bsht,bthd->bshd", s.softmax(dim=-1, dtype=torch.float32).type_as(q), v)
 
 
-# --- F.scaled_dot_product_attention -------------------------------------------------------------------------------------
+# --- F.scaled_dot_product_attention ---
 
 
 @spelling(bhsd)

@@ -18,7 +18,7 @@ import sympy
 
 from ...reasons import Reason
 from .clauses import to_clauses
-from .integers import ONE, ZERO, FloorDiv, expand, loads_in
+from .integers import ZERO, FloorDiv, expand, loads_in
 from .logic import Logic
 from .predicate import BoolLoad, Predicate, Rel, conjuncts, disjuncts, free_symbols
 from .values import If
@@ -143,8 +143,8 @@ class Classifier:
         return ClosedForm(
             self.context,
             predicate,
-            self._tightest(self.lower, self.kv_start, upper=False),
-            self._tightest(self.upper, self.kv_end, upper=True),
+            self._tightest(self.lower, upper=False),
+            self._tightest(self.upper, upper=True),
             tuple(dict.fromkeys(self.kv_start)),
             tuple(dict.fromkeys(self.kv_end)),
             tuple(self.key_masks),
@@ -178,7 +178,7 @@ class Classifier:
         if None in sides or {side for side, _ in sides} != {"upper", "lower"}:
             return False
         for side, limit in sides:
-            self._add_limit(side, limit)
+            self._add_limits(side, [limit], False)
         return True
 
     def _as_limit(self, clause: Predicate) -> bool:
@@ -196,28 +196,29 @@ class Classifier:
         if len({side for side, _ in limits}) != 1:
             return False
         side = limits[0][0]
-        if len(limits) == 1 and not conditions:
-            self._add_limit(side, limits[0][1])
-            return True
-        if side == "upper":
-            limit: RowValue = expand(sympy.Max(*(x for _, x in limits)) + 1)
-            unlimited = self.context.kv_len
-        else:
-            limit, unlimited = sympy.Min(*(x for _, x in limits)), ZERO
-        if conditions:
-            limit = If(self.logic.any_of(conditions), unlimited, limit)
-        (self.kv_end if side == "upper" else self.kv_start).append(limit)
+        self._add_limits(side, [x for _, x in limits], self.logic.any_of(conditions))
         return True
 
-    def _add_limit(self, side: str, limit: sympy.Expr) -> None:
-        """`k <= limit` or `k >= limit`: on the diagonal where the limit runs parallel to it, else per row."""
-        offset = expand(limit - self.context.q)
-        if not loads_in(offset) and offset.free_symbols.isdisjoint({self.context.q, *self.context.batch}):
-            (self.upper if side == "upper" else self.lower).append(offset)
-        elif side == "upper":
-            self.kv_end.append(expand(limit + 1))
-        else:
-            self.kv_start.append(limit)
+    def _add_limits(self, side: str, limits: list[sympy.Expr], unlimited: Predicate) -> None:
+        """`k <= some limit` or `k >= some limit`, except on rows that are `unlimited`.
+
+        On the diagonal where every limit runs parallel to it, else per row.
+        """
+        upper = side == "upper"
+        # The only query is query 0, so that every limit is on a diagonal.
+        q = ZERO if self.context.q_len == 1 else self.context.q
+        offsets = [expand(limit - q) for limit in limits]
+        if unlimited is False and all(map(self._is_size, offsets)):
+            (self.upper if upper else self.lower).append(sympy.Max(*offsets) if upper else sympy.Min(*offsets))
+            return
+        row: RowValue = expand(sympy.Max(*limits) + 1) if upper else sympy.Min(*limits)
+        if unlimited is not False:
+            row = If(unlimited, self.context.kv_len if upper else ZERO, row)
+        (self.kv_end if upper else self.kv_start).append(row)
+
+    def _is_size(self, expr: sympy.Expr) -> bool:
+        """True if the expression is the same for the whole attention."""
+        return not loads_in(expr) and expr.free_symbols.isdisjoint({self.context.q, *self.context.batch})
 
     def _as_segment_ids(self, clause: Predicate) -> bool:
         """`f(b, q) == g(b, k)`."""
@@ -236,8 +237,8 @@ class Classifier:
         self.segment_ids.append((expand(of_query), expand(of_key)))
         return True
 
-    def _tightest(self, offsets: list[sympy.Expr], rows: list[RowValue], upper: bool) -> sympy.Expr | None:
-        """The one that implies all others; those that cannot be compared become limits per row."""
+    def _tightest(self, offsets: list[sympy.Expr], upper: bool) -> sympy.Expr | None:
+        """The one that implies all others, or their min or max where that depends on the sizes."""
         bounds = self.logic.bounds
         best: sympy.Expr | None = None
         for offset in offsets:
@@ -245,7 +246,7 @@ class Classifier:
             if slack is None or bounds.never_positive(slack):
                 best = offset
             elif not bounds.never_negative(slack):
-                rows.append(expand(self.context.q + offset + (ONE if upper else ZERO)))
+                best = sympy.Min(best, offset) if upper else sympy.Max(best, offset)
         return best
 
 

@@ -13,8 +13,9 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 
-from .classify import MaskContext, RowValue
-from .integers import FloorDiv, from_size, loaded_value, loads_in
+from .bounds import Bounds
+from .classify import ClosedForm, RowValue
+from .integers import ZERO, FloorDiv, expand, from_size, loaded_value, loads_in
 from .predicate import And, BoolLoad, Or, Predicate, Rel
 from .values import If, symbols_of
 
@@ -76,10 +77,12 @@ class Emitter:
     Args:
         builder: Makes the calls.
         axes: `(symbol, size)` of each dimension, in order.
+        bounds: Facts about the symbols.
     """
 
-    def __init__(self, builder: Builder, axes: Axes) -> None:
+    def __init__(self, builder: Builder, axes: Axes, bounds: Bounds) -> None:
         self.builder = builder
+        self.bounds = bounds
         self.axes = axes
         self.position = {symbol: i for i, (symbol, _) in enumerate(axes)}
         self._known: dict[Any, Handle] = {}
@@ -173,31 +176,50 @@ class Emitter:
         return self.builder.call(aten.full.default, shape, scalar, dtype=dtype, device=self.builder.device)
 
     def _load(self, value: Value, index: Sequence[sympy.Expr]) -> Handle:
-        """The elements of a captured tensor over the axes: a view where the index is plain, else a gather."""
+        """The elements of a captured tensor over the axes: a view where the index is plain, else a gather.
+
+        A predicate may read outside the tensor where another part of it decides alone (a padding mask shorter than the
+        cache). What is read there does not matter, but it must be inside.
+        """
         tensor = self.builder.tensor(value)
         plain = [i for i in index if i in self.position]
         if len(set(plain)) == len(plain) and all(i in self.position or not self._is_tensor(i) for i in index):
             return self._view(tensor, value, index)
-        positions = [self.number(i) for i in index]
+        positions = [self._inside(i, from_size(size)) for i, size in zip(index, value.shape)]
         return self.builder.call(aten.index.Tensor, tensor, positions)
+
+    def _inside(self, i: sympy.Expr, size: sympy.Expr) -> Handle:
+        """A position tensor, clamped unless it is proved to lie in a dimension of `size`."""
+        position = self.number(i)
+        if self.bounds.never_negative(i) and self.bounds.positive(size - i):
+            return position
+        return self.builder.call(aten.clamp.default, position, 0, self.builder.size(expand(size - 1)))
 
     def _view(self, tensor: Handle, value: Value, index: Sequence[sympy.Expr]) -> Handle:
         """Each dimension is one axis, or is read at one place."""
-        call, dim, symbols = self.builder.call, 0, []
-        for i, size in zip(index, value.shape):
+        dim, symbols = 0, []
+        for i, size in zip(index, map(from_size, value.shape)):
             if i in self.position:
-                tensor = self._cut(tensor, dim, size, self.axes[self.position[i]][1])
+                tensor = self._fitted(tensor, dim, size, self.axes[self.position[i]][1])
                 symbols.append(i)
                 dim += 1
+            elif self.bounds.never_negative(i) and self.bounds.positive(size - i):
+                tensor = self.builder.call(aten.select.int, tensor, dim, self.builder.size(i))
             else:
-                tensor = call(aten.select.int, tensor, dim, self.builder.size(i))
+                i = sympy.Min(sympy.Max(i, ZERO), size - 1)
+                tensor = self.builder.call(aten.select.int, tensor, dim, self.builder.size(i))
         return self._placed(tensor, symbols)
 
-    def _cut(self, tensor: Handle, dim: int, size: Any, axis_size: sympy.Expr) -> Handle:
-        """Only the part that the axis covers: a mask may be longer than the keys."""
-        if from_size(size) == axis_size:
+    def _fitted(self, tensor: Handle, dim: int, size: sympy.Expr, length: sympy.Expr) -> Handle:
+        """A dimension of `size` made as long as its axis: cut where it is longer, else clamped positions."""
+        if size == length:
             return tensor
-        return self.builder.call(aten.slice.Tensor, tensor, dim, 0, self.builder.size(axis_size))
+        call = self.builder.call
+        if self.bounds.never_positive(length - size):
+            return call(aten.slice.Tensor, tensor, dim, 0, self.builder.size(length))
+        line = call(aten.arange.default, self.builder.size(length), dtype=torch.int64, device=self.builder.device)
+        line = call(aten.clamp.default, line, 0, self.builder.size(expand(size - 1)))
+        return call(aten.index_select.default, tensor, dim, line)
 
     def _placed(self, tensor: Handle, symbols: list[sympy.Symbol]) -> Handle:
         """Dimensions in the order of the axes, size 1 for the axes that are missing."""
@@ -219,15 +241,16 @@ class MaskEmitter:
 
     Args:
         builder: Makes the calls.
-        context: The symbols of the mask and their sizes.
+        form: The mask; its parts are passed to the methods, so that the caller may leave some out.
     """
 
-    def __init__(self, builder: Builder, context: MaskContext) -> None:
+    def __init__(self, builder: Builder, form: ClosedForm) -> None:
         self.builder = builder
-        self.context = context
+        self.context = context = form.context
+        self._bounds = bounds = form.logic.bounds
         self._batch = list(context.batch.items())
-        self._rows = Emitter(builder, [*self._batch, (context.q, context.q_len)])
-        self._keys = Emitter(builder, [*self._batch, (context.k, context.kv_len)])
+        self._rows = Emitter(builder, [*self._batch, (context.q, context.q_len)], bounds)
+        self._keys = Emitter(builder, [*self._batch, (context.k, context.kv_len)], bounds)
 
     def rows(self, limits: Sequence[RowValue], combine: str) -> Handle | None:
         """kv_start (`combine="max"`) or kv_end (`"min"`) as int64 `(B or 1, q_len or 1)`; None without limits."""
@@ -261,7 +284,7 @@ class MaskEmitter:
         context = self.context
         heads = list(context.heads.items())
         axes = [*self._batch, *heads, (context.q, context.q_len), (context.k, context.kv_len)]
-        emitter = Emitter(self.builder, axes)
+        emitter = Emitter(self.builder, axes, self._bounds)
         result = None
         for predicate in predicates:
             handle = emitter.truth(predicate)
