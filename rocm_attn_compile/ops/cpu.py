@@ -21,7 +21,6 @@ from rocm_attn_compile.ops.schemas import (
     EMPTY_ROWS,
     OUT_LAYOUTS,
     check_inputs,
-    dropout_keep_mask,
     lse_dtype,
 )
 
@@ -72,7 +71,7 @@ def forward(
         and empty_rows in EMPTY_ROWS
         and out_layout in OUT_LAYOUTS
         and can_fuse(q, k, v)
-        and not unfused_is_faster(q, k, v, band_upper)
+        and not unfused_is_faster(q, k, v, band_upper == 0 and q.shape[2] > 1)
     ):
         is_causal = simple_band(q.shape[2], k.shape[2], softmax_scale, band_lower, band_upper)
         if is_causal is not None:
@@ -90,7 +89,11 @@ def forward(
             out, lse = reference_forward(
                 q, k, v, attn_bias, *masks, sinks, softmax_scale=softmax_scale, empty_rows=empty_rows
             )
-        elif logits_soft_cap is not None or dropout_p > 0.0 or unfused_is_faster(q, k, v, band_upper):
+        elif (
+            logits_soft_cap is not None
+            or dropout_p > 0.0
+            or unfused_is_faster(q, k, v, band_upper == 0 and q.shape[2] > 1)
+        ):
             numbers = (softmax_scale, logits_soft_cap, dropout_p)
             bands = (band_lower, band_upper)
             out, lse = cpu_unfused.forward(
@@ -112,16 +115,17 @@ def forward(
         return with_layout(out, out_layout), lse.contiguous()
 
 
-def unfused_is_faster(q: Tensor, k: Tensor, v: Tensor, band_upper: int | None) -> bool:
+def unfused_is_faster(q: Tensor, k: Tensor, v: Tensor, skips_blocks: bool) -> bool:
     """True if separate operations beat ATen's kernel, by measurement (benchmarks/cpu_attention.py).
 
-    In half precision its matrix products are slower than eager's unless it skips the upper triangle; for the sake of
-    memory it is taken all the same for big scores. One query with unequal head sizes is not worth padding all of v.
+    In half precision its matrix products are slower than eager's, unless it makes up for that by skipping the upper
+    triangle (`skips_blocks`: in its forward, if causal); for the sake of memory it is taken all the same for big
+    scores. One query with unequal head sizes is not worth padding all of v.
     """
-    q_len = q.shape[2]
+    same_heads = q.shape[3] == v.shape[3]
     if q.dtype in _HALF:
-        return (band_upper != 0 or q_len == 1) and q.numel() // q.shape[3] * k.shape[2] <= _SMALL_SCORES
-    return q_len == 1 and q.shape[3] != v.shape[3]
+        return not (skips_blocks and same_heads) and q.numel() // q.shape[3] * k.shape[2] <= _SMALL_SCORES
+    return q.shape[2] == 1 and not same_heads
 
 
 def simple_band(

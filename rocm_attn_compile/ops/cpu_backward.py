@@ -71,7 +71,7 @@ def backward(
         and out.stride(3) == 1
         and lse.shape == shape[:3]
         and output_mask[:3] == [True, True, True]
-        and not unfused_is_faster(q, k, v, band_upper)
+        and not unfused_is_faster(q, k, v, skips_blocks=False)
     ):
         is_causal = simple_band(shape[2], k.shape[2], softmax_scale, band_lower, band_upper)
         if is_causal is not None:
@@ -89,7 +89,7 @@ def backward(
         check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, dropout_p, empty_rows)
         check_backward_inputs(grad_out, q, v, out, lse)
         can_be_fused = logits_soft_cap is None and not dropout_p and not wants_dbias
-        if q.numel() and k.numel() and can_be_fused and not unfused_is_faster(q, k, v, band_upper):
+        if q.numel() and k.numel() and can_be_fused and not unfused_is_faster(q, k, v, skips_blocks=False):
             is_causal, mask = fused_mask(q, k, attn_bias, *masks, softmax_scale, band_lower, band_upper)
             grads = _fused_backward(
                 grad_out, q, k, v, attn_bias, sinks, out, lse, is_causal, mask, softmax_scale, empty_rows

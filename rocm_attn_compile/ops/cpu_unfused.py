@@ -142,7 +142,9 @@ def backward(
         dbias = ds.sum_to_size(attn_bias.shape).to(attn_bias.dtype)
     if tanh is not None:
         ds = torch.ops.aten.tanh_backward(ds, tanh)
-    ds = group_rows(ds.mul_(softmax_scale).to(dtype), K)
+    # Not in place if ds may be dbias itself.
+    ds = ds.mul_(softmax_scale) if dbias is None else ds * softmax_scale
+    ds = group_rows(ds.to(dtype), K)
     dq = torch.matmul(ds, k).view(q.shape)
     dk = torch.matmul(ds.mT, group_rows(q, K))
     return dq, dk, dv, dbias, dsinks
