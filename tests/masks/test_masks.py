@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from mask_harness import Captured, assert_exact, context_of, expression
+from mask_harness import Captured, assert_exact, context_of, expression, parts_of
 
 from rocm_attn_compile.recognize.mask import (
     AdditiveMask,
@@ -178,18 +178,34 @@ def window_case(name: str, function: Callable, lower: int, upper: int | None = 0
     CASES[name] = Case(function, "keep", (), {"band"}, (lower, upper), None)
 
 
-for _w in (2, 3, 4):
-    window_case(
-        f"window_{_w}_self_included", lambda x, y, w=_w: (lambda q, k: (k <= q) & (k > q - w))(*positions(x, y)), 1 - _w
-    )
-    window_case(
-        f"window_{_w}_difference",
-        lambda x, y, w=_w: (lambda d: (d >= 0) & (d <= w))(-(lambda q, k: k - q)(*positions(x, y))),
-        -_w,
-    )
-    window_case(
-        f"window_{_w}_both_sides", lambda x, y, w=_w: (lambda q, k: (q - k).abs() <= w)(*positions(x, y)), -_w, _w
-    )
+def window_self_included(w: int) -> Callable:
+    def mask(x, y):
+        q, k = positions(x, y)
+        return (k <= q) & (k > q - w)
+
+    return mask
+
+
+def window_of_distance(w: int) -> Callable:
+    def mask(x, y):
+        q, k = positions(x, y)
+        return (q - k >= 0) & (q - k <= w)
+
+    return mask
+
+
+def window_on_both_sides(w: int) -> Callable:
+    def mask(x, y):
+        q, k = positions(x, y)
+        return (q - k).abs() <= w
+
+    return mask
+
+
+for _w in (3, 4, 5):
+    window_case(f"window_{_w}_self_included", window_self_included(_w), 1 - _w)
+    window_case(f"window_of_distance_{_w}", window_of_distance(_w), -_w)
+window_case("window_both_sides", window_on_both_sides(3), -3, 3)
 
 
 @case("keep", "band", band=(-3, 0))
@@ -415,15 +431,3 @@ def prove(meaning: str, captured: Captured, index: list, context: Any) -> tuple[
     result = prove_additive(captured.value, index, context)
     assert isinstance(result, AdditiveMask), result
     return result.keep, captured.real == 0
-
-
-def parts_of(form: ClosedForm) -> set[str]:
-    found = {
-        "band": form.band_lower is not None or form.band_upper is not None,
-        "kv_start": form.kv_start,
-        "kv_end": form.kv_end,
-        "key": form.key_masks,
-        "ids": form.segment_ids,
-        "residual": form.residual,
-    }
-    return {name for name, present in found.items() if present}
