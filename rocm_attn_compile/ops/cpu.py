@@ -83,6 +83,7 @@ def forward(
             out, lse = _fused(q, k, v, 0.0, is_causal, scale=softmax_scale)
             return (out if out_layout == "bshd" else out.contiguous()), lse.contiguous()
     check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, dropout_p, empty_rows, out_layout)
+    skips_blocks = band_upper == 0 and q.shape[2] > 1
     # Views made below are returned: they must not be tracked as views of a hidden base, or in-place changes would fail.
     with _no_view_tracking():
         if q.numel() == 0 or k.numel() == 0:
