@@ -12,6 +12,9 @@ JOBS   ?= auto
 ARGS   ?=
 
 BIN   := $(VENV)/bin
+# Not $(BIN)/pytest, which is elsewhere if the outer environment has one, and not "-m pytest", which puts the repository
+# root on sys.path, and with it kernels/.
+PYTEST := $(BIN)/python -c 'import sys; sys.path.remove(""); import pytest; sys.exit(pytest.console_main())'
 STAMP := $(VENV)/.made-by-make
 
 .PHONY: help venv demo test test-slow test-gpu lint format docs bench clean
@@ -29,26 +32,26 @@ demo: $(STAMP)  ## the main job on this machine; options: make demo ARGS="--help
 
 # One thread per worker: the tests compile many small things, and more threads only get in each other's way.
 test: $(STAMP)  ## the CPU test suite; one file: make test ARGS=tests/test_packaging.py
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --maxprocesses 8 --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(STAMP)  ## what make test leaves out
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --maxprocesses 8 --dist worksteal -m "slow and not gpu" $(ARGS)
 
 test-gpu: $(STAMP)  ## the tests that need a GPU, one process
-	$(BIN)/pytest -m gpu $(ARGS)
+	$(PYTEST) -m gpu $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(STAMP)  ## let ruff fix what it can
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 docs: $(STAMP)  ## write the generated pages and run the code blocks of all pages
 	$(BIN)/rocm-attn backends --markdown > docs/backends.md
-	$(BIN)/pytest tests/examples -k "pages or blocks" $(ARGS)
+	$(PYTEST) tests/examples -k "pages or blocks" $(ARGS)
 
 bench: $(STAMP)  ## what a call of the op costs on the CPU
 	$(BIN)/python benchmarks/op_overhead.py $(ARGS)

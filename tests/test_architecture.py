@@ -27,7 +27,8 @@ ROWS: list[set[str]] = [
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 
 MAX_LINES = 300
-LONGER_FILES = {  # path: (limit, why it is one file); no limit above 500 in the package
+LONGER_FILES: dict[str, tuple[int, str]] = {  # path: (limit, why it is one file); no limit above 500 in the package
+    "rocm_attn_compile/_torch_private.py": (500, "the one door: a thin function per private name, no logic"),
 }
 MAX_LINES_KERNELS = 700  # a kernel is one function with many flags; splitting it hides what it does
 
