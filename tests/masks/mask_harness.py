@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from rocm_attn_compile.capture import capture
 from rocm_attn_compile.recognize.mask import ClosedForm, MaskContext, MaskEmitter, index_symbol, size_arithmetic
@@ -26,26 +27,31 @@ class Captured:
         torch._dynamo.reset()
         self.symbols: dict[sympy.Symbol, int] = {}
         self._tensors: dict[Any, torch.Tensor] = {}
-        self.real = torch.compile(function, backend=self._backend, dynamic=dynamic, fullgraph=True)(*args)
+        self.real = self._trace(function, args, dynamic)
 
-    def _backend(self, graph_module: torch.fx.GraphModule, inputs: list) -> Callable:
+    def _trace(self, function: Callable, args: tuple, dynamic: bool) -> torch.Tensor:
+        def backend(graph_module: torch.fx.GraphModule, inputs: list) -> Callable:
+            self._adopt(graph_module, inputs)
+            return graph_module.forward
+
+        return torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*args)
+
+    def _adopt(self, graph_module: torch.fx.GraphModule, inputs: Sequence) -> None:
         trace = capture(graph_module, inputs)
         placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         for node, real in zip(placeholders, inputs, strict=True):
-            if isinstance(real, torch.Tensor):
-                self._tensors[trace.tensors[node].value] = real.clone()
-            else:
+            if not isinstance(real, torch.Tensor):
                 # Converting the SymInt to an int would specialise it; its hint does not.
                 self.symbols[real.node.expr] = real.node.hint
-        for node, real in zip(placeholders, inputs, strict=True):
-            if isinstance(real, torch.Tensor):
-                for size, number in zip(node.meta["example_value"].shape, real.shape, strict=True):
-                    if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                        self.symbols[size.node.expr] = int(number)
+                continue
+            self._tensors[trace.tensors[node].value] = real.clone()
+            example = node.meta["example_value"] if "example_value" in node.meta else node.meta["val"]
+            for size, number in zip(example.shape, real.shape, strict=True):
+                if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                    self.symbols[size.node.expr] = int(number)
         (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
-        result = output.args[0][0]
-        self.value = self._value_at_end(trace, result)
-        return graph_module.forward
+        result = output.args[0]
+        self.value = self._value_at_end(trace, result if isinstance(result, torch.fx.Node) else result[0])
 
     @staticmethod
     def _value_at_end(trace: Any, node: torch.fx.Node) -> Any:
@@ -81,6 +87,15 @@ class Captured:
                     result = result[value.output_index]
             self._tensors[value] = result
         return self._tensors[value]
+
+
+class Recorded(Captured):
+    """As `Captured`, but by make_fx, which takes a tenth of Dynamo's time."""
+
+    def _trace(self, function: Callable, args: tuple, dynamic: bool) -> torch.Tensor:
+        real = function(*(x.clone() for x in args))
+        self._adopt(make_fx(function, tracing_mode="symbolic" if dynamic else "fake")(*args), args)
+        return real
 
 
 def expression(expr: sympy.Expr, env: dict[sympy.Symbol, int], captured: Captured) -> Any:
