@@ -112,7 +112,8 @@ def graph_break_reason(graph_module: torch.fx.GraphModule) -> str | None:
 
 def cpu_allocations(profile: torch.profiler.profile) -> list[int]:
     """Bytes of each CPU allocation (positive) and release (negative) in a profile, in order of time."""
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    assert profile.profiler is not None, "the profile has not run"
+    results: Any = profile.profiler.kineto_results
     events = [
         event
         for event in results.events()
