@@ -168,3 +168,119 @@ def test_add_guard_recompiles_when_it_fails_and_finds_the_old_code_again():
         run(torch.ones(2))
     assert compiled == [{"value": 1}, {"value": 2}]
     assert not _torch_private.add_guard(lambda: True, "outside a compilation")
+
+
+# --- Capture (capture/) ---
+
+
+def test_only_fakes_makes_fakes_without_gradient_or_modes():
+    x = torch.randn(2, 3, requires_grad=True)
+    with torch.inference_mode(), torch.device("meta"), _torch_private.only_fakes(None):
+        fake = torch.empty_strided((2, 3), (3, 1), device="cpu")
+        assert _torch_private.is_fake(fake) and fake.device.type == "cpu"
+        assert not torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
+        assert _torch_private.is_fake(torch.ones(2)) and torch.ones(2).device.type == "cpu", "no ambient function mode"
+        assert not (x * fake).requires_grad
+        with _torch_private.without_dispatch_modes():
+            assert not _torch_private.is_fake(torch.ones(2, device="cpu"))
+    assert torch.is_grad_enabled() and not _torch_private.is_fake(torch.ones(2))
+
+
+def test_only_fakes_uses_and_does_not_add_symbols():
+    shape_env = torch.fx.experimental.symbolic_shapes.ShapeEnv()
+    with _torch_private.only_fakes(shape_env):
+        sizes = torch.tensor([1, 0, 1]).nonzero().shape
+    assert isinstance(sizes[0], torch.SymInt) and sizes[0].node.shape_env is shape_env
+    assert not shape_env.guards and not shape_env.pending_fresh_unbacked_symbols
+
+
+def test_dispatch_mode_sees_aten_calls_below_autograd():
+    class Names(_torch_private.TorchDispatchMode):
+        seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Names():
+        torch.matmul(torch.ones(2, 2), torch.ones(2, 2))
+    assert "aten.mm.default" in Names.seen
+
+
+def test_storage_addresses_tell_shared_memory():
+    x = torch.randn(4, 4)
+    assert _torch_private.storage_address(x) == _torch_private.storage_address(x.t()[1:])
+    assert _torch_private.storage_address(x) != _torch_private.storage_address(x.clone())
+    with _torch_private.only_fakes(None):
+        fake = torch.ones(4, 4)
+        assert _torch_private.storage_address(fake) == _torch_private.storage_address(fake.view(16))
+        assert _torch_private.storage_address(fake) != _torch_private.storage_address(fake + 1)
+    assert _torch_private.storage_address_or_none(x.to_sparse()) is None
+
+
+def test_is_wrapper_subclass_knows_dtensor_like_tensors():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    assert _torch_private.is_wrapper_subclass(TwoTensor(torch.ones(2), torch.ones(2)))
+    assert not _torch_private.is_wrapper_subclass(torch.nn.Parameter(torch.ones(2)))
+
+
+def test_makes_unbacked_size():
+    shape_env = torch.fx.experimental.symbolic_shapes.ShapeEnv()
+    with _torch_private.only_fakes(shape_env):
+        x = torch.ones(3)
+        rows = x.nonzero()
+    assert _torch_private.makes_unbacked_size(rows, [x])
+    assert not _torch_private.makes_unbacked_size(rows, [x, rows])
+    assert not _torch_private.makes_unbacked_size(x, [])
+
+
+def test_mode_switches_are_what_dynamo_emits():
+    seen = []
+
+    def function(x):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            return x + 1
+
+    def backend(gm, inputs):
+        seen.extend(node.target for node in gm.graph.nodes if node.op == "call_function")
+        return gm.forward
+
+    torch.compile(function, backend=backend, fullgraph=True)(torch.ones(2))
+    names = ("set_grad_enabled", "enter_autocast", "exit_autocast", "enter_inference_mode", "exit_inference_mode")
+    assert {getattr(_torch_private, name) for name in names} <= set(seen)
+
+
+def test_autocast_state():
+    assert _torch_private.autocast_state() == ()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _torch_private.autocast_state() == (("cpu", torch.bfloat16),)
+
+
+def test_is_generated_function():
+    assert _torch_private.is_generated_function(torch.where)
+    assert not _torch_private.is_generated_function(torch.compile)
+    assert not _torch_private.is_generated_function(torch.nn.functional.dropout)
+
+
+def test_trace_before_dispatch_keeps_composites_whole():
+    with _torch_private.only_fakes(None):
+        x = torch.ones(1, 1, 2, 4)
+    traced = _torch_private.trace_before_dispatch(
+        lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, torch.nn.functional.dropout(x, 0.5)), [x]
+    )
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert targets == [torch.ops.aten.dropout.default, torch.ops.aten.scaled_dot_product_attention.default]
+
+
+def test_transformer_encoder_layer_fwd_is_what_the_fast_path_calls():
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval()
+    seen = []
+
+    def backend(gm, inputs):
+        seen.extend(node.target for node in gm.graph.nodes)
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(lambda x: layer(x), backend=backend)(torch.randn(1, 3, 8))
+    assert _torch_private.transformer_encoder_layer_fwd in seen

@@ -127,7 +127,9 @@ def test_inference_mode_regions_and_ambient(captured, qkv):
 
 def test_a_default_device_does_not_leak_in(captured):
     with torch.device("meta"):
-        trace = capture(torch.fx.symbolic_trace(lambda x: x + torch.ones(3, device="cpu")), [torch.randn(3, device="cpu")])
+        trace = capture(
+            torch.fx.symbolic_trace(lambda x: x + torch.ones(3, device="cpu")), [torch.randn(3, device="cpu")]
+        )
     assert {value.device.type for value in trace.values} == {"cpu"} and not trace.not_executed
 
 

@@ -29,7 +29,9 @@ def test_operators_become_overloads(captured):
     assert mul.node.name == "mul" and repr(mul) == "%1:mul[3, 5]"
 
 
-@pytest.mark.parametrize("spelling", [torch.matmul, operator.matmul, lambda a, b: torch.einsum("bhqd,bhdk->bhqk", a, b)])
+@pytest.mark.parametrize(
+    "spelling", [torch.matmul, operator.matmul, lambda a, b: torch.einsum("bhqd,bhdk->bhqk", a, b)]
+)
 def test_contractions_all_become_bmm(captured, spelling):
     seen = captured(lambda a, b: spelling(a, b), torch.randn(2, 3, 4, 5), torch.randn(2, 3, 5, 6))
     assert seen.names.count("bmm") == 1
@@ -184,7 +186,9 @@ def test_dropout_is_whole(captured, dropout):
     assert seen.output().args[0] is call
 
 
-@pytest.mark.parametrize("dropout", [lambda x: F.dropout(x, 0.25, training=False), lambda x: torch.dropout(x, 0.0, True)])
+@pytest.mark.parametrize(
+    "dropout", [lambda x: F.dropout(x, 0.25, training=False), lambda x: torch.dropout(x, 0.0, True)]
+)
 def test_dropout_that_is_off_is_its_input(captured, dropout):
     seen = captured(lambda x: dropout(x * 1).add_(1), torch.randn(3, 4))
     assert seen.names == ["mul", "add"]
