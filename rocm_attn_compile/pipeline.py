@@ -22,7 +22,7 @@ import torch.fx as fx
 
 from . import _torch_private
 from .backends.select import Choice, StrictError, select
-from .capture import capture
+from .capture import capture, expand
 from .capture.trace import Trace, Value
 from .env import Environment
 from .lower import lower
@@ -55,6 +55,7 @@ def compile_graph(
     try:
         if not ours.disable:
             with _timed(report, "capture"):
+                report.notes += [f"{node.name} stays whole: {why}" for node, why in expand(graph_module).refused]
                 trace = capture(graph_module, example_inputs, _torch_private.current_shape_env())
             replace_attention(trace, ours, env, report)
         _check_strict(report, ours)

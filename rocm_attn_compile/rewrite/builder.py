@@ -17,9 +17,12 @@ from torch.utils import _pytree as pytree
 
 from ..capture.trace import Trace, Value
 from ..reasons import Refusal
-from ..symbolic import Size, to_expr
+from ..symbolic import Size, product, to_expr
 
 aten = torch.ops.aten
+
+_SNAPSHOT_LIMIT = 1 << 16
+"""Elements; a copy of more would cost what the rewrite is to save."""
 
 _COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
@@ -74,7 +77,8 @@ class GraphBuilder:
         if value.id in self._values:
             return self._values[value.id]
         holders = self.trace.nodes_holding(value, self.time)
-        node = self._replaced.get(holders[0], holders[0]) if holders else self._emit_again(value)
+        node = self._replaced.get(holders[0], holders[0]) if holders else None
+        node = node or self._snapshot(value) or self._emit_again(value)
         self._values[value.id] = node
         return node
 
@@ -102,6 +106,23 @@ class GraphBuilder:
 
     def _fake_mode(self) -> Any:
         return getattr(self.anchor.meta.get("example_value"), "fake_mode", None)
+
+    def _snapshot(self, value: Value) -> fx.Node | None:
+        """A copy made where the value was still intact, for small tensors (a cache position that is counted up)."""
+        for tensor in self.trace.tensors.values():
+            if tensor.value is not value or tensor.time > self.time or tensor.node in self._replaced:
+                continue
+            if not product(value.shape).is_number or product(value.shape) > _SNAPSHOT_LIMIT:
+                return None
+            place = tensor.node
+            while place.op == "placeholder" and place.next.op == "placeholder":
+                place = place.next
+            with self.graph.inserting_after(place):
+                node = self.graph.call_function(aten.clone.default, (tensor.node,))
+            self.emitted.append(node)
+            node.meta = {k: v for k, v in tensor.node.meta.items() if k in (*_COPIED_META, "example_value")}
+            return node
+        return None
 
     def _emit_again(self, value: Value) -> fx.Node:
         if value.op == "constant" and value.kwargs.get("value") is not None:

@@ -32,7 +32,7 @@ class MaskArguments:
 
 def emit_masks(builder: GraphBuilder, region: Region) -> MaskArguments:
     """All mask arguments of the op for one region."""
-    out, closed, context = MaskArguments(), region.closed_mask, region.mask_context
+    out, closed = MaskArguments(), region.closed_mask
     roles = region.roles
     groups = [roles.batch, roles.heads, roles.query, roles.key]
     for term in region.masks:
@@ -46,7 +46,7 @@ def emit_masks(builder: GraphBuilder, region: Region) -> MaskArguments:
         out.band_lower = builder.size(closed.band_lower)
     if closed.band_upper is not None:
         out.band_upper = builder.size(closed.band_upper)
-    emitter = prover.MaskEmitter(builder, context)
+    emitter = prover.MaskEmitter(builder, closed)
     out.kv_start, out.kv_end = emitter.rows(closed.kv_start, "max"), emitter.rows(closed.kv_end, "min")
     out.key_mask = emitter.key_mask(closed.key_masks)
     if len(closed.segment_ids) > 1:
