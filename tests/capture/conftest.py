@@ -107,9 +107,8 @@ def _check_replay(trace: Trace, inputs: Sequence[torch.Tensor]) -> int:
             known.setdefault(value, real[0][2])
         for time, node, content in real:
             assert tuple(content.shape) == tuple(value.shape), (value, node, time)
-            torch.testing.assert_close(
-                content, known[value], equal_nan=True, msg=lambda m: f"{value} {node} {time} {m}"
-            )
+            message = f"{value} is not what {node} holds after position {time}"
+            torch.testing.assert_close(content, known[value], equal_nan=True, msg=message)
             confirmed += 1
     for node, tensor in trace.tensors.items():
         assert node in trace.nodes_holding(tensor.value, trace.order[node]), f"{node} must hold its own value"

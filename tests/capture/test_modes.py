@@ -177,3 +177,22 @@ def test_kernel_choice_is_not_switched(captured):
         seen = captured(function, torch.randn(1, 2, 4, 8))
     assert seen.names == ["sdpa"] and not seen.codes
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_tensor_subclasses_are_opaque_and_so_is_what_they_touch(captured):
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    def function(x, plain):
+        return (x @ x.mT).softmax(-1), plain.softmax(-1)
+
+    seen = captured(function, TwoTensor(torch.randn(3, 3), torch.randn(3, 3)), torch.randn(3, 3))
+    assert set(seen.codes) == {"tensor_subclass"} and seen.names.count("_softmax") == 1
+    assert seen.output(0).op == "opaque" and seen.output(1).name == "_softmax"
+
+
+def test_sparse_inputs_are_opaque():
+    trace = capture(
+        torch.fx.symbolic_trace(lambda x, y: (x.to_dense() + y, y * 2)), [torch.eye(3).to_sparse(), torch.eye(3)]
+    )
+    assert {code for _, code, _ in trace.not_executed} <= {"tensor_subclass", "failed"}
+    assert [value.name for value in trace.values if value.op != "input"] == ["mul"]

@@ -1,4 +1,4 @@
-"""Higher-order ops and autograd functions: opaque in their graph, captured as graphs of their own where that is safe."""
+"""Higher-order ops and autograd functions: opaque, and captured as graphs of their own where that is safe."""
 
 from __future__ import annotations
 
