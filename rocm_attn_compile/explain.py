@@ -74,7 +74,7 @@ def explain(
     Args:
         model: Module or function; one that `torch.compile` has wrapped is unwrapped.
         options: As for `torch.compile`.
-        mode: As for `torch.compile`; only checked.
+        mode: As for `torch.compile`; without effect here, as it is about kernels.
         dynamic: As for `torch.compile`.
 
     Returns:
