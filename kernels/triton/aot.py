@@ -76,7 +76,7 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
 
 
 def compile_launch(launch: Launch, arch: str) -> Any:
-    """Compile for an AMD architecture; returns Triton's compiled kernel with `.asm` ("hsaco", "amdgcn") and `.metadata`."""
+    """Compile for an AMD architecture; returns Triton's compiled kernel (`.asm` has "hsaco" and "amdgcn")."""
     types, constants, attributes = signature(launch)
     source = ASTSource(launch.kernel, signature=types, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target(arch), options=dict(launch.options))

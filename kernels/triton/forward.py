@@ -147,8 +147,6 @@ def attention_forward_kernel(
     starts, ends, q_id = load_row_masks(
         kv_start, kv_end, q_ids, stride_start_m, stride_end_m, stride_qid_m, q_pos, kv_len, HAS_START, HAS_END, HAS_IDS
     )
-    bias = 0.0
-    mask_keep = 0
     if HAS_BIAS:
         attn_bias += batch * stride_bb + head_long * stride_bh + q_first_long * stride_bm
         bias_row = head_local * stride_bh + q_local * stride_bm
@@ -200,6 +198,8 @@ def attention_forward_kernel(
                 k_tile = tl.load(k_ptrs)
             qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
 
+            bias = 0.0
+            mask_keep = 0
             if HAS_BIAS:
                 bias_ptrs = attn_bias + start_long * stride_bn + bias_row[:, None] + offs_n[None, :] * stride_bn
                 bias = load_bias(bias_ptrs, (n_ok | (phase == 0))[None, :])

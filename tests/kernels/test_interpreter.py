@@ -38,8 +38,10 @@ def worker() -> Iterator[Any]:
     process.close()
 
 
-def by_name(case: dict[str, Any]) -> str:
-    return case["name"]
+def parameters(cases: list[dict[str, Any]]) -> list[Any]:
+    """One pytest parameter per case, named after it."""
+    marks = {True: [pytest.mark.slow], False: []}
+    return [pytest.param(case, id=case["name"], marks=marks[cases_module.is_slow(case)]) for case in cases]
 
 
 def run_forward(worker: Any, case: dict[str, Any], tensors: dict, scalars: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +63,7 @@ def check(case: dict, tensors: dict, scalars: dict, got: dict, grad_out: torch.T
     assert not bad, f"{case['name']}: {bad}"
 
 
-@pytest.mark.parametrize("case", cases_module.feature_cases() + cases_module.random_cases(16), ids=by_name)
+@pytest.mark.parametrize("case", parameters(cases_module.feature_cases() + cases_module.random_cases(16)))
 def test_forward_and_backward(worker: Any, case: dict[str, Any]) -> None:
     tensors, scalars = oracle_module.make_inputs(case)
     out, lse = run_forward(worker, case, tensors, scalars)
@@ -87,7 +89,7 @@ def test_forward_and_backward(worker: Any, case: dict[str, Any]) -> None:
     check(case, tensors, scalars, got, grad_out)
 
 
-@pytest.mark.parametrize("case", cases_module.decode_cases(), ids=by_name)
+@pytest.mark.parametrize("case", parameters(cases_module.decode_cases()))
 def test_decode_forward(worker: Any, case: dict[str, Any]) -> None:
     tensors, scalars = oracle_module.make_inputs(case)
     out, lse = run_forward(worker, case, tensors, scalars)

@@ -1,0 +1,159 @@
+"""TRITON_ATTN's kernels compiled ahead of time for AMD GPUs: they compile, fit, do not spill, use the matrix units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from rocm_attn_compile.kernels.triton import aot, configs
+from rocm_attn_compile.kernels.triton.backward_launch import backward_launches
+from rocm_attn_compile.kernels.triton.forward_launch import forward_launches
+from rocm_attn_compile.kernels.triton.launch import Launch, Tuning
+
+ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+HALF = torch.bfloat16
+NO_MATRIX_WORK = {"backward_rows_kernel", "attention_combine_kernel"}
+
+
+def launches(
+    arch: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    v_head_dim: int | None = None,
+    q_len: int = 1024,
+    kv_len: int = 1024,
+    causal: bool = True,
+    backward: bool = True,
+    num_splits: int | None = None,
+    config: configs.KernelConfig | None = None,
+    **features: Any,
+) -> dict[str, Launch]:
+    """The launches of one call on meta tensors (2 batch entries, 8 query heads, 2 kv heads), by kernel name."""
+    sizes = {"B": 2, "H": 8, "M": q_len, "N": kv_len}
+    q, k, v = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape in (
+            (2, 8, q_len, head_dim),
+            (2, 2, kv_len, head_dim),
+            (2, 2, kv_len, v_head_dim or head_dim),
+        )
+    )
+    tensors: dict[str, Any] = {"q": q, "k": k, "v": v}
+    kinds = {
+        "attn_bias": ("BHMN", dtype), "attn_mask": ("BHMN", torch.bool), "key_mask": ("BN", torch.bool),
+        "kv_start": ("BM", torch.int32), "kv_end": ("BM", torch.int64), "q_ids": ("BM", torch.int32),
+        "kv_ids": ("BN", torch.int32), "sinks": ("H", dtype), "dropout_seed": ("", torch.int64),
+    }  # fmt: skip
+    for name, (letters, kind) in kinds.items():
+        wanted = features.get(name, name == "dropout_seed" and features.get("dropout_p"))
+        tensors[name] = torch.empty([sizes[x] for x in letters], dtype=kind, device="meta") if wanted else None
+    scalars = {
+        "softmax_scale": 0.1,
+        "logits_soft_cap": features.get("soft_cap"),
+        "band_lower": features.get("band_lower"),
+        "band_upper": 0 if causal else None,
+        "dropout_p": features.get("dropout_p", 0.0),
+        "empty_rows": features.get("empty_rows", "impossible"),
+    }
+    tuning = Tuning(arch=arch, num_splits=num_splits, config=config)
+    found, out, lse = forward_launches(**tensors, **scalars, out_layout="bhsd", tuning=tuning)
+    if backward:
+        found += backward_launches(
+            torch.empty_like(out), **tensors, out=out, lse=lse, **scalars, output_mask=[True] * 5, tuning=tuning
+        )[0]
+    return {launch.kernel.__name__: launch for launch in found}
+
+
+def spills_are_known(arch: str, kernel: str, dtype: torch.dtype, head_dim: int) -> bool:
+    """Where the smallest tile does not fit in a wave32 lane's 256 registers; see configs.py."""
+    if not arch.startswith("gfx1") or kernel in NO_MATRIX_WORK:
+        return False
+    if dtype == torch.float32:
+        return True
+    return head_dim > 64 and kernel != "attention_forward_kernel"
+
+
+def check(launch: Launch, arch: str, dtype: torch.dtype, head_dim: int, heavy: bool = False) -> None:
+    """Compile and assert. `heavy` feature mixes may spill; they must still compile and fit the LDS."""
+    used = aot.resources(aot.compile_launch(launch, arch))
+    name = launch.kernel.__name__
+    assert used.lds_bytes <= configs.LDS_BYTES[configs.family(arch)], f"{name}: {used}"
+    if name not in NO_MATRIX_WORK and (dtype != torch.float32 or arch.startswith("gfx9")):
+        assert used.matrix_instructions > 0, f"{name}: {used}"
+    if not heavy and not spills_are_known(arch, name, dtype, head_dim):
+        assert used.vgpr_spills == 0, f"{name}: {used}"
+        assert used.scratch_bytes == 0, f"{name}: {used}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kernel", ["attention_forward_kernel", "backward_dkdv_kernel", "backward_dq_kernel"])
+def test_main_kernels(arch: str, kernel: str) -> None:
+    """Causal, bfloat16, head size 128 (64 for dk/dv): the shapes most models run."""
+    head_dim = 64 if kernel == "backward_dkdv_kernel" else 128
+    check(launches(arch, HALF, head_dim)[kernel], arch, HALF, head_dim)
+
+
+def test_decode_kernels() -> None:
+    """One query token, keys split between programs."""
+    for launch in launches("gfx942", HALF, 128, q_len=1, kv_len=4096, causal=False, backward=False).values():
+        check(launch, "gfx942", HALF, 128)
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "bias": {"attn_bias": True},
+    "masks": {"attn_mask": True, "key_mask": True, "band_lower": -256, "empty_rows": "zero"},
+    "limits-ids": {"kv_start": True, "kv_end": True, "q_ids": True, "kv_ids": True, "empty_rows": "mean"},
+    "cap-sinks": {"soft_cap": 30.0, "sinks": True},
+    "dropout": {"dropout_p": 0.1},
+    "everything": {
+        "attn_bias": True, "attn_mask": True, "key_mask": True, "kv_start": True, "kv_end": True, "q_ids": True,
+        "kv_ids": True, "soft_cap": 30.0, "dropout_p": 0.1, "band_lower": -256, "empty_rows": "mean_added",
+    },
+}  # fmt: skip
+
+
+def test_everything_compiles() -> None:
+    """All features at once, forward and backward: no combination of flags may fail to compile."""
+    tiny = configs.KernelConfig(16, 16, 1, 1)
+    for launch in launches("gfx942", HALF, 16, config=tiny, **FEATURES["everything"]).values():
+        check(launch, "gfx942", HALF, 16, heavy=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
+def test_shipped_configurations(arch: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Every row of the tables, prefill, backward and decode."""
+    for launch in launches(arch, dtype, head_dim).values():
+        check(launch, arch, dtype, head_dim)
+    for launch in launches(arch, dtype, head_dim, q_len=1, kv_len=4096, causal=False, backward=False).values():
+        check(launch, arch, dtype, head_dim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+def test_features(arch: str, features: str) -> None:
+    """Each group of features, head size 128 with values of 64."""
+    for launch in launches(arch, HALF, 128, 64, **FEATURES[features]).values():
+        check(launch, arch, HALF, 128, heavy=True)
+
+
+def test_signature_is_what_triton_would_choose() -> None:
+    """Constants, alignment and 32-bit pointer ranges: the binary measured is the binary that runs."""
+    launch = launches("gfx942", HALF, 64, backward=False)["attention_forward_kernel"]
+    types, constants, attributes = aot.signature(launch)
+    index = {parameter.name: position for position, parameter in enumerate(launch.kernel.params)}
+    assert types["q"] == "*bf16"
+    assert types["stride_qd"] == "constexpr"
+    assert constants[(index["stride_qd"],)] == 1
+    assert types["attn_bias"] == "constexpr"
+    assert types["kv_len"] == "i32"
+    assert (index["kv_len"],) not in attributes  # lengths change from call to call: not specialised
+    assert attributes[(index["stride_kn"],)] == [["tt.divisibility", 16]]
+    assert ["tt.pointer_range", 32] in attributes[(index["k"],)]
