@@ -39,7 +39,7 @@ def train(backend):
     letters = sorted(set(TEXT))
     data = torch.tensor([letters.index(letter) for letter in TEXT])
     model = Model(len(letters))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     compiled = torch.compile(model, backend=backend, fullgraph=True) if backend else model
     losses = []
     for step in range(30):
