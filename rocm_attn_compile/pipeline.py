@@ -10,24 +10,25 @@ lower        give the graph to Inductor
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.fx as fx
 
 from . import _torch_private
-from .backends.select import Choice, StrictError, select
+from .backends.select import Choice, Rejected, StrictError, select
 from .capture import capture, expand
 from .capture.trace import Trace, Value
 from .env import Environment
 from .lower import lower
-from .options import Options, split_options
-from .reasons import Reason, Refusal
+from .options import Options, guard_environment, split_options
+from .reasons import INTERNAL_ERROR, Reason, Refusal
 from .recognize import recognize
 from .recognize.region import LookAlike, Region
 from .report import Report, Site, publish, source_of
@@ -48,16 +49,14 @@ def compile_graph(
     lowering: str = "inductor",
 ) -> Callable:
     """Compile one Dynamo graph; see `compiler.rocm_attn`. `lowering` is "inductor", "aot_eager" or "eager"."""
+    guard_environment()
     ours, inductor_options = split_options(options)
     env = Environment.current(ours)
     report = Report.of(_torch_private.compile_id(), env, ours)
     before = graph_module.print_readable(print_output=False) if ours.dump_dir else ""
     try:
         if not ours.disable:
-            with _timed(report, "capture"):
-                report.notes += [f"{node.name} stays whole: {why}" for node, why in expand(graph_module).refused]
-                trace = capture(graph_module, example_inputs, _torch_private.current_shape_env())
-            replace_attention(trace, ours, env, report)
+            replace_attention(graph_module, example_inputs, ours, env, report)
         _check_strict(report, ours)
     finally:
         publish(report)
@@ -67,28 +66,63 @@ def compile_graph(
     return lower(graph_module, example_inputs, lowering=lowering, mode=mode, inductor_options=inductor_options)
 
 
-def replace_attention(trace: Trace, options: Options, env: Environment, report: Report) -> None:
-    """The stages from `normalize` to `rewrite`, on one captured graph module and those nested in it."""
-    with _timed(report, "recognize"):
-        regions, others = recognize(trace)
-        for _ in range(_ROUNDS):
-            if not _fix_head_dims(regions, others):
-                break
-            regions, others = recognize(trace)
-    for other in others:
-        _report_refused(report, trace, other)
-    rewriter = Rewriter(trace)
-    with _timed(report, "rewrite"):
-        for region in regions:
-            report.sites.append(_replace_site(rewriter, region, options, env, report))
-        rewriter.finish()
+def replace_attention(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options, env: Environment, report: Report
+) -> None:
+    """The stages from `capture` to `rewrite`, on a graph module and those nested in it."""
+    found: list[_Found] = []
+    backup = _graphs(graph_module)
+    with _undone_on_error(backup, options, env, report):
+        with _timed(report, "capture"):
+            report.notes += [f"{node.name} stays whole: {why}" for node, why in expand(graph_module).refused]
+            trace = capture(graph_module, example_inputs, _torch_private.current_shape_env())
+        with _timed(report, "recognize"):
+            found = _recognize_all(list(_with_nested(trace)))
+    # Outside: a choice that breaks the documented rules is the user's to repair.
+    choices = {region: select(region.spec, env, options) for f in found for region in f.regions}
+    with _undone_on_error(backup, options, env, report), _timed(report, "rewrite"):
+        for f in found:
+            rewriter = Rewriter(f.trace)
+            items: list[Region | LookAlike] = [*f.regions, *f.others]
+            for item in sorted(items, key=lambda item: item.anchor.id):
+                if isinstance(item, LookAlike):
+                    _report_refused(report, env, item)
+                else:
+                    report.sites.append(_replace_site(rewriter, item, choices[item], options, env, report))
+            rewriter.finish()
+
+
+class _Found(NamedTuple):
+    """What `recognize` gave for one graph module."""
+
+    trace: Trace
+    regions: list[Region]
+    others: list[LookAlike]
+
+
+def _with_nested(trace: Trace) -> Iterator[Trace]:
+    yield trace
     for nested in trace.subtraces.values():
-        replace_attention(nested, options, env, report)
+        yield from _with_nested(nested)
 
 
-def _replace_site(rewriter: Rewriter, region: Region, options: Options, env: Environment, report: Report) -> Site:
-    """Select and rewrite one site; the returned entry says what happened."""
-    choice = select(region.spec, env, options)
+def _recognize_all(traces: list[Trace]) -> list[_Found]:
+    for _ in range(_ROUNDS):
+        found = [_Found(trace, *recognize(trace)) for trace in traces]
+        if not _fix_head_dims([r for f in found for r in f.regions], [o for f in found for o in f.others]):
+            return found
+    return [_Found(trace, *recognize(trace)) for trace in traces]
+
+
+def _replace_site(
+    rewriter: Rewriter,
+    region: Region,
+    choice: Choice | Rejected,
+    options: Options,
+    env: Environment,
+    report: Report,
+) -> Site:
+    """Rewrite one site as chosen; the returned entry says what happened."""
     site = Site.recognized(region.spec, choice, **_place(region.anchor))
     if not isinstance(choice, Choice):
         return site
@@ -99,10 +133,38 @@ def _replace_site(rewriter: Rewriter, region: Region, options: Options, env: Env
     except Refusal as refusal:
         return _not_replaced(site, refusal.reason)
     except Exception as error:  # a defect of ours must not stop the user's program; the graph is as it was
-        env.warn(f"internal error while rewriting {site.source}, left as it is: {error!r}; please report it")
-        log.warning("%s", traceback.format_exc())
-        return _not_replaced(site, Reason("internal_error", repr(error)))
+        _warn_internal(env, f"while rewriting {site.source}, left as it is", error)
+        return _not_replaced(site, Reason(INTERNAL_ERROR, repr(error)))
     return site
+
+
+def _graphs(graph_module: fx.GraphModule) -> dict[fx.GraphModule, fx.Graph]:
+    """A copy of the graph and of those nested in it."""
+    modules = [module for module in graph_module.modules() if isinstance(module, fx.GraphModule)]
+    return {module: copy.deepcopy(module.graph) for module in modules}
+
+
+@contextmanager
+def _undone_on_error(
+    backup: Mapping[fx.GraphModule, fx.Graph], options: Options, env: Environment, report: Report
+) -> Iterator[None]:
+    """A defect of ours inside leaves the graph as it was, with a warning; `strict` raises it."""
+    try:
+        yield
+    except Exception as error:
+        if options.strict:
+            raise
+        for module, graph in backup.items():
+            module.graph = graph
+        _warn_internal(env, f"in graph {report.graph}, left as it is", error)
+        reason = Reason(INTERNAL_ERROR, repr(error))
+        report.notes.append(f"the graph is left as it is: {reason}")
+        report.sites[:] = [_not_replaced(site, reason) if site.replaced else site for site in report.sites]
+
+
+def _warn_internal(env: Environment, where: str, error: Exception) -> None:
+    env.warn(f"internal error {where}: {error!r}; please report it")
+    log.warning("%s", "".join(traceback.format_exception(error)))
 
 
 def _fix_head_dims(regions: Sequence[Region], others: Sequence[LookAlike]) -> bool:
@@ -128,8 +190,10 @@ def _not_replaced(site: Site, reason: Reason) -> Site:
     return site
 
 
-def _report_refused(report: Report, trace: Trace, other: LookAlike) -> None:
+def _report_refused(report: Report, env: Environment, other: LookAlike) -> None:
     site = Site.refused(other.reason, **_place(other.anchor))
+    if other.reason.code == INTERNAL_ERROR:
+        env.warn(f"internal error while proving {site.source}, left as it is: {other.reason.text}; please report")
     (report.sites if other.is_attention else report.look_alikes).append(site)
 
 

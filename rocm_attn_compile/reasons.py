@@ -21,6 +21,10 @@ class Reason:
         return f"{self.code}: {self.text}"
 
 
+INTERNAL_ERROR = "internal_error"
+"""Code of a defect of ours: the site, or the graph, is left as it was, and a warning asks to report it."""
+
+
 class Refusal(Exception):
     """Raised inside a stage to leave one site alone; the pipeline turns it into a report entry.
 

@@ -7,11 +7,13 @@ Whatever fails raises Refusal inside and becomes a LookAlike with its reason.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from ..capture.trace import Trace, Value
 from ..normalize.softmax import SoftmaxAnchor, find_softmaxes
-from ..reasons import Refusal
+from ..reasons import INTERNAL_ERROR, Reason, Refusal
 from ..spec import AttentionSpec
 from ..symbolic import product
 from .axes import Atom, resolve
@@ -26,6 +28,8 @@ from .roles import assign_roles
 from .scores import ScoreWalk
 from .sdpa_site import prove_sdpa_site
 from .softmax_site import prove_softmax_site
+
+log = logging.getLogger(__name__)
 
 _PRECISION = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
@@ -43,6 +47,9 @@ def recognize(trace: Trace) -> tuple[list[Region], list[LookAlike]]:
             regions.append(recognize_site(anchor, live))
         except Refusal as refusal:
             others.append(LookAlike(value, refusal.reason, _is_kin(anchor), refusal.needs_numbers))
+        except Exception as error:  # a defect of ours; other sites are independent of it
+            log.warning("while proving %s", value, exc_info=True)
+            others.append(LookAlike(value, Reason(INTERNAL_ERROR, repr(error)), is_attention=True))
     return regions, others
 
 
