@@ -27,7 +27,6 @@ from rocm_attn_compile.ops.schemas import (
 _fused = _torch_private.cpu_flash_attention
 _HALF = (torch.float16, torch.bfloat16)
 _SMALL_SCORES = 1 << 24
-_FOLD_FROM = 1 << 13
 _no_view_tracking = _torch_private.below_autograd_and_views
 
 
@@ -75,15 +74,9 @@ def forward(
     ):
         is_causal = simple_band(q.shape[2], k.shape[2], softmax_scale, band_lower, band_upper)
         if is_causal is not None:
-            if out_layout == "bhsd" and worth_folding(q, k, v):
-                # The kernel writes (batch, len, heads, head_dim): with every head as a batch of its own, that is bhsd.
-                with _no_view_tracking():
-                    out, lse = _fused(*map(heads_as_batch, (q, k, v)), 0.0, is_causal, scale=softmax_scale)
-                    return out.view(*q.shape[:3], v.shape[3]), lse.view(q.shape[:3])
             out, lse = _fused(q, k, v, 0.0, is_causal, scale=softmax_scale)
-            return (out if out_layout == "bshd" else out.contiguous()), lse.contiguous()
+            return with_layout(out, out_layout), lse.contiguous()
     check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, dropout_p, empty_rows, out_layout)
-    skips_blocks = band_upper == 0 and q.shape[2] > 1
     # Views made below are returned: they must not be tracked as views of a hidden base, or in-place changes would fail.
     with _no_view_tracking():
         if q.numel() == 0 or k.numel() == 0:
@@ -162,17 +155,6 @@ def can_fuse(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def worth_folding(*tensors: Tensor) -> bool:
-    """True if the tensors are contiguous and big enough that views cost less than the copies they spare."""
-    return tensors[0].numel() >= _FOLD_FROM and all(t.is_contiguous() for t in tensors)
-
-
-def heads_as_batch(tensor: Tensor) -> Tensor:
-    """Contiguous `(B, H, L, X)` as `(B * H, 1, L, X)`."""
-    B, H, L, X = tensor.shape
-    return tensor.view(B * H, 1, L, X)
-
-
 def fused_forward(
     q: Tensor, k: Tensor, v: Tensor, is_causal: bool, mask: Tensor | None, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -223,10 +205,12 @@ def fold_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[T
 
 
 def with_layout(out: Tensor, out_layout: str) -> Tensor:
-    """`out` `(B, H, M, E)` in the strides that the fake kernel promised."""
+    """`out` `(B, H, M, E)` in the strides that the fake kernel promised; the kernel's follow those of q."""
     if out_layout == "bhsd":
         return out.contiguous()
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    B, H, M, E = out.shape
+    strides = (M * H * E, E, H * E, 1)
+    return out if out.stride() == strides else out.new_empty_strided(out.shape, strides).copy_(out)
 
 
 def _fill_empty(out: Tensor, v: Tensor, is_empty: Tensor, empty_rows: str, has_sinks: bool) -> None:

@@ -10,11 +10,9 @@ from rocm_attn_compile.ops import cpu_unfused, reference_impl
 from rocm_attn_compile.ops.cpu import (
     can_fuse,
     fold_groups,
-    heads_as_batch,
     pad_heads,
     simple_band,
     unfused_is_faster,
-    worth_folding,
 )
 from rocm_attn_compile.ops.cpu_mask import fused_mask
 from rocm_attn_compile.ops.reference import NEG_INF
@@ -75,9 +73,9 @@ def backward(
     ):
         is_causal = simple_band(shape[2], k.shape[2], softmax_scale, band_lower, band_upper)
         if is_causal is not None:
-            if worth_folding(q, k, v, grad_out, out, lse):
+            if _worth_folding(q, k, v, grad_out, out, lse):
                 with _torch_private.below_autograd_and_views():
-                    tensors = [heads_as_batch(t) for t in (grad_out, q, k, v, out)]
+                    tensors = [_heads_as_batch(t) for t in (grad_out, q, k, v, out)]
                     safe_lse = lse.view(-1, 1, shape[2])
                     folded = _fused_grads(*tensors, safe_lse, 0.0, is_causal, scale=softmax_scale)
                     dq, dk, dv = (grad.view(t.shape) for grad, t in zip(folded, (q, k, v)))
@@ -128,10 +126,10 @@ def _fused_backward(
     K, N, E = v.shape[1:]
     group = H // K
     is_empty = None
-    if mask is not None and sinks is None:
+    if mask is not None:
         is_empty = lse == NEG_INF
         if is_empty.any():
-            if empty_rows == "mean_added":
+            if empty_rows == "mean_added" and sinks is None:
                 return None
             # The kernel computes exp(scores - lse): with 0, what is masked keeps weight exp(-inf) = 0.
             safe_lse = lse.masked_fill(is_empty, 0.0)
@@ -148,6 +146,8 @@ def _fused_backward(
         share = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse).nan_to_num_(nan=0.0)
         dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
 
+    if sinks is not None:
+        is_empty = None  # such rows are 0 and have no gradient, as the kernel gives it
     if is_empty is not None and empty_rows == "nan":
         out = out.masked_fill(is_empty[..., None], 0.0)
     q_, k_, v_ = pad_heads(q, k, v)
@@ -191,6 +191,20 @@ def _wanted(
         for grad, tensor, wanted in zip(grads, tensors, output_mask)
     )
     return dq, dk, dv, dbias, dsinks
+
+
+def _worth_folding(*tensors: Tensor) -> bool:
+    """True if the tensors are contiguous, and so big that views cost less than the copies they spare.
+
+    The kernel writes `(batch, len, heads, head_dim)`: with every head as a batch of its own, that is bhsd.
+    """
+    return tensors[0].numel() >= 1 << 13 and all(t.is_contiguous() for t in tensors)
+
+
+def _heads_as_batch(tensor: Tensor) -> Tensor:
+    """Contiguous `(B, H, L, X)` as `(B * H, 1, L, X)`."""
+    B, H, L, X = tensor.shape
+    return tensor.view(B * H, 1, L, X)
 
 
 def _like(grad: Tensor, tensor: Tensor) -> Tensor:
