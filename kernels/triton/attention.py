@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backward_launch import backward_launches, sink_gradient
 from .forward_launch import forward_launches
+from .launch import run_all
 
 
 def attention_forward(
@@ -52,8 +53,7 @@ def attention_forward(
         q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, softmax_scale,
         logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, out_layout,
     )  # fmt: skip
-    for launch in launches:
-        launch.run()
+    run_all(launches, q.device)
     return out, lse
 
 
@@ -99,8 +99,7 @@ def attention_backward(
         grad_out, q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, out,
         lse, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, output_mask,
     )  # fmt: skip
-    for launch in launches:
-        launch.run()
+    run_all(launches, q.device)
     if sinks is not None and output_mask[4]:
         dsinks = sink_gradient(sinks, lse, tensors["delta"], tensors["correction"])
     else:

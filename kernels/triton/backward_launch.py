@@ -15,7 +15,7 @@ from .backward import backward_rows_kernel
 from .backward_bias import backward_bias_kernel
 from .backward_dkdv import backward_dkdv_kernel
 from .backward_dq import backward_dq_kernel
-from .launch import EMPTY_ROWS, Launch, Tuning, check, common_arguments, device_arch, dot_precision
+from .launch import EMPTY_ROWS, Launch, Tuning, check, device_arch, dot_precision, layout, static_arguments
 
 
 def empty_gradient(tensor: Tensor) -> Tensor:
@@ -90,9 +90,16 @@ def backward_launches(
                 tensor.zero_()
         return [], tensors
 
-    arguments = common_arguments(
-        q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed, softmax_scale,
-        logits_soft_cap, band_lower, band_upper, dropout_p,
+    arguments: dict[str, Any] = dict(
+        static_arguments(
+            layout(q), layout(k), layout(v), layout(attn_bias), layout(attn_mask), layout(key_mask), layout(kv_start),
+            layout(kv_end), layout(q_ids), layout(kv_ids), softmax_scale, logits_soft_cap, band_lower, band_upper,
+            dropout_p,
+        )
+    )  # fmt: skip
+    arguments.update(
+        q=q, k=k, v=v, attn_bias=attn_bias, attn_mask=attn_mask, key_mask=key_mask, kv_start=kv_start, kv_end=kv_end,
+        q_ids=q_ids, kv_ids=kv_ids, dropout_seed=dropout_seed if dropout_p > 0.0 else None,
     )  # fmt: skip
     empty = EMPTY_ROWS[empty_rows] if sinks is None else EMPTY_ROWS["zero"]
     arguments.update(zip(("stride_gb", "stride_gh", "stride_gm", "stride_ge"), grad_out.stride()))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any, NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
 from . import configs
 from .forward import attention_combine_kernel, attention_forward_kernel
-from .launch import EMPTY_ROWS, Launch, Tuning, check, common_arguments, device_arch, dot_precision, padded
+from .launch import EMPTY_ROWS, Launch, Tuning, check, device_arch, dot_precision, layout, static_arguments
 
 PACK_ROWS = 64
 """Up to this many (query, head of a group) rows, a group's query heads share one tile."""
@@ -55,9 +58,8 @@ def forward_launches(
         The launches in order, `out` and `lse`.
     """
     check(q, k, v, empty_rows, out_layout)
-    tuning = tuning or Tuning()
-    batch, num_heads, q_len, head_dim = q.shape
-    _, kv_heads, kv_len, v_head_dim = v.shape
+    batch, num_heads, q_len, _ = q.shape
+    _, _, kv_len, v_head_dim = v.shape
     if out_layout == "bhsd":
         out = torch.empty((batch, num_heads, q_len, v_head_dim), dtype=q.dtype, device=q.device)
     else:
@@ -73,57 +75,107 @@ def forward_launches(
         lse.fill_(float("-inf")) if sinks is None else lse.copy_(sinks[None, :, None].expand_as(lse))
         return [], out, lse
 
+    if dropout_p > 0.0 and dropout_seed is None:
+        raise ValueError("dropout_p > 0 needs dropout_seed, an int64 tensor of one element on the same device")
     arch, num_units = device_arch(q.device)
-    arch = tuning.arch or arch
+    if tuning is not None and tuning.arch is not None:
+        arch = tuning.arch
+    plan = forward_plan(
+        (layout(q), layout(k), layout(v), layout(attn_bias), layout(attn_mask), layout(key_mask), layout(kv_start),
+         layout(kv_end), layout(q_ids), layout(kv_ids)),
+        (softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p),
+        out.stride(), arch, num_units, q.element_size(), dot_precision(q.dtype, arch), sinks is not None, empty_rows,
+        tuning,
+    )  # fmt: skip
+    tensors = {
+        "q": q, "k": k, "v": v, "out": out, "lse": lse, "partial": None, "attn_bias": attn_bias,
+        "attn_mask": attn_mask, "key_mask": key_mask, "kv_start": kv_start, "kv_end": kv_end, "q_ids": q_ids,
+        "kv_ids": kv_ids, "sinks": sinks, "dropout_seed": dropout_seed if dropout_p > 0.0 else None,
+    }  # fmt: skip
+    if plan.num_splits > 1:
+        elements = lse.numel() * plan.num_splits * (v.shape[3] + 2)
+        tensors["partial"] = torch.empty((elements,), dtype=torch.float32, device=q.device)
+    launches = [Launch(attention_forward_kernel, plan.grid, {**plan.arguments, **tensors}, plan.options)]
+    if plan.num_splits > 1:
+        combined = {name: tensors[name] for name in ("partial", "v", "out", "lse", "sinks")}
+        launches.append(
+            Launch(
+                attention_combine_kernel, lse.numel(), {**plan.combine, **combined}, {"num_warps": 1, "num_stages": 1}
+            )
+        )
+    return launches, out, lse
+
+
+class ForwardPlan(NamedTuple):
+    """What one forward call launches, without its tensors. Shared between calls: do not modify."""
+
+    arguments: dict[str, Any]
+    options: dict[str, int]
+    grid: int
+    num_splits: int
+    combine: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1024)
+def forward_plan(
+    layouts: tuple[Any, ...],
+    scalars: tuple[Any, ...],
+    out_strides: tuple[int, ...],
+    arch: str,
+    num_units: int,
+    itemsize: int,
+    precision: str,
+    has_sinks: bool,
+    empty_rows: str,
+    tuning: Tuning | None,
+) -> ForwardPlan:
+    """Choose tiles, packing and splits. Remembered per shapes and strides: planning costs more than launching.
+
+    Args:
+        layouts: Of q, k, v and the mask tensors in the order of launch.static_arguments.
+        scalars: softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p.
+        out_strides: Strides of the output.
+        arch, num_units: From launch.device_arch.
+        itemsize: Bytes of one element of q.
+        precision: From launch.dot_precision.
+        has_sinks, empty_rows: As the op's arguments.
+        tuning: Overrides, or None.
+    """
+    tuning = tuning or Tuning()
+    arguments = dict(static_arguments(*layouts, *scalars))
+    (batch, num_heads, q_len, _), (_, kv_heads, kv_len, _) = layouts[0][0], layouts[1][0]
     group = num_heads // kv_heads
     pack = tuning.pack or (group if q_len * group <= PACK_ROWS else 1)
     rows = q_len * pack
     decode = rows <= PACK_ROWS
-    config = tuning.config or configs.select(
-        arch, "decode" if decode else "forward", max(padded(head_dim), padded(v_head_dim)), q.element_size()
-    )
+    head_block = max(arguments["BLOCK_D"], arguments["BLOCK_E"])
+    config = tuning.config or configs.select(arch, "decode" if decode else "forward", head_block, itemsize)
     block_m = config.block_m
     if decode and tuning.config is None:
         block_m = max(block_m, min(PACK_ROWS, triton.next_power_of_2(rows)))
     tiles = batch * (num_heads // pack) * triton.cdiv(rows, block_m)
-    num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, num_units) if dropout_p == 0.0 else 1)
-
-    arguments = common_arguments(
-        q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed, softmax_scale,
-        logits_soft_cap, band_lower, band_upper, dropout_p,
-    )  # fmt: skip
-    # With a sink no row can be empty: the sink takes all the weight.
-    empty = EMPTY_ROWS[empty_rows] if sinks is None else EMPTY_ROWS["zero"]
-    out_arguments = dict(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out.stride()))
-    partial = None
-    if num_splits > 1:
-        partial = torch.empty((lse.numel() * num_splits * (v_head_dim + 2),), dtype=torch.float32, device=q.device)
+    # Splits would each need the whole row's dropout mask in the combine step for empty rows; not worth it.
+    num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, num_units) if scalars[-1] == 0.0 else 1)
+    arguments.update(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out_strides))
     arguments.update(
-        out_arguments,
-        out=out,
-        lse=lse,
-        partial=partial,
-        sinks=sinks,
         num_splits=num_splits,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         PACK=pack,
         SPLIT=num_splits > 1,
-        HAS_SINKS=sinks is not None,
-        EMPTY_ROWS=empty,
-        PRECISION=dot_precision(q.dtype, arch),
+        HAS_SINKS=has_sinks,
+        # With a sink no row can be empty: the sink takes all the weight.
+        EMPTY_ROWS=EMPTY_ROWS["zero" if has_sinks else empty_rows],
+        PRECISION=precision,
     )
-    is_amd = arch.startswith("gfx")
-    launches = [Launch(attention_forward_kernel, tiles * num_splits, arguments, config.options(is_amd))]
-    if num_splits > 1:
-        combine = {
-            name: arguments[name]
-            for name in (
-                "partial", "v", "out", "lse", "sinks", "stride_vb", "stride_vh", "stride_vn", "stride_ve",
-                "num_heads", "gqa_group_size", "q_len", "kv_len", "num_splits", "V_HEAD_DIM", "BLOCK_E",
-                "HAS_BIAS", "HAS_SINKS", "EMPTY_ROWS",
-            )
-        }  # fmt: skip
-        combine.update(out_arguments, BLOCK_S=triton.next_power_of_2(num_splits), BLOCK_N=16)
-        launches.append(Launch(attention_combine_kernel, lse.numel(), combine, {"num_warps": 1, "num_stages": 1}))
-    return launches, out, lse
+    combine = {
+        name: arguments[name]
+        for name in (
+            "stride_vb", "stride_vh", "stride_vn", "stride_ve", "stride_ob", "stride_oh", "stride_om", "stride_oe",
+            "num_heads", "gqa_group_size", "q_len", "kv_len", "num_splits", "V_HEAD_DIM", "BLOCK_E",
+            "HAS_BIAS", "HAS_SINKS", "EMPTY_ROWS",
+        )
+    }  # fmt: skip
+    combine.update(BLOCK_S=triton.next_power_of_2(num_splits), BLOCK_N=16)
+    options = config.options(arch.startswith("gfx"))
+    return ForwardPlan(arguments, options, tiles * num_splits, num_splits, combine)

@@ -20,6 +20,10 @@ EMPTY_ROWS = {"impossible": 0, "zero": 0, "nan": 1, "mean": 2, "mean_added": 3}
 """Value of the kernels' EMPTY_ROWS argument (common.py) for each `rocm_attn_compile.spec.EmptyRows`."""
 
 
+Layout = tuple[torch.Size, tuple[int, ...]] | None
+"""Sizes and strides of a tensor, None where it is absent."""
+
+
 @dataclass
 class Launch:
     """One kernel launch: `kernel[(grid,)](**arguments, **options)`."""
@@ -111,60 +115,60 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty_rows: str, ou
         raise ValueError(f"out_layout must be 'bhsd' or 'bshd'; got {out_layout!r}")
 
 
-def strides(tensor: torch.Tensor | None, count: int) -> tuple[int | None, ...]:
+def layout(tensor: torch.Tensor | None) -> Layout:
+    """Sizes and strides: all that a launch depends on besides dtype and data."""
+    return None if tensor is None else (tensor.shape, tensor.stride())
+
+
+def broadcast_strides(where: Layout, count: int) -> tuple[int | None, ...]:
     """Strides for a broadcasting kernel argument: 0 where the size is 1, None for an absent tensor."""
-    if tensor is None:
+    if where is None:
         return (None,) * count
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tuple(0 if size == 1 else stride for size, stride in zip(*where))
 
 
-def common_arguments(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_bias: torch.Tensor | None,
-    attn_mask: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    kv_start: torch.Tensor | None,
-    kv_end: torch.Tensor | None,
-    q_ids: torch.Tensor | None,
-    kv_ids: torch.Tensor | None,
-    dropout_seed: torch.Tensor | None,
+@functools.lru_cache(maxsize=1024)
+def static_arguments(
+    q: tuple[torch.Size, tuple[int, ...]],
+    k: tuple[torch.Size, tuple[int, ...]],
+    v: tuple[torch.Size, tuple[int, ...]],
+    attn_bias: Layout,
+    attn_mask: Layout,
+    key_mask: Layout,
+    kv_start: Layout,
+    kv_end: Layout,
+    q_ids: Layout,
+    kv_ids: Layout,
     softmax_scale: float,
     logits_soft_cap: float | None,
     band_lower: int | None,
     band_upper: int | None,
     dropout_p: float,
 ) -> dict[str, Any]:
-    """The arguments that the forward, dq, dk/dv and bias kernels share; those differ only by tiles and outputs."""
-    batch, num_heads, q_len, head_dim = q.shape
-    _, kv_heads, kv_len, v_head_dim = v.shape
+    """The arguments that all kernels share and that are not tensors; remembered, do not modify the result."""
+    batch, num_heads, q_len, head_dim = q[0]
+    _, kv_heads, kv_len, v_head_dim = v[0]
     # A band edge that lies outside the score matrix drops nothing (or everything): keep it within 32 bits.
     if band_lower is not None:
         band_lower = None if band_lower <= 1 - q_len else min(band_lower, kv_len)
     if band_upper is not None:
         band_upper = None if band_upper >= kv_len - 1 else max(band_upper, -q_len)
-    if dropout_p > 0.0 and dropout_seed is None:
-        raise ValueError("dropout_p > 0 needs dropout_seed, an int64 tensor of one element on the same device")
-
-    arguments: dict[str, Any] = {
-        "q": q, "k": k, "v": v, "attn_bias": attn_bias, "attn_mask": attn_mask, "key_mask": key_mask,
-        "kv_start": kv_start, "kv_end": kv_end, "q_ids": q_ids, "kv_ids": kv_ids,
-        "dropout_seed": dropout_seed if dropout_p > 0.0 else None,
-    }  # fmt: skip
+    arguments: dict[str, Any] = {}
     for names, values in (
-        (("stride_qb", "stride_qh", "stride_qm", "stride_qd"), q.stride()),
-        (("stride_kb", "stride_kh", "stride_kn", "stride_kd"), k.stride()),
-        (("stride_vb", "stride_vh", "stride_vn", "stride_ve"), v.stride()),
-        (("stride_bb", "stride_bh", "stride_bm", "stride_bn"), strides(attn_bias, 4)),
-        (("stride_mb", "stride_mh", "stride_mm", "stride_mn"), strides(attn_mask, 4)),
-        (("stride_key_b", "stride_key_n"), strides(key_mask, 2)),
-        (("stride_start_b", "stride_start_m"), strides(kv_start, 2)),
-        (("stride_end_b", "stride_end_m"), strides(kv_end, 2)),
-        (("stride_qid_b", "stride_qid_m"), strides(q_ids, 2)),
-        (("stride_kid_b", "stride_kid_n"), strides(kv_ids, 2)),
+        (("stride_qb", "stride_qh", "stride_qm", "stride_qd"), q[1]),
+        (("stride_kb", "stride_kh", "stride_kn", "stride_kd"), k[1]),
+        (("stride_vb", "stride_vh", "stride_vn", "stride_ve"), v[1]),
+        (("stride_bb", "stride_bh", "stride_bm", "stride_bn"), broadcast_strides(attn_bias, 4)),
+        (("stride_mb", "stride_mh", "stride_mm", "stride_mn"), broadcast_strides(attn_mask, 4)),
+        (("stride_key_b", "stride_key_n"), broadcast_strides(key_mask, 2)),
+        (("stride_start_b", "stride_start_m"), broadcast_strides(kv_start, 2)),
+        (("stride_end_b", "stride_end_m"), broadcast_strides(kv_end, 2)),
+        (("stride_qid_b", "stride_qid_m"), broadcast_strides(q_ids, 2)),
+        (("stride_kid_b", "stride_kid_n"), broadcast_strides(kv_ids, 2)),
     ):
         arguments.update(zip(names, values))
+    # Offsets inside a tile are 32-bit numbers unless a stride is so large that 256 steps of it would overflow.
+    matrices = [where for where in (q, k, v, attn_bias, attn_mask) if where is not None]
     arguments.update(
         num_heads=num_heads,
         gqa_group_size=num_heads // kv_heads,
@@ -179,11 +183,7 @@ def common_arguments(
         V_HEAD_DIM=v_head_dim,
         BLOCK_D=padded(head_dim),
         BLOCK_E=padded(v_head_dim),
-        WIDE=any(
-            256 * max(t.stride()[1:]) >= 2**31
-            for t in (q, k, v, attn_bias, attn_mask)
-            if t is not None and t.dim() == 4
-        ),
+        WIDE=any(256 * max(stride[1:]) >= 2**31 for _, stride in matrices),
         RAW=attn_bias is None and logits_soft_cap is None and softmax_scale > 0,
         HAS_SOFT_CAP=logits_soft_cap is not None,
         HAS_BIAS=attn_bias is not None,
@@ -197,3 +197,14 @@ def common_arguments(
         HAS_DROPOUT=dropout_p > 0.0,
     )
     return arguments
+
+
+def run_all(launches: list[Launch], device: torch.device) -> None:
+    """Launch in order on the current stream of `device`, which need not be the current device."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            for launch in launches:
+                launch.run()
+    else:
+        for launch in launches:
+            launch.run()

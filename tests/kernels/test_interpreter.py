@@ -119,4 +119,4 @@ def test_output_mask_and_dtype_errors(worker: Any) -> None:
     with pytest.raises(RuntimeError, match="NotImplementedError: q, k, v must share one dtype"):
         run_forward(worker, case, {**tensors, **double}, scalars)
     with pytest.raises(RuntimeError, match="NotImplementedError: head_dim and v_head_dim must be 1 to 256"):
-        run_forward(worker, case, {**tensors, "v": torch.zeros(2, 2, 37, 257)}, scalars)
+        run_forward(worker, case, {**tensors, "v": torch.zeros(2, 1, 37, 257)}, scalars)
