@@ -22,7 +22,7 @@ from .kinship import stands_between_products
 from .labels import scaled_source_of
 from .live import LiveUsers
 from .masks import prove_masks
-from .proof import Proof
+from .proof import Factor, Proof
 from .region import LookAlike, Operand, Region, Roles
 from .roles import assign_roles
 from .scores import ScoreWalk
@@ -79,12 +79,12 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
     roles = assign_roles(proof, sink_atoms(proof))
     logits = compose(proof, roles)
     dtype = _op_dtype(proof)
-    q, k, v = (_operand(proof, value) for value in (proof.q, proof.k, proof.v))
+    q, k, v = (_operand(factor) for factor in (proof.q, proof.k, proof.v))
     # a number on q or k is a number on the scores; without rounding in between it is only more accurate
     scale = logits.scale * q.factor * k.factor
     second = _second_operands(proof, logits, scale / logits.scale if proof.second else 1)
     if v.factor != 1:
-        v = Operand(proof.v, proof.labels.of(proof.v))
+        v = Operand(proof.v.value, proof.v.labels.of(proof.v.value))
     q.factor = k.factor = 1
     q.factors, k.factors = logits.q_factors, logits.k_factors
     cap = logits.cap
@@ -133,16 +133,16 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
     )
 
 
-def _operand(proof: Proof, value: Value) -> Operand:
-    source, factor = scaled_source_of(value)
-    return Operand(source, proof.labels.of(source), factor=factor)
+def _operand(factor: Factor) -> Operand:
+    source, number = scaled_source_of(factor.value)
+    return Operand(source, factor.labels.of(source), factor=number)
 
 
 def _second_operands(proof: Proof, logits: Logits, first_factor) -> list[tuple[Operand, Operand, list[Atom]]]:
     """Further products, with the factor that puts them on the first one's scale, given to q."""
     out = []
     for q2, k2, factor, depth in proof.second:
-        q, k = _operand(proof, q2), _operand(proof, k2)
+        q, k = _operand(q2), _operand(k2)
         relative = q.factor * k.factor * factor / (logits.second_scale * first_factor)
         q.factor, k.factor = relative, 1
         out.append((q, k, list(resolve(depth))))
@@ -167,7 +167,7 @@ def _op_dtype(proof: Proof) -> torch.dtype:
     Widening casts of q, k, v are undone (the kernel accumulates in float32 anyway) as far as the product with V, the
     last rounding of the weights, and every source allow.
     """
-    tensors = [proof.q, proof.k, proof.v, *[t for q2, k2, _, _ in proof.second for t in (q2, k2)]]
+    tensors = [factor.value for factor in proof.factors()]
     dtypes = {scaled_source_of(t)[0].dtype for t in tensors} | {proof.output.dtype}
     for dtype in dtypes:
         if dtype not in _PRECISION:
@@ -180,7 +180,7 @@ def _op_dtype(proof: Proof) -> torch.dtype:
 def _requires_grad(proof: Proof, live: LiveUsers) -> bool:
     if not proof.output.grad_mode:
         return False
-    tensors = [proof.q, proof.k, proof.v, *[t for q2, k2, _, _ in proof.second for t in (q2, k2)]]
+    tensors = [factor.value for factor in proof.factors()]
     tensors += [
         s.operand for s in proof.steps if s.kind in ("bias", "sinks", "tensor_scale") and isinstance(s.operand, Value)
     ]

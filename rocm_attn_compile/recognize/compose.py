@@ -215,7 +215,7 @@ def sink_atoms(proof: Proof) -> list[Atom]:
             for i, dim in enumerate(dims):
                 if i != step.factor:
                     _unify_if_wide(dim, scores[i])
-            return [a for a in atoms_of(_operand(proof, step).dims)]
+            return atoms_of(_operand(proof, step).dims)
     return []
 
 

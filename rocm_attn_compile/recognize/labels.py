@@ -255,10 +255,13 @@ def is_contraction(value: Value) -> bool:
     return not isinstance(value.op, str) and (value.name in CONTRACTION_NAMES or product_under_sum(value) is not None)
 
 
-def label_contraction(labels: Labels, value: Value) -> Dim:
-    """Label a contraction's result from its operands; returns the contracted dimension."""
+def label_contraction(labels: Labels, value: Value, left_labels: Labels, right_labels: Labels) -> Dim:
+    """Label a contraction's result from its operands, each in its own labels; returns the contracted dimension.
+
+    Labels of their own keep apart the uses of one tensor: in softmax(x x^T) x its rows are queries, keys and values.
+    """
     left, right = operands_of(value)
-    a, b = labels.of(left), labels.of(right)
+    a, b = left_labels.of(left), right_labels.of(right)
     if value.name in ("bmm", "baddbmm"):
         unify(a[0], b[0])
         unify(a[2], b[1])
@@ -270,7 +273,7 @@ def label_contraction(labels: Labels, value: Value) -> Dim:
         return a[1]
     factors = product_under_sum(value)
     assert factors is not None
-    full = labels.pointwise(factors)
+    full = broadcast(factors.ndim, [(a, left.shape), (b, right.shape)])
     axis = value.args[1][0] % len(full)
     keep = len(value.shape) == len(full)
     labels.set(value, [() if i == axis else d for i, d in enumerate(full) if keep or i != axis])

@@ -1,8 +1,9 @@
 """What the masks of a site mean together: the proved closed form, what stays a tensor, and what an empty row gives.
 
-The fill is part of the meaning. A probability is exactly 0 beside any kept key only for a *hard* fill (-inf, or so low that
-exp underflows); a row that keeps no key is NaN for -inf, uniform for a finite fill, 0 for SDPA. Where rows may be empty and
-eager's result for them is none of these, the mask stays what it was: a bias tensor (exact), or the site is refused.
+The fill is part of the meaning. A probability is exactly 0 beside any kept key only for a *hard* fill (-inf, or so low
+that exp underflows); a row that keeps no key is NaN for -inf, uniform for a finite fill, 0 for SDPA. Where rows may be
+empty and eager's result for them is none of these, the mask stays what it was: a bias tensor (exact), or the site is
+refused.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool)
             raise Refusal(
                 "finite_fill", f"masked scores become {term.fills[0]:g}, which is not low enough to count as masked"
             )
-    added = [term for bias in logits.biases if (term := _additive(proof, symbols, bias, notes)) is not None]
+    added = [mask for bias in logits.biases if (mask := _additive(proof, symbols, bias, notes)) is not None]
     found = _together(proof, logits, symbols, replaced, added)
     if found is None and added:  # the additive masks stay the tensors they are, which is always exact
         notes.append(Reason("mask_kept_as_bias", "a row may keep no key, and finite masks would not make it uniform"))
@@ -153,12 +154,9 @@ def _together(
 def _boolean(symbols: Symbols, step: MaskStep, notes: list[Reason]) -> _Term:
     index = symbols.index(step.dims, step.shape, step.value)
     prove = prover.prove_keep if step.keeps else prover.prove_drop
-    form = prove(step.value, index, symbols.context)
-    if isinstance(form, prover.OpaqueMask):
-        notes.append(form.reason)
-        form = None
-    else:
-        notes.extend(form.notes)
+    found = prove(step.value, index, symbols.context)
+    form = None if isinstance(found, prover.OpaqueMask) else found
+    notes.extend([found.reason] if isinstance(found, prover.OpaqueMask) else found.notes)
     operand = Operand(step.value, _aligned(step.dims, step.value))
     return _Term(form, (step.fill,), False, operand, step.keeps, moved=step.is_followed_by_bias)
 
@@ -183,7 +181,7 @@ def _additive(proof: Proof, symbols: Symbols, bias: Operand, notes: list[Reason]
 
 
 def _score_dtype(proof: Proof) -> torch.dtype:
-    return proof.anchor.args[0].dtype if proof.anchor.op != "sdpa" else proof.q.dtype
+    return proof.anchor.args[0].dtype if proof.anchor.op != "sdpa" else proof.q.value.dtype
 
 
 def _empty_rows(

@@ -12,13 +12,21 @@ from .scores import Step
 
 
 @dataclass(eq=False)
+class Factor:
+    """A factor of a contraction, and the labels in which this use of it is known."""
+
+    value: Value
+    labels: Labels
+
+
+@dataclass(eq=False)
 class Proof:
     """One attention with its axes labelled.
 
     Attributes:
         anchor: The softmax or "sdpa" value.
         output: The value of p v, labelled.
-        labels: Labels of every value involved.
+        labels: Labels of the scores, the weights and the output.
         q, k, v: Factors of the two contractions.
         second: Further (q, k, factor) whose product is added to q k^T before the first step.
         score_dims: Axes of the softmax input.
@@ -37,14 +45,14 @@ class Proof:
     anchor: Value
     output: Value
     labels: Labels
-    q: Value
-    k: Value
-    v: Value
+    q: Factor
+    k: Factor
+    v: Factor
     score_dims: list[Dim]
     key: Dim
     depth: Dim
     query_free: Dim
-    second: list[tuple[Value, Value, Any, Dim]] = field(default_factory=list)
+    second: list[tuple[Factor, Factor, Any, Dim]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     operand_labels: dict[int, Labels] = field(default_factory=dict)
     shifted: bool = True
@@ -53,6 +61,10 @@ class Proof:
     dropout_p: float = 0.0
     cuts_sink: bool = False
     values: list[Value] = field(default_factory=list)
+
+    def factors(self) -> list[Factor]:
+        """q, k, v and the factors of further products."""
+        return [self.q, self.k, self.v, *[t for q, k, _, _ in self.second for t in (q, k)]]
 
     def labels_of(self, step: Step) -> Labels:
         """The labels in which the step's tensor is known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..reasons import Refusal
 from .axes import Atom, Dim, atoms_of, resolve
 from .labels import scaled_source_of
-from .proof import Proof
+from .proof import Factor, Proof
 from .region import Roles
 
 
@@ -16,10 +16,13 @@ def assign_roles(proof: Proof, sink_atoms: list[Atom]) -> Roles:
     """
     labels = proof.labels
     labels.check_distinct()
-    q, k, v = (set(atoms_of(labels.of(scaled_source_of(t)[0]))) for t in (proof.q, proof.k, proof.v))
+    for factor in proof.factors():
+        _atoms(factor)
+        factor.labels.check_distinct()
+    q, k, v = (set(_atoms(factor)) for factor in (proof.q, proof.k, proof.v))
     for q2, k2, _, depth2 in proof.second:
-        q |= set(atoms_of(labels.of(scaled_source_of(q2)[0]))) - set(resolve(depth2))
-        k |= set(atoms_of(labels.of(scaled_source_of(k2)[0]))) - set(resolve(depth2))
+        q |= set(_atoms(q2)) - set(resolve(depth2))
+        k |= set(_atoms(k2)) - set(resolve(depth2))
     key, depth = list(resolve(proof.key)), list(resolve(proof.depth))
     scores = atoms_of(proof.score_dims)
     _check_depth(depth, scores)
@@ -27,10 +30,15 @@ def assign_roles(proof: Proof, sink_atoms: list[Atom]) -> Roles:
     rest = [a for a in scores if a not in set(key) | set(query)]
     shared, groups = [a for a in rest if a in k or a in v], [a for a in rest if a not in k and a not in v]
     batch, kv_heads, groups = _batch_and_heads(rest, shared, groups, sink_atoms)
-    value_depth = [a for a in atoms_of(labels.of(scaled_source_of(proof.v)[0])) if a not in set(scores)]
+    value_depth = [a for a in _atoms(proof.v) if a not in set(scores)]
     roles = Roles(batch, kv_heads, groups, query, key, depth, value_depth)
     _check_complete(proof, roles, q, k, v)
     return roles
+
+
+def _atoms(factor: Factor) -> list[Atom]:
+    """Axes of the tensor a factor is read from, before any expand."""
+    return atoms_of(factor.labels.of(scaled_source_of(factor.value)[0]))
 
 
 def _check_depth(depth: list[Atom], scores: list[Atom]) -> None:

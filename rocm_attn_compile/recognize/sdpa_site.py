@@ -11,7 +11,7 @@ from ..reasons import Refusal
 from ..symbolic import divide, is_one, same_size, to_expr
 from .axes import Atom, Dim, broadcast, resolve, unify
 from .labels import Labels
-from .proof import Proof
+from .proof import Factor, Proof
 from .scores import Step
 
 
@@ -29,12 +29,13 @@ def prove_sdpa_site(value: Value) -> Proof:
             f"query, key, value have dtypes {q.dtype}, {k.dtype}, {v.dtype}, ranks {q.ndim}, {k.ndim}, {v.ndim}",
         )
     labels = Labels()
-    lq, lk, lv = labels.of(q), labels.of(k), labels.of(v)
+    factors = [Factor(t, Labels()) for t in (q, k, v)]
+    lq, lk, lv = (f.labels.of(f.value) for f in factors)
     unify(lq[-1], lk[-1])
     unify(lk[-2], lv[-2])
     if not resolve(lk[-2]):
         raise Refusal("single_key", "kv_len is 1")
-    batch = _batch_dims(value, labels)
+    batch = _batch_dims(value, lq[:-2], lk[:-2], lv[:-2])
     score_dims = [*batch, lq[-2], lk[-2]]
     labels.set(value, [*batch, lq[-2], lv[-1]])
     scale = args.get("scale")
@@ -56,9 +57,9 @@ def prove_sdpa_site(value: Value) -> Proof:
         anchor=value,
         output=value,
         labels=labels,
-        q=q,
-        k=k,
-        v=v,
+        q=factors[0],
+        k=factors[1],
+        v=factors[2],
         score_dims=score_dims,
         key=lk[-2],
         depth=lq[-1],
@@ -75,11 +76,10 @@ def _default_scale(q: Value) -> float:
     return 1.0 / math.sqrt(int(q.shape[-1]))
 
 
-def _batch_dims(value: Value, labels: Labels) -> list[Dim]:
+def _batch_dims(value: Value, lq: list[Dim], lk: list[Dim], lv: list[Dim]) -> list[Dim]:
     """Batch and head axes after broadcasting, with `enable_gqa` resolved into (kv head, group)."""
     args = value.kwargs
     q, k, v = args["query"], args["key"], args["value"]
-    lq, lk, lv = (labels.of(t)[:-2] for t in (q, k, v))
     sq, sk, sv = (list(t.shape[:-2]) for t in (q, k, v))
     if args.get("enable_gqa") and min(len(lq), len(lk), len(lv)) >= 1 and not same_size(sq[-1], sk[-1]):
         groups = divide(sq[-1], sk[-1])

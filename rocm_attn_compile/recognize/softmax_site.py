@@ -22,7 +22,7 @@ from ..symbolic import same_size
 from .axes import Dim, atoms_of, broadcast, resolve
 from .labels import Labels, is_cast, is_view, label_contraction, operands_of, product_under_sum
 from .live import LiveUsers
-from .proof import Proof
+from .proof import Factor, Proof
 from .scores import ScorePath, ScoreWalk, Step
 from .weights import WeightsPath, follow_weights
 
@@ -33,7 +33,8 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
     weights = follow_weights(anchor, live)
     _check_scores_stay_inside(path, anchor, weights, live)
     labels = Labels()
-    depth = label_contraction(labels, path.contraction)
+    left, right = (Factor(value, Labels()) for value in operands_of(path.contraction))
+    depth = label_contraction(labels, path.contraction, left.labels, right.labels)
     seconds = _label_seconds(labels, path)
     operand_labels = _label_scores(labels, path)
     score_dims = labels.of(anchor.scores)
@@ -41,24 +42,24 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
     if not resolve(key):
         raise Refusal("single_key", f"the softmax runs over dimension {anchor.dim}, which has one element")
     labels.set(anchor.weights, score_dims)
-    contracted = _label_weights(labels, weights)
+    v = Factor(_other_factor(weights), Labels())
+    contracted = _label_weights(labels, weights, v)
     if resolve(contracted) != resolve(key):
         raise Refusal(
             "softmax_axis",
             f"the softmax runs over dimension {anchor.dim} of the scores {list(anchor.scores.shape)}, "
             f"but the product with V sums over another axis (sizes {_sizes(key)} and {_sizes(contracted)})",
         )
-    q, k = _query_and_key(labels, path.contraction, key)
+    q, k = _query_and_key(left, right, key)
     second = []
-    for other, other_depth in seconds:
-        q2, k2 = _query_and_key(labels, other.contraction, key)
+    for other, factors, other_depth in seconds:
+        q2, k2 = _query_and_key(*factors, key)
         second.append((q2, k2, _direct_factor(other), other_depth))
-    v = next(o for o in operands_of(weights.contraction) if o is not weights.operand)
     values = [path.contraction, *path.values, *anchor.internals, *weights.values, weights.contraction]
-    for other, _ in seconds:
+    for other, _, _ in seconds:
         values += [other.contraction, *other.values]
-    factors = product_under_sum(path.contraction)
-    values += [f for f in (factors, product_under_sum(weights.contraction)) if f is not None]
+    products = (product_under_sum(path.contraction), product_under_sum(weights.contraction))
+    values += [product for product in products if product is not None]
     return Proof(
         anchor=anchor.weights,
         output=weights.contraction,
@@ -69,7 +70,9 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
         score_dims=score_dims,
         key=key,
         depth=depth,
-        query_free=tuple(a for a in atoms_of(labels.of(path.contraction)) if a not in set(atoms_of(labels.of(k)))),
+        query_free=tuple(
+            a for a in atoms_of(labels.of(path.contraction)) if a not in set(atoms_of(k.labels.of(k.value)))
+        ),
         second=second,
         steps=path.steps,
         operand_labels=operand_labels,
@@ -128,12 +131,14 @@ def _covers(score: Value, value: Value) -> bool:
     return score.ndim == value.ndim and all(same_size(a, b) for a, b in zip(score.shape, value.shape))
 
 
-def _label_seconds(labels: Labels, path: ScorePath) -> list[tuple[ScorePath, Dim]]:
+def _label_seconds(labels: Labels, path: ScorePath) -> list[tuple[ScorePath, tuple[Factor, Factor], Dim]]:
     found = []
     for step in path.steps:
         if step.kind == "second":
             other: ScorePath = step.operand
-            found.append((other, label_contraction(labels, other.contraction)))
+            left, right = (Factor(value, Labels()) for value in operands_of(other.contraction))
+            depth = label_contraction(labels, other.contraction, left.labels, right.labels)
+            found.append((other, (left, right), depth))
             _label_scores(labels, other)
     return found
 
@@ -145,7 +150,7 @@ def _direct_factor(path: ScorePath):
     return factor
 
 
-def _label_weights(labels: Labels, path: WeightsPath) -> Dim:
+def _label_weights(labels: Labels, path: WeightsPath, v: Factor) -> Dim:
     """Label the weights up to the product with V; returns the axis that product sums over."""
     for value in path.values[1:]:
         if is_view(value) or is_cast(value):
@@ -159,16 +164,22 @@ def _label_weights(labels: Labels, path: WeightsPath) -> Dim:
     if contraction.name in ("baddbmm", "addmm"):
         if contraction.kwargs.get("beta", 1) != 0 or contraction.kwargs.get("alpha", 1) != 1:
             raise Refusal("weights_changed", f"{contraction.name} adds to the product with V")
-    left, right = operands_of(contraction)
+    left, _ = operands_of(contraction)
+    if left is path.operand:
+        return label_contraction(labels, contraction, labels, v.labels)
+    return label_contraction(labels, contraction, v.labels, labels)
+
+
+def _other_factor(path: WeightsPath) -> Value:
+    left, right = operands_of(path.contraction)
     if left is right:
         raise Refusal("weights_used_elsewhere", "the attention weights are multiplied with themselves")
-    return label_contraction(labels, contraction)
+    return right if left is path.operand else left
 
 
-def _query_and_key(labels: Labels, contraction: Value, key: Dim) -> tuple[Value, Value]:
-    left, right = operands_of(contraction)
+def _query_and_key(left: Factor, right: Factor, key: Dim) -> tuple[Factor, Factor]:
     wanted = set(resolve(key))
-    in_left, in_right = wanted & set(atoms_of(labels.of(left))), wanted & set(atoms_of(labels.of(right)))
+    in_left, in_right = (wanted & set(atoms_of(f.labels.of(f.value))) for f in (left, right))
     if in_right == wanted and not in_left:
         return left, right
     if in_left == wanted and not in_right:

@@ -40,15 +40,12 @@ class GraphBuilder:
         self.graph = trace.graph_module.graph
         self.anchor = anchor
         self.time = trace.order[anchor]
+        self.device: torch.device = anchor.meta["example_value"].device
         self.emitted: list[fx.Node] = []
         self._cursor = anchor
         self._replaced = replaced
         self._values: dict[int, fx.Node] = {}
         self._sizes: dict[sympy.Expr, Any] = {}
-
-    @property
-    def device(self) -> torch.device:
-        return self.anchor.meta["example_value"].device
 
     def discard(self) -> None:
         """Remove everything emitted: the graph is as before."""

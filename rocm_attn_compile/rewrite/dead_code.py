@@ -1,8 +1,8 @@
 """Remove what a rewritten site no longer needs, and nothing else.
 
-FX's own dead-code elimination is unsafe here: it takes in-place methods (`masked_fill_`) for pure and deletes live writes.
-Here only nodes that computed a value of a rewritten site may go, and a node that writes to memory goes only together with
-every tensor that shares the memory, when nobody outside reads it.
+FX's own dead-code elimination is unsafe here: it takes in-place methods (`masked_fill_`) for pure and deletes live
+writes. Here only nodes that computed a value of a rewritten site may go, and a node that writes to memory goes only
+together with every tensor that shares the memory, when nobody outside reads it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How real models write attention: one function each, every one to be replaced by the op.
 
-A spelling is registered with a maker of its float32 inputs; sizes differ from one another so that no axis can be taken for
-another by accident. Letters: B 2, H 6 (kv heads 3 or 2), M 10, N 14, D 8, E 12 unless the spelling needs M == N.
+A spelling is registered with a maker of its float32 inputs; sizes differ from one another so that no axis can be taken
+for another by accident. Letters: B 2, H 6 (kv heads 3 or 2), M 10, N 14, D 8, E 12 unless the spelling needs M == N.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Spelling:
     make: Callable[[], tuple]
     trains: bool = True
     dynamic: bool = True
-    """Recognised with `dynamic=True` too, where even head counts and widths are symbols; where not, the report says why."""
+    """Recognised with `dynamic=True` too, where even head counts are symbols; where not, the report says why."""
 
 
 SPELLINGS: dict[str, Spelling] = {}
@@ -302,6 +302,11 @@ def values_channels_first(k, q, v_t):
 @spelling(lambda: (*square(), rand(B, H, M)))
 def one_vector_along_queries_and_keys(q, k, v, x):
     return (q @ k.mT + x.unsqueeze(-1) + x.unsqueeze(-2)).softmax(-1) @ v
+
+
+@spelling(lambda: (rand(B, M, D),))
+def one_tensor_for_q_k_and_v(x):  # non-local block
+    return torch.softmax(x @ x.mT * SCALE, -1) @ x
 
 
 @spelling(bhsd)

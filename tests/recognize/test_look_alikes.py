@@ -1,11 +1,11 @@
-"""What looks like attention and is not is left alone: same result as eager, and the reason says what stopped the proof."""
+"""What looks like attention and is not is left alone: the result is eager's, and a reason names the obstacle."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from look_alikes import LOOK_ALIKES, LookAlike
-from test_spellings import Recorder
+from recorder import Recorder
 
 import rocm_attn_compile
 

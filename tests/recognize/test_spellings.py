@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from recorder import Recorder
 from spellings import SPELLINGS, Spelling
 from torch import Tensor
 
 import rocm_attn_compile
-from rocm_attn_compile.pipeline import compile_graph
-from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, count_attention_calls
+from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager
 
 CASES = [
     pytest.param(torch.float32, True, None, id="fp32-train-static"),
@@ -39,22 +39,6 @@ def results_of(function, inputs: list, trains: bool) -> tuple[Tensor, ...]:
     weight = torch.randn(out.shape).to(torch.bfloat16).to(out.dtype)
     leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
     return (out, *(g for g in torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True) if g is not None))
-
-
-class Recorder:
-    """A Dynamo backend: our pipeline, keeping the rewritten graph modules."""
-
-    def __init__(self, lowering: str = "aot_eager", **options) -> None:
-        self.lowering, self.options = lowering, options
-        self.graphs: list[torch.fx.GraphModule] = []
-
-    def __call__(self, graph_module, example_inputs):
-        self.graphs.append(graph_module)
-        return compile_graph(graph_module, example_inputs, lowering=self.lowering, options=self.options)
-
-    @property
-    def calls(self) -> int:
-        return sum(map(count_attention_calls, self.graphs))
 
 
 @pytest.mark.parametrize(("dtype", "trains", "dynamic"), CASES)

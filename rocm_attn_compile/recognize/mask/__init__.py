@@ -29,7 +29,8 @@ from .additive import (
 )
 from .bounds import Bounds
 from .classify import Classifier, ClosedForm, MaskContext
-from .emit import Builder, MaskEmitter, size_arithmetic
+from .emit import Builder, size_arithmetic
+from .emit_parts import MaskEmitter
 from .evaluate import Evaluator
 from .integers import ZERO, expand
 from .packed import use_packed_positions

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import sympy
 import torch
@@ -96,7 +96,7 @@ class Addend:
     reason: Reason
 
 
-AdditivePart = AdditiveMask | Addend
+AdditivePart: TypeAlias = AdditiveMask | Addend
 
 
 def leaves_by_number(values: Values, x: Scalar) -> dict[float, Predicate]:

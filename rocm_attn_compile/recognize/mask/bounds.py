@@ -76,22 +76,26 @@ class Bounds:
             return False  # the element of an int64 tensor can be anything
         for atom in outer:
             if isinstance(atom, (sympy.Max, sympy.Min)):
-                # It equals one of its arguments at every point, so each of them must satisfy the claim.
+                slope = expr.coeff(atom, 1)
+                linear = isinstance(slope, sympy.Number) and not expand(expr - slope * atom).has(atom)
+                # It equals one of its arguments at every point, so the claim must hold for each; for a Min that is
+                # added (a Max that is subtracted) one suffices, as the claim for any argument is the stronger one.
+                some = linear and (slope > 0) == isinstance(atom, sympy.Min)
                 share = cases // len(atom.args)
-                return all(
+                return (any if some else all)(
                     self._prove(expand(expr.xreplace({atom: argument})), largest_size, extra, share)
                     for argument in atom.args
                 )
             if isinstance(atom, FloorDiv):
                 replaced = self._without_floor(expr, atom, extra)
                 return replaced is not None and self._prove(replaced, largest_size, extra, cases - 1)
-        symbols = [atom for atom in outer if self._range(atom, extra) is not None]
-        for symbol in sorted(symbols, key=str):
+        ranges = {atom: limits for atom in outer if (limits := self._range(atom, extra)) is not None}
+        for symbol in sorted(ranges, key=str):
             slope = expr.coeff(symbol, 1)
             rest = expand(expr - slope * symbol)
             if symbol in rest.atoms(type(symbol)) or symbol in slope.atoms(type(symbol)):
                 continue  # not affine in this symbol: its extremes need not be at the ends of the range
-            lowest, highest = self._range(symbol, extra)
+            lowest, highest = ranges[symbol]
             if self._prove(-slope, largest_size, extra, cases - 1):
                 end = highest
             elif self._prove(slope, largest_size, extra, cases - 1):
@@ -99,7 +103,7 @@ class Bounds:
             else:
                 continue
             return self._prove(expand(rest + slope * end), largest_size, extra, cases - 1)
-        if symbols:
+        if ranges:
             return False
         return _sizes_never_positive(expr, outer, largest_size)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import sympy
 
@@ -23,7 +24,7 @@ from .logic import Logic
 from .predicate import BoolLoad, Predicate, Rel, conjuncts, disjuncts, free_symbols
 from .values import If
 
-RowValue = sympy.Expr | If
+RowValue: TypeAlias = sympy.Expr | If
 """A number per (batch, q): an expression, or one of two by a predicate."""
 
 
@@ -174,10 +175,10 @@ class Classifier:
         """`k == f(b, q)`, or `floor(k / c) == f(b, q)`: a limit from either side."""
         if not isinstance(clause, Rel) or clause.op != "eq":
             return False
-        sides = [solve(self.logic, sign * clause.expr, self.context.k) for sign in (1, -1)]
-        if None in sides or {side for side, _ in sides} != {"upper", "lower"}:
+        first, second = (solve(self.logic, sign * clause.expr, self.context.k) for sign in (1, -1))
+        if first is None or second is None or first[0] == second[0]:
             return False
-        for side, limit in sides:
+        for side, limit in (first, second):
             self._add_limits(side, [limit], False)
         return True
 
@@ -189,7 +190,8 @@ class Classifier:
             if self.context.k not in free_symbols(literal):
                 conditions.append(literal)
                 continue
-            solved = solve(self.logic, literal.expr, self.context.k) if _is_le(literal) else None
+            is_limit = isinstance(literal, Rel) and literal.op == "le"
+            solved = solve(self.logic, literal.expr, self.context.k) if is_limit else None  # type: ignore[union-attr]
             if solved is None:
                 return False
             limits.append(solved)
@@ -248,10 +250,6 @@ class Classifier:
             elif not bounds.never_negative(slack):
                 best = sympy.Min(best, offset) if upper else sympy.Max(best, offset)
         return best
-
-
-def _is_le(literal: Predicate) -> bool:
-    return isinstance(literal, Rel) and literal.op == "le"
 
 
 def _why_dense(clause: Predicate) -> tuple[str, str]:

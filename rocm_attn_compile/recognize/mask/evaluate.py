@@ -19,12 +19,13 @@ from .bounds import Bounds
 from .integers import ZERO, expand, from_size, load
 from .logic import Logic
 from .predicate import BoolLoad
-from .values import FloatLoad, Opaque, Scalar, Values, constant, symbols_of
+from .values import FloatLoad, Opaque, Scalar, Values, complexity, constant, symbols_of
 
 if TYPE_CHECKING:
     from ...capture.trace import Value
 
-_DEPTH_LIMIT = 120
+_DEPTH_LIMIT = 80
+_COMPLEXITY_LIMIT = 128
 
 
 class Call:
@@ -32,7 +33,8 @@ class Call:
 
     def __init__(self, value: Value) -> None:
         self.value = value
-        names = schema_arguments(value.op)
+        op: Any = value.op
+        names = schema_arguments(op)
         self._arguments = dict(names)
         self._arguments.update(zip((name for name, _ in names), value.args))
         self._arguments.update(value.kwargs)
@@ -76,7 +78,7 @@ class Evaluator:
             self._depth += 1
             try:
                 self._known[key] = self._evaluate(value, point)
-            except Opaque as reason:
+            except (Opaque, RecursionError) as reason:
                 self.unknown.append((value, str(reason)))
                 self._known[key] = self.read(value, self._used_index(value, point))
             finally:
@@ -122,7 +124,10 @@ class Evaluator:
         rule = RULES.get(value.name)
         if rule is None:
             raise Opaque(f"no rule for {value.name}")
-        return rule(self, value, Call(value), index)
+        result = rule(self, value, Call(value), index)
+        if complexity(result) > _COMPLEXITY_LIMIT:
+            raise Opaque(f"more than {_COMPLEXITY_LIMIT} cases")
+        return result
 
     def _used_index(self, value: Value, index: tuple[sympy.Expr, ...]) -> tuple[sympy.Expr, ...]:
         """`index` with 0 in the dimensions along which a pointwise op's result does not change."""

@@ -7,7 +7,17 @@ from collections.abc import Iterable
 import sympy
 
 from .bounds import Bounds
-from .integers import ZERO, expand
+from .integers import expand
+from .literals import (
+    constant_and_divisor,
+    flatten,
+    leading_coefficient,
+    linear_extremum,
+    raw_negation,
+    related,
+    tighten,
+    upper_sides,
+)
 from .predicate import And, BoolLoad, Or, Predicate, Rel, conjuncts
 
 
@@ -26,7 +36,7 @@ class Logic:
         expr = expand(expr)
         if isinstance(expr, sympy.Number):
             return bool(expr <= 0)
-        split = _linear_extremum(expr)
+        split = linear_extremum(expr)
         if split is not None:
             atom, slope = split
             parts = [self.le(expr.xreplace({atom: argument})) for argument in atom.args]
@@ -36,14 +46,14 @@ class Logic:
             return True
         if self.bounds.positive(expr):
             return False
-        return Rel("le", _tighten(expr))
+        return Rel("le", tighten(expr))
 
     def eq(self, expr: sympy.Expr) -> Predicate:
         """`expr == 0`."""
         expr = expand(expr)
         if isinstance(expr, sympy.Number):
             return bool(expr == 0)
-        if _linear_extremum(expr) is not None:
+        if linear_extremum(expr) is not None:
             return self.all_of([self.le(expr), self.le(-expr)])
         at_most, at_least = self.bounds.never_positive(expr), self.bounds.never_negative(expr)
         if at_most or at_least:
@@ -51,11 +61,11 @@ class Logic:
             return self.le(-expr) if at_most else self.le(expr)
         if self.bounds.positive(expr) or self.bounds.positive(-expr):
             return False
-        constant, divisor = _constant_and_divisor(expr)
+        constant, divisor = constant_and_divisor(expr)
         if constant % divisor:
             return False
         expr = expand(expr / divisor)
-        return Rel("eq", -expr if _leading_coefficient(expr) < 0 else expr)
+        return Rel("eq", -expr if leading_coefficient(expr) < 0 else expr)
 
     def ne(self, expr: sympy.Expr) -> Predicate:
         """`expr != 0`."""
@@ -78,7 +88,7 @@ class Logic:
 
     def all_of(self, parts: Iterable[Predicate]) -> Predicate:
         """Every one of `parts`."""
-        flat = _flatten(parts, And)
+        flat = flatten(parts, And)
         if flat is None:
             return False
         reduced = self._unit_propagation(flat)
@@ -93,7 +103,7 @@ class Logic:
 
     def any_of(self, parts: Iterable[Predicate]) -> Predicate:
         """At least one of `parts`."""
-        flat = _flatten(parts, Or)
+        flat = flatten(parts, Or)
         if flat is None:
             return True
         if len(flat) <= 1:
@@ -105,14 +115,14 @@ class Logic:
             kept = [part for part in conjuncts(flat[0]) if part in common]
             return self.all_of([*kept, self.any_of([self.all_of(rest.parts) for rest in rests])])
         # De Morgan: one set of simplifications serves both connectives.
-        negated = [_raw_negation(part) for part in flat]
+        negated = [raw_negation(part) for part in flat]
         reduced = self._unit_propagation(negated)
         if reduced is None:
             return True
         reduced = self._merge_comparisons(reduced)
         if reduced is None:
             return True
-        result = [_raw_negation(part) for part in reduced]
+        result = [raw_negation(part) for part in reduced]
         if len(result) <= 1:
             return result[0] if result else False
         return Or(result)
@@ -143,11 +153,11 @@ class Logic:
 
     def _unit_propagation(self, parts: list[Predicate]) -> list[Predicate] | None:
         """Use each single literal of a conjunction inside its disjunctions; None if the conjunction is False."""
-        literals = [part for part in parts if not isinstance(part, Or)]
+        literals: list[Predicate] = [part for part in parts if not isinstance(part, Or)]
         if not literals or len(literals) == len(parts):
-            return None if any(_raw_negation(x) in set(literals) for x in literals) else parts
+            return None if any(raw_negation(x) in set(literals) for x in literals) else parts
         known = set(literals)
-        if any(_raw_negation(literal) in known for literal in literals):
+        if any(raw_negation(literal) in known for literal in literals):
             return None
         result: list[Predicate] = list(literals)
         changed = False
@@ -165,11 +175,11 @@ class Logic:
         return self._unit_propagation(list(dict.fromkeys(result))) if changed else result
 
     def _excluded(self, option: Predicate, known: set[Predicate], literals: list[Predicate]) -> bool:
-        if _raw_negation(option) in known:
+        if raw_negation(option) in known:
             return True
         if isinstance(option, And):
             return any(self._excluded(part, known, literals) for part in option.parts)
-        return isinstance(option, Rel) and self._follows(_raw_negation(option), literals)
+        return isinstance(option, Rel) and self._follows(raw_negation(option), literals)
 
     def _follows(self, goal: Predicate, literals: list[Predicate]) -> bool:
         """True if a comparison follows from one of the literals, or from the sum of two."""
@@ -177,11 +187,11 @@ class Logic:
             return all(self._follows(part, literals) for part in goal.parts)
         if not isinstance(goal, Rel) or goal.op != "le":
             return goal in literals
-        facts = [e for x in literals if isinstance(x, Rel) for e in _upper_sides(x)]
+        facts = [e for x in literals if isinstance(x, Rel) for e in upper_sides(x)]
         if len(facts) > self._PAIRWISE_LIMIT:
             return False
         sums = facts + [a + b for i, a in enumerate(facts) for b in facts[i + 1 :]]
-        return any(_related(goal.expr, fact) and self.bounds.never_positive(goal.expr - fact) for fact in sums)
+        return any(related(goal.expr, fact) and self.bounds.never_positive(goal.expr - fact) for fact in sums)
 
     def _merge_comparisons(self, parts: list[Predicate]) -> list[Predicate] | None:
         """Drop comparisons that follow from another, join `a <= b <= a`; None on a contradiction."""
@@ -194,7 +204,7 @@ class Logic:
             for second in rels[i + 1 :]:
                 if first in dropped or second in dropped:
                     continue
-                if not _related(first.expr, second.expr):
+                if not related(first.expr, second.expr):
                     continue
                 verdict = self._compare(first, second)
                 if verdict is None:
@@ -211,8 +221,8 @@ class Logic:
 
     def _compare(self, first: Rel, second: Rel) -> Predicate | None:
         """`first and second` if that is False or a single comparison, else None."""
-        for a in _upper_sides(first):
-            for b in _upper_sides(second):
+        for a in upper_sides(first):
+            for b in upper_sides(second):
                 if self.bounds.positive(a + b):
                     return False
         if first.op == second.op == "le":
@@ -223,10 +233,10 @@ class Logic:
             if self.bounds.never_positive(second.expr - first.expr):
                 return first
         for rel, other in ((first, second), (second, first)):
-            sides = _upper_sides(other)
+            sides = upper_sides(other)
             if rel.op == "eq" and other.op == "le":
                 # An equality makes a comparison with the same varying part true or false.
-                if any(self.bounds.never_positive(other.expr - side) for side in _upper_sides(rel)):
+                if any(self.bounds.never_positive(other.expr - side) for side in upper_sides(rel)):
                     return rel
             if rel.op == "ne" and sides:
                 if any(self.bounds.positive(side + e) for side in (rel.expr, -rel.expr) for e in sides):
@@ -234,81 +244,3 @@ class Logic:
                 if other.op == "le" and any(expand(other.expr - side) == 0 for side in (rel.expr, -rel.expr)):
                     return self.le(other.expr + 1)
         return None
-
-
-def _upper_sides(rel: Rel) -> list[sympy.Expr]:
-    """Expressions e for which the comparison gives `e <= 0`."""
-    if rel.op == "le":
-        return [rel.expr]
-    return [rel.expr, -rel.expr] if rel.op == "eq" else []
-
-
-def _related(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """A cheap test whether two expressions share something that could cancel."""
-    return not a.free_symbols.isdisjoint(b.free_symbols)
-
-
-def _raw_negation(x: Predicate) -> Predicate:
-    """Negation without simplification; an involution on simplified predicates."""
-    if isinstance(x, bool):
-        return not x
-    if isinstance(x, BoolLoad):
-        return BoolLoad(x.value, x.index, not x.negated)
-    if isinstance(x, Rel):
-        if x.op == "le":
-            return Rel("le", _tighten(expand(1 - x.expr)))
-        return Rel("ne" if x.op == "eq" else "eq", x.expr)
-    return (Or if isinstance(x, And) else And)([_raw_negation(part) for part in x.parts])
-
-
-def _flatten(parts: Iterable[Predicate], kind: type) -> list[Predicate] | None:
-    """Parts of nested `kind`s, each once; None if one decides the result alone."""
-    neutral = kind is And
-    found: dict[Predicate, None] = {}
-    for part in parts:
-        if isinstance(part, bool):
-            if part is not neutral:
-                return None
-            continue
-        for inner in part.parts if isinstance(part, kind) else (part,):
-            found[inner] = None
-    return list(found)
-
-
-def _linear_extremum(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
-    """A Max or Min that occurs once, with a numeric factor, and that factor."""
-    for atom in expr.atoms(sympy.Max, sympy.Min):
-        slope = expr.coeff(atom, 1)
-        if isinstance(slope, sympy.Number) and slope != 0 and not expand(expr - slope * atom).has(atom):
-            return atom, slope
-    return None
-
-
-def _constant_and_divisor(expr: sympy.Expr) -> tuple[int, int]:
-    """The constant term, and the greatest common divisor of the other coefficients (1 if they are not integers)."""
-    divisor, constant = 0, ZERO
-    for atom, coefficient in expr.as_coefficients_dict().items():
-        if atom == 1:
-            constant = coefficient
-        elif not isinstance(coefficient, sympy.Integer):
-            return 0, 1
-        else:
-            divisor = sympy.igcd(divisor, coefficient)
-    if not isinstance(constant, sympy.Integer):
-        return 0, 1
-    return int(constant), int(divisor) or 1
-
-
-def _tighten(expr: sympy.Expr) -> sympy.Expr:
-    """An equivalent of `expr <= 0` with coprime coefficients: `2 k - 3 <= 0` is `k - 1 <= 0`."""
-    constant, divisor = _constant_and_divisor(expr)
-    if divisor == 1:
-        return expr
-    return expand((expr - constant) / divisor) + -((-constant) // divisor)
-
-
-def _leading_coefficient(expr: sympy.Expr) -> sympy.Expr:
-    """Coefficient of the first atom in a fixed order, to choose one of `e == 0` and `-e == 0`."""
-    terms = expr.as_coefficients_dict()
-    atom = min((a for a in terms if a != 1), key=sympy.default_sort_key)
-    return terms[atom]

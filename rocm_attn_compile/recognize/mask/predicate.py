@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard
 
 import sympy
 
@@ -53,7 +53,7 @@ class _Compound:
         self._set = frozenset(self.parts)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._set == other._set  # type: ignore[attr-defined]
+        return type(self) is type(other) and self._set == other._set
 
     def __hash__(self) -> int:
         return hash((type(self).__name__, self._set))
@@ -73,11 +73,11 @@ class Or(_Compound):
         return "(" + " | ".join(map(repr, self.parts)) + ")"
 
 
-Predicate = bool | Rel | BoolLoad | And | Or
+Predicate: TypeAlias = bool | Rel | BoolLoad | And | Or
 _KINDS = (bool, Rel, BoolLoad, And, Or)
 
 
-def is_predicate(x: object) -> bool:
+def is_predicate(x: object) -> TypeGuard[Predicate]:
     """True for the constants and every predicate class."""
     return isinstance(x, _KINDS)
 

@@ -1,4 +1,4 @@
-"""Ops that only move elements: views, copies, cat, pad, repeat."""
+"""Ops that give the same elements another shape or name: views, slices, copies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .bounds import LARGEST_DYNAMIC_SIZE
-from .integers import ONE, ZERO, FloorDiv, expand, from_size, modulo
+from .integers import ONE, ZERO, FloorDiv, expand, from_size
 from .values import Opaque, Scalar
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def slice_(ev: Evaluator, value: Value, call: Call, index: Index) -> Scalar:
     source = call["self"]
     dim = call["dim"] % value.ndim
     start = slice_start(ev, call["start"], ev.size(source, dim))
-    return ev.at(source, _with(index, dim, start + index[dim] * from_size(call["step"])))
+    return ev.at(source, with_index(index, dim, start + index[dim] * from_size(call["step"])))
 
 
 def select(ev: Evaluator, value: Value, call: Call, index: Index) -> Scalar:
@@ -195,92 +195,11 @@ def split(ev: Evaluator, value: Value, call: Call, index: Index) -> Scalar:
         start = sum((from_size(size) for size in call["split_sizes"][: value.output_index]), ZERO)
     else:
         start = from_size(call["split_size"]) * value.output_index
-    return ev.at(call["self"], _with(index, dim, index[dim] + start))
+    return ev.at(call["self"], with_index(index, dim, index[dim] + start))
 
 
-def cat(ev: Evaluator, value: Value, call: Call, index: Index) -> Scalar:
-    """The part whose range holds the index."""
-    dim = call["dim"] % value.ndim
-    parts = [part for part in call["tensors"] if part.ndim == value.ndim]  # legacy: empty 1-D tensors are skipped
-    ends, start = [], ZERO
-    for part in parts:
-        start = expand(start + ev.size(part, dim))
-        ends.append(start)
-    starts = [ZERO, *ends[:-1]]
-    result: Scalar | None = None
-    for part, first, end in reversed(list(zip(parts, starts, ends))):
-        inside = ev.logic.le(index[dim] - end + 1)
-        if inside is False or ev.size(part, dim) == 0:
-            continue  # never reached: evaluating there would leave the part's range
-        x = ev.at(part, _with(index, dim, index[dim] - first))
-        x = x if part.dtype == value.dtype else ev.values.cast(x, value.dtype)
-        result = x if result is None else ev.values.choose(inside, x, result)
-    assert result is not None, f"{value!r} has no element"
-    return result
-
-
-def stack(ev: Evaluator, value: Value, call: Call, index: Index) -> Scalar:
-    """Part i at index i of a new dimension."""
-    dim = call["dim"] % value.ndim
-    rest = index[:dim] + index[dim + 1 :]
-    result: Scalar | None = None
-    for position, part in reversed(list(enumerate(call["tensors"]))):
-        x = ev.at(part, rest)
-        x = x if part.dtype == value.dtype else ev.values.cast(x, value.dtype)
-        result = x if result is None else ev.values.choose(ev.logic.eq(index[dim] - position), x, result)
-    assert result is not None, f"{value!r} has no element"
-    return result
-
-
-def pad(ev: Evaluator, value: Value, call: Call, index: Index) -> Scalar:
-    """The source inside its range, a constant outside; negative widths crop."""
-    source, widths = call["self"], call["pad"]
-    inside, point = [], list(index)
-    for pair in range(len(widths) // 2):
-        dim = value.ndim - 1 - pair
-        point[dim] = expand(index[dim] - from_size(widths[2 * pair]))
-        inside += [ev.logic.le(-point[dim]), ev.logic.le(point[dim] - ev.size(source, dim) + 1)]
-    filler = ev.values.cast(ev.scalar(call["value"]), value.dtype)
-    condition = ev.logic.all_of(inside)
-    return filler if condition is False else ev.values.choose(condition, ev.at(source, point), filler)
-
-
-def repeat(ev: Evaluator, value: Value, call: Call, index: Index) -> Scalar:
-    """Copies side by side: the index modulo the size."""
-    source = call["self"]
-    point = []
-    for dim, i in enumerate(index[len(index) - source.ndim :]):
-        size = ev.size(source, dim)
-        point.append(expand(i - size * floor_divide(ev, i, size)))
-    return ev.at(source, point)
-
-
-def flip(ev: Evaluator, value: Value, call: Call, index: Index) -> Scalar:
-    """Counted from the end in the given dimensions."""
-    dims = {dim % value.ndim for dim in call["dims"]}
-    return ev.at(call["self"], [ev.size(value, d) - 1 - i if d in dims else i for d, i in enumerate(index)])
-
-
-def roll(ev: Evaluator, value: Value, call: Call, index: Index) -> Scalar:
-    """Shifted cyclically; without dims the whole tensor is one row, which is left alone."""
-    if not call["dims"]:
-        raise Opaque("roll without dims")
-    point = list(index)
-    for shift, dim in zip(call["shifts"], call["dims"]):
-        point[dim] = modulo(expand(point[dim] - from_size(shift)), ev.size(value, dim))
-    return ev.at(call["self"], point)
-
-
-def unfold(ev: Evaluator, value: Value, call: Call, index: Index) -> Scalar:
-    """Sliding windows: window number and place in the window, which is the last dimension."""
-    source = call["self"]
-    dim = call["dimension"] % source.ndim
-    point = list(index[:-1])
-    point[dim] = point[dim] * from_size(call["step"]) + index[-1]
-    return ev.at(source, point)
-
-
-def _with(index: Index, dim: int, i: sympy.Expr) -> Index:
+def with_index(index: Index, dim: int, i: sympy.Expr) -> Index:
+    """`index` with another position in one dimension."""
     return (*index[:dim], i, *index[dim + 1 :])
 
 
@@ -296,11 +215,4 @@ RULES = {
     **dict.fromkeys(("select", "select_copy"), select),
     **dict.fromkeys(("unbind", "unbind_copy"), unbind),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"), split),
-    "cat": cat,
-    "stack": stack,
-    "constant_pad_nd": pad,
-    "repeat": repeat,
-    "flip": flip,
-    "roll": roll,
-    "unfold": unfold,
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import sympy
 import torch
@@ -19,12 +19,15 @@ import torch
 from .bounds import LARGEST_DYNAMIC_SIZE
 from .integers import EXACT_INTEGERS, INTEGER_RANGES, ONE, ZERO, expand
 from .logic import Logic
-from .predicate import And, BoolLoad, Or, Predicate, Rel, free_symbols, is_predicate
+from .predicate import And, BoolLoad, Or, Predicate, Rel, free_symbols, is_predicate, leaves
 
 if TYPE_CHECKING:
     from ...capture.trace import Value
 
 _LARGEST_INTEGER = 2**53
+_LARGEST_FACTOR = 2**40
+"""int64 results count as exact up to this factor of positions and loaded integers, which are taken to be small."""
+
 _LEAF_LIMIT = 48
 
 
@@ -52,7 +55,8 @@ class FloatLoad:
     index: tuple[sympy.Expr, ...]
 
 
-Scalar = Predicate | sympy.Expr | float | If | FloatLoad
+Scalar: TypeAlias = Any
+"""`Predicate | sympy.Expr | float | If | FloatLoad`. sympy has no types, so that the union would only ask for casts."""
 
 
 def constant(x: bool | float) -> Scalar:
@@ -66,11 +70,18 @@ def constant(x: bool | float) -> Scalar:
     return float(x)
 
 
-def as_constant(x: Scalar) -> bool | int | float | None:
-    """The Python number, or None if `x` is not constant."""
+def as_constant(x: Scalar) -> Any:
+    """The bool, int or float, or None if `x` is not constant."""
     if isinstance(x, (bool, float)):
         return x
     return int(x) if isinstance(x, sympy.Integer) else None
+
+
+def complexity(x: Scalar) -> int:
+    """The number of comparisons, loads and numbers that the element is made of."""
+    if isinstance(x, If):
+        return complexity(x.condition) + complexity(x.then) + complexity(x.otherwise)
+    return sum(1 for _ in leaves(x)) if is_predicate(x) else 1
 
 
 def symbols_of(x: Scalar) -> set[sympy.Symbol]:
@@ -213,7 +224,7 @@ class Values:
         if dtype in EXACT_INTEGERS:
             limit = EXACT_INTEGERS[dtype]
             return self.logic.bounds.within(expr, -limit, limit)
-        return dtype == torch.int64
+        return dtype == torch.int64 and all(abs(c) <= _LARGEST_FACTOR for c in expr.as_coefficients_dict().values())
 
     def fitting(self, expr: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
         """`expr` unchanged.
