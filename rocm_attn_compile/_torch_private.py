@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -185,7 +185,7 @@ def compile_id() -> str:
 
 # ATen's fused CPU attention: (q, k, v, dropout_p, is_causal, *, attn_mask, scale) -> (out, logsumexp). The binding in
 # the torch namespace costs 2 us less per call than torch.ops.aten.
-cpu_flash_attention = torch._scaled_dot_product_flash_attention_for_cpu  # type: ignore[attr-defined]
+cpu_flash_attention = torch._scaled_dot_product_flash_attention_for_cpu
 
 # Its backward: (grad, q, k, v, out, logsumexp, dropout_p, is_causal, *, attn_mask, scale) -> (dq, dk, dv).
 cpu_flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -293,17 +293,18 @@ def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
 
 # --- Autograd of the ops (ops/autograd.py) ---
 
+SingleLevelFunction: Any
+single_level_functions_allowed: Any
 try:
-    from torch._functorch.utils import enable_single_level_autograd_function as single_level_functions_allowed
-    from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.function import _SingleLevelFunction
 
+    # Like torch.autograd.Function, but for one level of torch.func, inside that context.
+    SingleLevelFunction, single_level_functions_allowed = _SingleLevelFunction, enable_single_level_autograd_function
     SINGLE_LEVEL_AUTOGRAD = True
     """True if this torch has what ops/autograd.py needs; else it falls back to register_autograd."""
 except ImportError:  # a later torch
-    from contextlib import nullcontext as single_level_functions_allowed  # type: ignore[assignment]
-
-    from torch.autograd import Function as SingleLevelFunction  # type: ignore[assignment]
-
+    SingleLevelFunction, single_level_functions_allowed = torch.autograd.Function, nullcontext
     SINGLE_LEVEL_AUTOGRAD = False
 
 # Context: the dispatcher goes below the Autograd keys.
@@ -311,9 +312,6 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # (*tensors) -> whether any argument is a tensor that requires grad.
 any_requires_grad = torch._C._any_requires_grad
-
-# () -> whether a torch.func transform is active.
-in_functorch = torch._C._are_functorch_transforms_active
 
 
 def keyset(key: str) -> Any:

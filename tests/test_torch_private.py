@@ -284,3 +284,180 @@ def test_transformer_encoder_layer_fwd_is_what_the_fast_path_calls():
     with torch.no_grad():
         torch.compile(lambda x: layer(x), backend=backend)(torch.randn(1, 3, 8))
     assert _torch_private.transformer_encoder_layer_fwd in seen
+
+
+def test_cpu_flash_attention_gives_out_and_lse_and_its_backward_uses_them():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
+    mask = torch.randn(2, 1, 1, 5)
+    out, lse = _torch_private.cpu_flash_attention(q, k, v, 0.0, True, attn_mask=mask, scale=0.3)
+    # Causal and mask together are a conjunction, top-left aligned: F.scaled_dot_product_attention forbids it.
+    scores = (q @ k.mT * 0.3 + mask).masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -torch.inf)
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    want = scores.softmax(-1) @ v
+    torch.testing.assert_close(out, want)
+    grad = torch.randn_like(out)
+    got = _torch_private.cpu_flash_attention_backward(
+        grad, q, k, v, out.detach(), lse.detach(), 0.0, True, attn_mask=mask, scale=0.3
+    )
+    torch.testing.assert_close(got, torch.autograd.grad(want, (q, k, v), grad))
+
+
+def test_cpu_flash_attention_gives_an_empty_row_zero_and_lse_zero():
+    q = torch.randn(1, 1, 3, 8)
+    mask = torch.zeros(1, 1, 3, 1)
+    mask[:, :, 1] = -torch.inf
+    out, lse = _torch_private.cpu_flash_attention(q, q, q, 0.0, False, attn_mask=mask.expand(1, 1, 3, 3), scale=0.3)
+    assert bool((out[:, :, 1] == 0).all()) and float(lse[0, 0, 1]) == 0.0
+
+
+def test_below_autograd_and_views_tracks_neither():
+    x = torch.ones(2, 2, requires_grad=True)
+    with _torch_private.below_autograd_and_views():
+        y = (x * 2).view(4)
+    assert not y.requires_grad and not y._is_view()
+    with _torch_private.below_autograd():
+        assert not (x * 2).requires_grad
+
+
+def test_keysets_tell_a_plain_call_from_one_under_a_mode():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    library = torch.library.Library("rocm_attn_test_keys", "DEF")
+    library.define("probe(Tensor x) -> Tensor")
+    seen = []
+
+    def kernel(keyset, x):
+        seen.append(_torch_private.bits_below_autograd(keyset))
+        return x.detach().clone()
+
+    library.impl("probe", kernel, "Autograd", with_keyset=True)
+    probe = torch.ops.rocm_attn_test_keys.probe
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    x = torch.ones(1)
+    probe(x)
+    with Mode():
+        probe(x)
+    torch.func.grad(lambda y: probe(y).sum() + y.sum())(x)
+    cpu = _torch_private.keyset_bits("CPU")
+    assert seen[0] == cpu
+    assert len(seen) == 3
+    assert cpu not in seen[1:]
+    library._destroy()
+
+
+def test_forward_mode_tangents_are_seen():
+    import torch.autograd.forward_ad as forward_ad
+
+    x = torch.ones(2)
+    assert not _torch_private.in_forward_ad()
+    with forward_ad.dual_level():
+        assert _torch_private.in_forward_ad()
+        dual = forward_ad.make_dual(x, x)
+        assert _torch_private.any_tangent([None, 1.0, x, dual])
+        assert not _torch_private.any_tangent([None, 1.0, x])
+    seen = []
+    torch.func.jvp(lambda y: (seen.append(_torch_private.any_tangent([y])), y)[1], (x,), (x,))
+    assert seen == [True]
+
+
+def test_any_requires_grad_and_all_levels_enabled():
+    x = torch.ones(2, requires_grad=True)
+    assert _torch_private.any_requires_grad(None, torch.ones(2), x)
+    assert not _torch_private.any_requires_grad(None, torch.ones(2), x.detach())
+    with torch.no_grad(), _torch_private.all_levels_enabled():
+        assert torch.is_grad_enabled()
+
+
+def test_single_level_functions_work_under_functorch():
+    assert _torch_private.SINGLE_LEVEL_AUTOGRAD
+
+    class Double(_torch_private.SingleLevelFunction):
+        @staticmethod
+        def forward(x):
+            return x.detach() * 2
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 3  # not the derivative, so that it is seen to run
+
+    x = torch.ones(2, requires_grad=True)
+    with _torch_private.single_level_functions_allowed():
+        Double.apply(x).sum().backward()
+    assert x.grad.tolist() == [3.0, 3.0]
+
+
+def test_exclude_keys_skips_autocast():
+    x = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        with _torch_private.exclude_keys(_torch_private.keyset("AutocastCPU")):
+            assert (x @ x).dtype == torch.float32
+
+
+def test_softmax_backward_is_the_formula():
+    grad, weights = torch.randn(3, 5), torch.rand(3, 5)  # weights need not sum to 1
+    want = weights * (grad - (weights * grad).sum(-1, keepdim=True))
+    torch.testing.assert_close(_torch_private.softmax_backward(grad, weights, -1, torch.float32), want)
+
+
+# --- Compiling (pipeline.py, lower/) ---
+
+
+def test_what_the_pipeline_needs_during_a_compilation():
+    """Names, the shape environment, specialisation and both lowerings, inside a real Dynamo compilation."""
+    seen = {}
+
+    def backend(graph_module, example_inputs):
+        seen["id"] = _torch_private.compile_id()
+        shape_env = _torch_private.current_shape_env()
+        size = next(
+            node.meta["example_value"].shape[0]
+            for node in graph_module.graph.nodes
+            if isinstance(node.meta.get("example_value"), torch.Tensor)
+        )
+        seen["symbolic"] = not isinstance(size, int)
+        seen["size"] = _torch_private.specialize(size.node.expr, shape_env)
+        seen["log"] = str(_torch_private.log_graph("a_name_depyf_would_use", graph_module))
+        if lowering == "inductor":
+            return _torch_private.inductor_compile(graph_module, example_inputs, None, {})
+        return _torch_private.aot_eager_compile(graph_module, example_inputs)
+
+    x = torch.arange(5.0)
+    for lowering in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(lambda t: t + 1, backend=backend, dynamic=True)(x), x + 1)
+        assert seen["symbolic"]
+        assert seen["size"] == 5
+        assert "a_name_depyf_would_use" in seen["log"]
+        assert seen["id"][0].isdigit()
+    assert _torch_private.compile_id() == "?"
+    assert _torch_private.current_shape_env() is None
+
+
+def test_a_specialised_size_is_guarded():
+    graphs = []
+
+    def backend(graph_module, example_inputs):
+        graphs.append(graph_module)
+        size = next(
+            node.meta["example_value"].shape[0]
+            for node in graph_module.graph.nodes
+            if isinstance(node.meta.get("example_value"), torch.Tensor)
+        )
+        if not isinstance(size, int):
+            _torch_private.specialize(size.node.expr, _torch_private.current_shape_env())
+        return graph_module.forward
+
+    f = torch.compile(lambda t: t * 2, backend=backend, dynamic=True)
+    for length in (5, 5, 6):
+        f(torch.ones(length))
+    assert len(graphs) == 2

@@ -84,27 +84,24 @@ def _dropout_keep(q: Tensor, k: Tensor, dropout_seed: Tensor | None, dropout_p: 
 
 def _composite_forward(*tensors: Tensor | None, **settings: Any) -> tuple[Tensor, Tensor]:
     """The op as plain torch operations."""
-    q, k, v, *optionals = (*tensors, *([None] * (_NUM_TENSORS - len(tensors))))
-    assert q is not None and k is not None and v is not None
-    named = {**_SETTINGS, **settings}
+    every: Any = (*tensors, *([None] * (_NUM_TENSORS - len(tensors))))
+    *given, dropout_seed = every
+    named: Any = {**_SETTINGS, **settings}
     out_layout, _ = named.pop("out_layout"), named.pop("impl")
-    keep = _dropout_keep(q, k, optionals[-1], named["dropout_p"])
-    out, lse = reference.forward(q, k, v, *optionals[:-1], keep, **named)
+    keep = _dropout_keep(every[0], every[1], dropout_seed, named["dropout_p"])
+    forward: Any = reference.forward
+    out, lse = forward(*given, keep, **named)
     return (out if out_layout == "bhsd" else out.transpose(1, 2).contiguous().transpose(1, 2)), lse
 
 
 def _composite_backward(*args: Any) -> tuple[Tensor, ...]:
     """The backward op as plain torch operations."""
-    grad_out, q, k, v, *optionals = args[:13]
+    q, k, dropout_seed = args[1], args[2], args[12]
     scale, cap, lower, upper, dropout_p, empty_rows, _, output_mask = args[15:]
-    keep = _dropout_keep(q, k, optionals[-1], dropout_p)
-    grads = reference.backward(
-        grad_out,
-        q,
-        k,
-        v,
-        *optionals[:-1],
-        keep,
+    backward: Any = reference.backward
+    grads = backward(
+        *args[:12],
+        _dropout_keep(q, k, dropout_seed, dropout_p),
         softmax_scale=scale,
         logits_soft_cap=cap,
         band_lower=lower,
@@ -180,7 +177,8 @@ class _AttentionBackward(private.SingleLevelFunction):
                 args[place] = tensor
             return _composite_backward(*args, *ctx.settings)
 
-        _, vjp = torch.func.vjp(function, *(saved[i] for i in places))
+        transform: Any = torch.func.vjp  # its stub has a third result
+        _, vjp = transform(function, *(saved[i] for i in places))
         result: list[Tensor | None] = [None] * (15 + len(ctx.settings))
         for place, grad in zip(places, vjp(tuple(grads))):
             result[place] = grad

@@ -38,14 +38,20 @@ class Weights(NamedTuple):
 def group_rows(x: Tensor, num_kv_heads: int) -> Tensor:
     """`(B, H, M, X)` to `(B, K, H // K * M, X)`: the rows that read one kv head, so that k and v need no expanding."""
     B, H, M, X = x.shape
-    return x.reshape(B, num_kv_heads, H // num_kv_heads * M, X)
+    # No view if none is needed: views of forward-mode duals fail inside torch.compile.
+    return x if num_kv_heads == H else x.reshape(B, num_kv_heads, H // num_kv_heads * M, X)
+
+
+def ungroup_rows(x: Tensor, num_heads: int) -> Tensor:
+    """The inverse of `group_rows`: `(B, K, H // K * M, X)` to `(B, H, M, X)`."""
+    B, K, rows, X = x.shape
+    return x if num_heads == K else x.reshape(B, num_heads, rows * K // num_heads, X)
 
 
 def scores(q: Tensor, k: Tensor, softmax_scale: float, logits_soft_cap: float | None) -> Tensor:
     """`cap(softmax_scale * q k^T)`, `(B, H, M, N)`, with `cap(s) = c * tanh(s / c)`."""
     dtype = lse_dtype(q.dtype)
-    s = group_rows(q.to(dtype), k.shape[1]) @ k.to(dtype).mT
-    s = s.reshape(q.shape[0], q.shape[1], q.shape[2], k.shape[2]) * softmax_scale
+    s = ungroup_rows(group_rows(q.to(dtype), k.shape[1]) @ k.to(dtype).mT, q.shape[1]) * softmax_scale
     return s if logits_soft_cap is None else logits_soft_cap * torch.tanh(s / logits_soft_cap)
 
 
@@ -161,8 +167,8 @@ def forward(
     p, _, lse, _ = weights(s, keep_mask(q.shape[2], k.shape[2], q.device, *masks), sinks, empty_rows)
     if dropout_keep is not None:
         p = p * (dropout_keep.to(p.dtype) / (1.0 - dropout_p))  # a product, so that NaN stays NaN
-    out = group_rows(p, v.shape[1]) @ v.to(p.dtype)
-    return out.reshape(*q.shape[:3], v.shape[3]).to(q.dtype), lse
+    out = ungroup_rows(group_rows(p, v.shape[1]) @ v.to(p.dtype), q.shape[1])
+    return out.to(q.dtype), lse
 
 
 def backward(
@@ -202,7 +208,7 @@ def backward(
     masks = (attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, band_lower, band_upper)
     p, sink, _, is_empty = weights(s, keep_mask(q.shape[2], k.shape[2], q.device, *masks), sinks, empty_rows)
     grad = group_rows(grad_out.to(dtype), K)
-    dp = (grad @ v.to(dtype).mT).reshape(p.shape)
+    dp = ungroup_rows(grad @ v.to(dtype).mT, q.shape[1])
     dropped = p
     if dropout_keep is not None:
         factor = dropout_keep.to(dtype) / (1.0 - dropout_p)
@@ -217,7 +223,7 @@ def backward(
     if logits_soft_cap is not None:
         ds = ds * (1.0 - (capped / logits_soft_cap) ** 2)
     ds = group_rows(ds, K) * softmax_scale
-    dq = (ds @ k.to(dtype)).reshape(q.shape)
+    dq = ungroup_rows(ds @ k.to(dtype), q.shape[1])
     dk = ds.mT @ group_rows(q.to(dtype), K)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, dsinks
 

@@ -75,7 +75,7 @@ class _Fold:
         device = _given(self.tensors[_Q]).device
         slices = []
         for index in range(self.size):
-            masks = self.slice(index)[_MASK:_SINKS]
+            masks: Any = self.slice(index)[_MASK:_SINKS]
             slices.append(_given(keep_mask(self.q_len, self.kv_len, device, *masks)))
         return torch.stack(slices)
 

@@ -1,8 +1,7 @@
-"""Calls of the op that cover every feature, each with a readable name. Odd lengths, q_len != kv_len, float64 tensors."""
+"""Calls of the op that cover every feature, each with a readable name; odd lengths, mostly q_len != kv_len; float64."""
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from oracle import INF, Call  # noqa: E402
+from oracle import INF, Call
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -147,7 +146,9 @@ CASES: dict[str, Callable[[], Call]] = {
 EMPTY_CASES: dict[str, Callable[..., Call]] = {
     "mask": lambda **s: make({"attn_mask": bool_mask(2, 1, 7, 9) & (torch.arange(7) % 3 != 1)[:, None]}, **s),
     "key-mask": lambda **s: make({"key_mask": torch.tensor([[True] * 9, [False] * 9])}, H=4, **s),
-    "left-padding-causal": lambda **s: make({"key_mask": torch.arange(9)[None] >= torch.tensor([[0], [4]])}, M=9, band_upper=0, **s),
+    "left-padding-causal": lambda **s: make(
+        {"key_mask": torch.arange(9)[None] >= torch.tensor([[0], [4]])}, M=9, band_upper=0, **s
+    ),
     "band-tall": lambda **s: make(M=9, N=5, band_upper=-4, **s),
     "kv-end": lambda **s: make({"kv_end": torch.tensor([[0, 3, -1, 9, 10, 2, 1]])}, H=6, **s),
     "ids": lambda **s: make({"q_ids": torch.arange(7)[None], "kv_ids": torch.arange(9)[None] // 3}, **s),
@@ -161,6 +162,3 @@ EMPTY_CASES: dict[str, Callable[..., Call]] = {
 def seeded(build: Callable[..., Call], **settings) -> Call:
     torch.manual_seed(0)
     return build(**settings)
-
-
-all_cases = [(name, functools.partial(seeded, build)) for name, build in CASES.items()]

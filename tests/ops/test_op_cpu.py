@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import rocm_attn_compile.ops as ops
+from rocm_attn_compile.ops.schemas import OPTIONAL_TENSORS
 from rocm_attn_compile.testing.compare import assert_as_accurate_as_eager
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import CASES, EMPTY_CASES, LOWEST, make, randn, seeded  # noqa: E402
-from oracle import INF, Call, attend, grads_of, keep_of  # noqa: E402
+from cases import CASES, EMPTY_CASES, LOWEST, make, randn, seeded
+from oracle import INF, Call, attend, grads_of, keep_of
 
 IMPLS = ["", "REFERENCE"]
 MODES = ["nan", "zero", "mean", "mean_added"]
@@ -168,7 +169,8 @@ def test_strides_are_what_the_fake_says(name, out_layout, impl):
         call = seeded(CASES[name]).to(torch.float32)
         if layout == "bshd":
             call.q, call.k, call.v = (
-                t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (call.q, call.k, call.v)
+                t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+                for t in (call.q, call.k, call.v)
             )
         elif layout == "sliced":
             call.q, call.k, call.v = (
@@ -180,8 +182,7 @@ def test_strides_are_what_the_fake_says(name, out_layout, impl):
         assert lse.is_contiguous()
         dq, dk, dv, _, _ = ops.attention_backward(
             torch.randn_like(out), call.q, call.k, call.v,
-            *(call.tensors.get(n) for n in ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids")),
-            call.tensors.get("sinks"), None, out, lse, call.settings["softmax_scale"],
+            *(call.tensors.get(n) for n in OPTIONAL_TENSORS), out, lse, call.settings["softmax_scale"],
             call.settings.get("logits_soft_cap"), call.settings.get("band_lower"), call.settings.get("band_upper"),
             0.0, "nan", impl, [True, True, True, False, False],
         )  # fmt: skip
@@ -225,7 +226,14 @@ def test_masks_without_effect_take_the_kernel_not_the_reference(monkeypatch):
         assert len(seen) == (0 if unfused else 1), name
         if seen and "v-heads" not in name:
             assert seen[0][0] <= max(call.k.untyped_storage().nbytes(), call.k.numel() * 4), f"{name}: k was expanded"
-        if name in ("plain", "causal-square", "causal-topleft-wide", "gqa-causal", "bands-without-effect", "gqa-decode"):
+        if name in (
+            "plain",
+            "causal-square",
+            "causal-topleft-wide",
+            "gqa-causal",
+            "bands-without-effect",
+            "gqa-decode",
+        ):
             assert seen[0][1] is None, f"{name}: a mask was made"
 
 
