@@ -427,12 +427,14 @@ def test_what_the_pipeline_needs_during_a_compilation():
         seen["symbolic"] = not isinstance(size, int)
         seen["size"] = _torch_private.specialize(size.node.expr, shape_env)
         seen["log"] = str(_torch_private.log_graph("a_name_depyf_would_use", graph_module))
-        if lowering == "inductor":
-            return _torch_private.inductor_compile(graph_module, example_inputs, None, {})
-        return _torch_private.aot_eager_compile(graph_module, example_inputs)
+        return seen["lower"](graph_module, example_inputs)
+
+    def inductor(graph_module, example_inputs):
+        return _torch_private.inductor_compile(graph_module, example_inputs, None, {})
 
     x = torch.arange(5.0)
-    for lowering in ("aot_eager", "inductor"):
+    for lower in (_torch_private.aot_eager_compile, inductor):
+        seen["lower"] = lower
         torch._dynamo.reset()
         assert torch.equal(torch.compile(lambda t: t + 1, backend=backend, dynamic=True)(x), x + 1)
         assert seen["symbolic"]

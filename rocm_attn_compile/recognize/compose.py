@@ -17,7 +17,7 @@ import torch
 from ..capture.trace import Value
 from ..reasons import Refusal
 from .axes import Atom, Dim, atoms_of, resolve, unify
-from .labels import is_exact_cast, is_view
+from .labels import source_of
 from .proof import Proof
 from .region import Operand, Roles
 from .scores import Step
@@ -199,8 +199,7 @@ def _operand(proof: Proof, step: Step) -> Operand:
     """The step's tensor behind views and exact casts, labelled (so that a broadcast is not materialised)."""
     labels, value = proof.labels_of(step), step.operand
     labels.of(value)
-    while is_view(value) or is_exact_cast(value):
-        value = value.args[0]
+    value = source_of(value)
     labels.check_distinct()
     return Operand(value, labels.of(value))
 

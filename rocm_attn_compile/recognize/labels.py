@@ -207,9 +207,14 @@ class Labels:
         return regroup(dims, value.shape)
 
 
+def cuts_gradient(value: Value) -> bool:
+    """True for a value made under `no_grad` from one made outside: no gradient flows through it, not even a view's."""
+    return not value.grad_mode and any(a.grad_mode for a in value.args if isinstance(a, Value))
+
+
 def source_of(value: Value) -> Value:
     """The tensor behind views and exact casts: what the kernel should read."""
-    while is_view(value) or is_exact_cast(value):
+    while (is_view(value) or is_exact_cast(value)) and not cuts_gradient(value):
         value = value.args[0]
     return value
 
@@ -217,7 +222,7 @@ def source_of(value: Value) -> Value:
 def scaled_source_of(value: Value) -> tuple[Value, Any]:
     """The tensor behind views, exact casts and scalar factors, and the product of those factors."""
     factor: Any = 1
-    while True:
+    while not cuts_gradient(value):
         if is_view(value) or is_exact_cast(value):
             value = value.args[0]
             continue
@@ -225,6 +230,7 @@ def scaled_source_of(value: Value) -> tuple[Value, Any]:
         if step is None:
             return value, factor
         value, factor = step[0], factor * step[1]
+    return value, factor
 
 
 def operands_of(contraction: Value) -> tuple[Value, Value]:

@@ -13,7 +13,7 @@ from typing import Any
 from ..capture.trace import Value
 from ..reasons import Refusal
 from ..symbolic import is_one
-from .labels import is_cast, is_contraction, is_view, number_of
+from .labels import cuts_gradient, is_cast, is_contraction, is_view, number_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +216,8 @@ class ScoreWalk:
 
 def _bias_steps(at: Value, bias: Value, factor: Any) -> list[Step]:
     """One step per term of a sum: `scores + (position_bias + mask)` adds a bias and a mask."""
-    if bias.name == "add" and not isinstance(bias.op, str) and bias.kwargs.get("alpha", 1) == 1:
+    is_sum = bias.name == "add" and not isinstance(bias.op, str) and bias.kwargs.get("alpha", 1) == 1
+    if is_sum and not cuts_gradient(bias):
         terms = bias.args[:2]
         if all(isinstance(t, Value) and t.dtype == bias.dtype and number_of(t) is None for t in terms):
             return [step for term in terms for step in _bias_steps(at, term, factor)]

@@ -196,7 +196,13 @@ def _check_scores_stay_inside(path: ScorePath, anchor: SoftmaxAnchor, weights: W
         outside = [u for u in live.users(value, "scores_used_elsewhere") if u.id not in inside]
         if outside:
             raise Refusal("scores_used_elsewhere", f"the scores are also read by {outside[0].name}")
-    modes = {v.grad_mode for v in (path.contraction, *path.values, *weights.values, weights.contraction)}
+    site = [path.contraction, *path.values, *weights.values, weights.contraction]
+    # What is subtracted from all scores of a row has no influence on the gradient, so it may be made under no_grad.
+    site += [v for v in anchor.internals if v.name not in ("amax", "max")]
+    for step in path.steps:
+        if step.kind == "second":
+            site += [step.operand.contraction, *step.operand.values]
+    modes = {v.grad_mode for v in site}
     if len(modes) > 1:
         raise Refusal("mixed_grad_mode", "part of the attention is computed under no_grad and part is not")
 

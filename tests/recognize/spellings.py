@@ -610,3 +610,25 @@ def sdpa_5d(q, k, v):
 @spelling(lambda: (rand(H, M, D), rand(H, N, D), rand(H, N, D)))
 def sdpa_3d(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
+
+
+# --- running them ---
+
+
+def inputs_of(spelling: Spelling, dtype: torch.dtype, rounded_to: torch.dtype, trains: bool) -> list:
+    torch.manual_seed(0)
+    return [
+        t.to(rounded_to).to(dtype).requires_grad_(trains) if isinstance(t, Tensor) and t.is_floating_point() else t
+        for t in spelling.make()
+    ]
+
+
+def results_of(function, inputs: list, trains: bool) -> tuple[Tensor, ...]:
+    """Output and, in training, the gradients that exist."""
+    out = function(*inputs)
+    if not trains:
+        return (out,)
+    torch.manual_seed(1)
+    weight = torch.randn(out.shape).to(torch.bfloat16).to(out.dtype)
+    leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    return (out, *(g for g in torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True) if g is not None))

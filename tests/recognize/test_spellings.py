@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from recorder import Recorder
-from spellings import SPELLINGS, Spelling
-from torch import Tensor
+from spellings import SPELLINGS, Spelling, inputs_of, results_of
 
 import rocm_attn_compile
 from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager
@@ -20,25 +19,6 @@ CASES = [
     pytest.param(torch.bfloat16, True, True, id="bf16-train-dynamic", marks=pytest.mark.slow),
     pytest.param(torch.bfloat16, False, True, id="bf16-infer-dynamic", marks=pytest.mark.slow),
 ]
-
-
-def inputs_of(spelling: Spelling, dtype: torch.dtype, rounded_to: torch.dtype, trains: bool) -> list:
-    torch.manual_seed(0)
-    return [
-        t.to(rounded_to).to(dtype).requires_grad_(trains) if isinstance(t, Tensor) and t.is_floating_point() else t
-        for t in spelling.make()
-    ]
-
-
-def results_of(function, inputs: list, trains: bool) -> tuple[Tensor, ...]:
-    """Output and, in training, the gradients that exist."""
-    out = function(*inputs)
-    if not trains:
-        return (out,)
-    torch.manual_seed(1)
-    weight = torch.randn(out.shape).to(torch.bfloat16).to(out.dtype)
-    leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-    return (out, *(g for g in torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True) if g is not None))
 
 
 @pytest.mark.parametrize(("dtype", "trains", "dynamic"), CASES)

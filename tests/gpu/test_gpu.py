@@ -1,0 +1,99 @@
+"""The rewritten programs on a real GPU: our Triton kernels run, inside graphs that Inductor compiled.
+
+`make test-gpu`. Everything is compared with float64 and must be as accurate as eager on the same device.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, Family
+from recorder import Recorder
+from spellings import SPELLINGS, Spelling, inputs_of, results_of
+
+import rocm_attn_compile
+from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, to_float64
+
+pytestmark = pytest.mark.gpu
+
+# float32 products of eager and of Triton's "ieee" dot; tf32 would be less accurate than the float64 comparison allows
+FACTOR = 4.0
+
+
+@pytest.fixture(autouse=True)
+def _on_gpu():
+    torch.set_default_device("cuda")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.set_default_device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=lambda s: s.name)
+def test_spelling_trains(spelling: Spelling, dtype: torch.dtype):
+    with Float64Everywhere():
+        exact = results_of(spelling.function, inputs_of(spelling, torch.float64, dtype, True), True)
+    eager = results_of(spelling.function, inputs_of(spelling, dtype, dtype, True), True)
+    recorder = Recorder(lowering="aot_eager")
+    compiled = torch.compile(spelling.function, backend=recorder, fullgraph=True)
+    actual = results_of(compiled, inputs_of(spelling, dtype, dtype, True), True)
+    assert recorder.calls == 1
+    assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact), factor=FACTOR)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize(
+    "name", ["llama_repeat_kv", "causal_masked_fill", "gpt_oss_sinks", "key_padding", "t5_relative_bias"]
+)
+def test_inductor_runs_it(name: str, mode: str):
+    """Under Inductor, also with CUDA graphs: repeated calls give the same result."""
+    spelling = SPELLINGS[name]
+    inputs = inputs_of(spelling, torch.bfloat16, torch.bfloat16, False)
+    compiled = torch.compile(spelling.function, backend="rocm_attn", mode=mode, fullgraph=True)
+    with torch.no_grad():
+        want = spelling.function(*inputs)
+        with Float64Everywhere():
+            exact = spelling.function(*inputs_of(spelling, torch.float64, torch.bfloat16, False))
+        for _ in range(4):
+            got = compiled(*inputs).clone()
+    (report,) = rocm_attn_compile.reports()
+    assert all(site.replaced and site.backend == "TRITON_ATTN" for site in report.sites)
+    assert_as_accurate_as_eager(got, want, exact.double(), factor=FACTOR)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_family(family: Family, attention: str):
+    if attention not in family.attentions:
+        pytest.skip(f"transformers has no {attention} attention for {family.name}")
+    padded = family.inputs == "text"
+    model = family.build(attention).cuda()
+    arguments = {k: v.cuda() if torch.is_tensor(v) else v for k, v in family.arguments(padded).items()}
+    recorder = Recorder(lowering="aot_eager")
+    with torch.no_grad():
+        eager = model(**arguments).logits
+        wide = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in arguments.items()}
+        exact_model = to_float64(model)
+        exact_model.config._experts_implementation = "eager"
+        with Float64Everywhere():
+            exact = exact_model(**wide).logits
+        actual = torch.compile(model, backend=recorder)(**arguments).logits
+    sites = [site for report in rocm_attn_compile.reports() for site in report.sites]
+    assert [site.replaced for site in sites] == [True] * family.sites
+    assert_as_accurate_as_eager(actual, eager, exact, factor=FACTOR)
+
+
+def test_training_step_of_a_padded_model():
+    family = next(f for f in FAMILIES if f.name == "mistral")
+    model = family.build("eager").cuda().train()
+    arguments = {k: v.cuda() if torch.is_tensor(v) else v for k, v in family.arguments(True).items()}
+
+    def gradients(module, run):
+        return torch.autograd.grad(run(**arguments).logits.square().mean(), list(module.parameters()))
+
+    eager = gradients(model, model)
+    actual = gradients(model, torch.compile(model, backend="rocm_attn"))
+    with Float64Everywhere():
+        exact_model = to_float64(model).train()
+        exact = gradients(exact_model, exact_model)
+    assert_as_accurate_as_eager(actual, eager, exact, factor=FACTOR)
