@@ -19,9 +19,7 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_to
 
 
 def fuzz(examples: int):
-    return settings(
-        max_examples=examples, derandomize=True, deadline=None, suppress_health_check=QUIET, database=None
-    )
+    return settings(max_examples=examples, derandomize=True, deadline=None, suppress_health_check=QUIET, database=None)
 
 
 def check_truth(rng, dynamic: bool) -> None:
@@ -44,19 +42,19 @@ def check_truth(rng, dynamic: bool) -> None:
             assert scalar(element, env, captured) == captured.real[at].item()
 
 
-@fuzz(150)
+@fuzz(80)
 @given(st.randoms(use_true_random=False))
 def test_static_programs(rng):
     check_truth(rng, dynamic=False)
 
 
-@fuzz(40)
+@fuzz(20)
 @given(st.randoms(use_true_random=False))
 def test_dynamic_programs(rng):
     check_truth(rng, dynamic=True)
 
 
-@fuzz(60)
+@fuzz(40)
 @given(st.randoms(use_true_random=False), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_numbers_and_additive_masks(rng, dtype):
     generator = Generator(rng)

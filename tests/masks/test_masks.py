@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from mask_harness import Captured, assert_exact, context_of, expression, parts_of
+from mask_harness import Captured, Recorded, assert_exact, context_of, expression, parts_of
 
 from rocm_attn_compile.recognize.mask import (
     AdditiveMask,
@@ -402,7 +402,8 @@ def lengths_for(name: str) -> tuple[int, int]:
 def test_mask(name, dynamic):
     spec = CASES[name]
     m, n = lengths_for(name)
-    captured = Captured(spec.function, torch.zeros(m, 3), torch.zeros(n, 5), *spec.args, dynamic=dynamic)
+    trace = Captured if dynamic else Recorded  # Dynamo takes most of the time; once per mask is enough
+    captured = trace(spec.function, torch.zeros(m, 3), torch.zeros(n, 5), *spec.args, dynamic=dynamic)
     index, context = context_of(captured)
     form, kept = prove(spec.meaning, captured, index, context)
     assert isinstance(form, ClosedForm), form
