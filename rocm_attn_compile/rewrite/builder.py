@@ -138,7 +138,13 @@ class GraphBuilder:
             self._argument, (list(value.args), dict(value.kwargs)), is_leaf=lambda a: isinstance(a, Value)
         )
         node = self.call(value.op, *args, **kwargs)
-        return node if value.output_index is None else self.call(operator.getitem, node, value.output_index)
+        if value.output_index is not None:
+            node = self.call(operator.getitem, node, value.output_index)
+        # What was computed under no_grad stays without gradient where it is computed with grad mode on.
+        is_recording = self.anchor not in self.trace.tensors or self.trace.tensors[self.anchor].value.grad_mode
+        if is_recording and not value.grad_mode and value.dtype.is_floating_point:
+            node = self.call(aten.detach.default, node)
+        return node
 
     def _argument(self, argument: Any) -> Any:
         if isinstance(argument, Value):
