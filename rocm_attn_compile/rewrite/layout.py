@@ -2,24 +2,65 @@
 
 from __future__ import annotations
 
+import torch
 import torch.fx as fx
 
 from ..capture.trace import Value
 from ..recognize.region import Region
+from ..symbolic import is_one, same_size, to_expr
+from .builder import GraphBuilder
+
+aten = torch.ops.aten
 
 _SWAP_NAMES = frozenset(("transpose", "permute", "swapaxes"))
 _COPYING_NAMES = frozenset(("reshape", "contiguous", "flatten", "clone"))
 
 
 def choose_out_layout(target: fx.Node, region: Region, value: Value) -> str:
-    """ "bshd" if every reader swaps heads and queries and then copies or reshapes; else "bhsd".
+    """ "bshd" if eager's result lies so, or if every reader swaps heads and queries and then copies; else "bhsd".
 
-    The usual `(p @ v).transpose(1, 2).reshape(b, s, h * d)` then reads memory that is already in order. A `.view` keeps
-    the layout eager would have given it, because it fails on any other.
+    The usual `(p @ v).transpose(1, 2).reshape(b, s, h * d)` then reads memory that is already in order.
     """
-    if value is not region.output.value or len(value.shape) != 4 or not target.users:
+    if value is not region.output.value or len(value.shape) != 4:
         return "bhsd"
-    return "bshd" if all(_swaps_then_copies(user) for user in target.users) else "bhsd"
+    if target.users and all(_swaps_then_copies(user) for user in target.users):
+        return "bshd"
+    return "bshd" if _order_in_memory(target.meta["example_value"]) == [0, 2, 1, 3] else "bhsd"
+
+
+def with_strides_of(builder: GraphBuilder, result: fx.Node, target: fx.Node) -> fx.Node:
+    """`result` with the memory layout that eager gives `target`, copied if it has another one and a reader may see it.
+
+    A `.view` fails on any other layout, also one outside the graph.
+    """
+    wanted, example = target.meta["example_value"], builder.example(result)
+    if all(is_one(n) or same_size(a, b) for n, a, b in zip(wanted.shape, wanted.stride(), example.stride())):
+        return result
+    readers = [user for user in target.users if user not in builder.emitted]
+    if all(_name(reader) in _COPYING_NAMES or _swaps_then_copies(reader) for reader in readers):
+        return result
+    order = _order_in_memory(wanted)
+    if order is None:  # not dense in any order, and no view that joins dimensions is legal in eager either
+        return result
+    if order == list(range(len(order))):
+        return builder.call(aten.clone.default, result, memory_format=torch.contiguous_format)
+    copied = builder.call(aten.permute.default, result, order)
+    copied = builder.call(aten.clone.default, copied, memory_format=torch.contiguous_format)
+    return builder.call(aten.permute.default, copied, [order.index(i) for i in range(len(order))])
+
+
+def _order_in_memory(tensor: torch.Tensor) -> list[int] | None:
+    """The dimensions from the outermost to the innermost in memory; None if the tensor is not dense."""
+    order: list[int] = []
+    expected = to_expr(1)
+    while len(order) < tensor.ndim:
+        free = [d for d in reversed(range(tensor.ndim)) if d not in order]
+        fitting = [d for d in free if is_one(tensor.shape[d]) or same_size(tensor.stride(d), expected)]
+        if not fitting:
+            return None
+        order.insert(0, fitting[0])
+        expected = expected * to_expr(tensor.shape[fitting[0]])
+    return order
 
 
 def _swaps_then_copies(node: fx.Node) -> bool:

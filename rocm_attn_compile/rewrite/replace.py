@@ -16,7 +16,7 @@ from ..recognize.region import Operand, Region
 from .builder import GraphBuilder
 from .canonical import from_layout, to_layout
 from .dead_code import remove_dead
-from .layout import choose_out_layout
+from .layout import choose_out_layout, with_strides_of
 from .masks import emit_masks
 
 aten = torch.ops.aten
@@ -112,7 +112,7 @@ class Rewriter:
         out = from_layout(builder, out, [roles.batch, heads, roles.query, roles.value_depth], dims, value.shape)
         if builder.example(out).dtype != value.dtype:
             out = builder.call(aten._to_copy.default, out, dtype=value.dtype)
-        return out
+        return with_strides_of(builder, out, target)
 
     def _operand(self, builder: GraphBuilder, operand: Operand, groups: list, dtype: torch.dtype) -> fx.Node:
         node = to_layout(builder, builder.tensor(operand.value), operand.dims, groups, [True] * 4)
