@@ -57,7 +57,7 @@ def _attention_autograd(keyset: Any, *tensors: Tensor | None, **settings: Any) -
         with private.single_level_functions_allowed():
             return _Attention.apply(*every, *flat, None)
     if run is not None:
-        return run(*tensors, **settings)
+        return run(tensors, settings)
     with private.below_autograd():
         return attention(*tensors, **settings)
 
@@ -122,7 +122,7 @@ class _Attention(private.SingleLevelFunction):
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         settings = dict(zip(_NAMES, args[_NUM_TENSORS:-1]))
         if args[-1] is not None:
-            return args[-1](*args[:_NUM_TENSORS], **settings)
+            return args[-1](args[:_NUM_TENSORS], settings)
         # Gradients stay enabled for outer levels of torch.func: without that, grad(grad(f)) is silently wrong.
         with private.all_levels_enabled(), private.below_autograd():
             return attention(*args[:_NUM_TENSORS], **settings)

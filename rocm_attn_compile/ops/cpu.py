@@ -2,7 +2,7 @@
 
 ATen's kernel has no soft cap, no dropout, no grouped heads, one head size for k and v, no empty inputs (it divides by
 zero), reads the last dimension as contiguous whatever its stride, and tells empty rows from none by nothing. All that
-is handled here; `tests/ops/test_cpu.py` holds each of these facts.
+is handled here; `tests/ops/test_op_cpu.py` holds each of these facts.
 """
 
 from __future__ import annotations

@@ -63,16 +63,18 @@ def _find(name: str, device_type: str) -> Implementation:
     return Implementation(name, module.attention_forward, module.attention_backward)
 
 
-def run_cpu(*args: Any, impl: str = "", **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """CPU kernel of the op `attention`."""
-    return implementation(impl, "cpu").forward(*args, **kwargs)
+def run_cpu(tensors: tuple, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """CPU kernel of the op `attention`; takes its positional and keyword arguments packed, to unpack them just once."""
+    impl = settings.pop("impl", "")
+    return implementation(impl, "cpu").forward(*tensors, **settings)
 
 
-def run_gpu(*args: Any, impl: str = "", **kwargs: Any) -> tuple[Tensor, Tensor]:
+def run_gpu(tensors: tuple, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """CUDA and ROCm kernel of the op `attention`."""
+    impl = settings.pop("impl", "")
     # A view made by the kernel's host code must not be tracked as one: see cpu.forward.
     with _torch_private.below_autograd_and_views():
-        return implementation(impl, "cuda").forward(*args, **kwargs)
+        return implementation(impl, "cuda").forward(*tensors, **settings)
 
 
 def run_backward_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -97,7 +99,7 @@ def run_backward_gpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
         return implementation(impl, "cuda").backward(**named, output_mask=output_mask)
 
 
-LIBRARY.impl("attention", run_cpu, "CPU")
-LIBRARY.impl("attention", run_gpu, "CUDA")
+LIBRARY.impl("attention", lambda *tensors, **settings: run_cpu(tensors, settings), "CPU")
+LIBRARY.impl("attention", lambda *tensors, **settings: run_gpu(tensors, settings), "CUDA")
 LIBRARY.impl("attention_backward", run_backward_cpu, "CPU")
 LIBRARY.impl("attention_backward", run_backward_gpu, "CUDA")

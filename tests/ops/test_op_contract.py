@@ -110,8 +110,8 @@ def test_kernel_modules_are_found_lazily(monkeypatch):
     imported = []
     monkeypatch.setattr(dispatch, "_found", {"cpu": {}, "cuda": {}})
     monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: imported.append(name) or Kernel)
-    dispatch.run_gpu(q, k, k, softmax_scale=0.3, impl="TRITON_ATTN@12")
-    dispatch.run_gpu(q, k, k, softmax_scale=0.3, impl="TRITON_ATTN@12")
+    dispatch.run_gpu((q, k, k), {"softmax_scale": 0.3, "impl": "TRITON_ATTN@12"})
+    dispatch.run_gpu((q, k, k), {"softmax_scale": 0.3, "impl": "TRITON_ATTN@12"})
     assert imported == ["rocm_attn_compile.kernels.triton.attention"]
     assert calls[0] == (3, ["softmax_scale"])
     dispatch.run_backward_gpu(
