@@ -29,7 +29,8 @@ def assign_roles(proof: Proof, sink_atoms: list[Atom]) -> Roles:
     query = _query_axis(proof, k | v)
     rest = [a for a in scores if a not in set(key) | set(query)]
     shared, groups = [a for a in rest if a in k or a in v], [a for a in rest if a not in k and a not in v]
-    batch, kv_heads, groups = _batch_and_heads(rest, shared, groups, sink_atoms)
+    outermost = set(resolve(proof.score_dims[0]))
+    batch, kv_heads, groups = _batch_and_heads(rest, shared, groups, sink_atoms, outermost)
     value_depth = [a for a in _atoms(proof.v) if a not in set(scores)]
     roles = Roles(batch, kv_heads, groups, query, key, depth, value_depth)
     _check_complete(proof, roles, q, k, v)
@@ -61,7 +62,7 @@ def _query_axis(proof: Proof, in_keys_or_values: set[Atom]) -> list[Atom]:
 
 
 def _batch_and_heads(
-    rest: list[Atom], shared: list[Atom], groups: list[Atom], sinks: list[Atom]
+    rest: list[Atom], shared: list[Atom], groups: list[Atom], sinks: list[Atom], outermost: set[Atom]
 ) -> tuple[list[Atom], list[Atom], list[Atom]]:
     if sinks:
         if not set(sinks) <= set(rest) or not set(groups) <= set(sinks):
@@ -71,7 +72,10 @@ def _batch_and_heads(
             raise Refusal("sink_axis", "the order of the sinks' axes is not (kv head, group)")
         return [a for a in shared if a not in kv_heads], kv_heads, groups
     if len(shared) <= 1:
-        return (shared, [], groups) if groups else (shared, [], [])
+        # one axis: the batch if it stands alone in the first dimension, else the heads of a batch of one
+        if set(shared) <= outermost and not set(groups) & outermost:
+            return shared, [], groups
+        return [], shared, groups
     if groups:
         before = [a for a in rest[: rest.index(groups[0])] if a in shared]
         head = before[-1] if len(before) > 1 else (None if before else shared[-1])

@@ -481,7 +481,7 @@ def causal_bottom_right(q, k, v):
 
 @spelling(square)
 def sliding_window(q, k, v):
-    i = torch.arange(M)
+    i = torch.arange(M, device=q.device)
     distance = i[:, None] - i[None, :]
     s = (q @ k.mT * SCALE).masked_fill((distance < 0) | (distance >= 4), -math.inf)
     return s.softmax(-1) @ v
@@ -510,13 +510,14 @@ def bias_then_scaled(q, k, v, bias):
 
 @spelling(lambda: (*bhsd(), rand(32, H)))
 def t5_relative_bias(q, k, v, table):
-    bucket = (torch.arange(N)[None, :] - torch.arange(M)[:, None]).clamp(-15, 16) + 15
+    relative = torch.arange(N, device=q.device)[None, :] - torch.arange(M, device=q.device)[:, None]
+    bucket = relative.clamp(-15, 16) + 15
     return F.softmax((q @ k.mT + table[bucket].permute(2, 0, 1)).float(), dim=-1).type_as(q) @ v
 
 
 @spelling(lambda: (*bhsd(), rand(H)))
 def alibi_slopes(q, k, v, slopes):
-    distance = torch.arange(N)[None, :] - torch.arange(M)[:, None]
+    distance = torch.arange(N, device=q.device)[None, :] - torch.arange(M, device=q.device)[:, None]
     return torch.softmax(q @ k.mT * SCALE + slopes.view(H, 1, 1) * distance, -1) @ v
 
 
