@@ -6,12 +6,10 @@ one code path. Nothing here installs a guard: a comparison that cannot be decide
 
 from __future__ import annotations
 
-from typing import Union
-
 import sympy
 import torch
 
-Size = Union[int, torch.SymInt, sympy.Expr]
+Size = int | torch.SymInt | sympy.Expr
 
 
 def to_expr(size: Size) -> sympy.Expr:

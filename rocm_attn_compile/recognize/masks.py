@@ -4,6 +4,9 @@ The fill is part of the meaning. A probability is exactly 0 beside any kept key 
 that exp underflows); a row that keeps no key is NaN for -inf, uniform for a finite fill, 0 for SDPA. Where rows may be
 empty and eager's result for them is none of these, the mask stays what it was: a bias tensor (exact), or the site is
 refused.
+
+One assumption is made of biases that stay tensors: where a finite fill masks keys, the bias does not put -inf on every
+key that the mask keeps (eager would then spread the row over the masked keys).
 """
 
 from __future__ import annotations
