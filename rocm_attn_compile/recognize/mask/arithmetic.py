@@ -173,12 +173,6 @@ def clamp(ev: Evaluator, value: Value, call: Call, numbers: Numbers) -> Scalar:
     return ev.values.fitting(result, value.dtype)
 
 
-def relu(ev: Evaluator, value: Value, call: Call, numbers: Numbers) -> Scalar:
-    """Limited from below by 0."""
-    (x,) = _exact(ev, value, numbers)
-    return _larger(ev, x, ZERO)
-
-
 def floor_divide(ev: Evaluator, value: Value, call: Call, numbers: Numbers) -> Scalar:
     """Division rounded down; `div` only with that rounding, since a true quotient is seldom an integer."""
     if value.name == "div" and call.get("rounding_mode") != "floor":
@@ -241,7 +235,6 @@ SYMBOLIC = {
     "clamp": clamp,
     "clamp_min": clamp,
     "clamp_max": clamp,
-    "relu": relu,
     "div": floor_divide,
     "floor_divide": floor_divide,
     "remainder": remainder,

@@ -73,9 +73,4 @@ def index_select(ev: Evaluator, value: Value, call: Call, index: Index) -> Scala
     return read_at(ev, call["self"], [*index[:dim], row, *index[dim + 1 :]])
 
 
-def embedding(ev: Evaluator, value: Value, call: Call, index: Index) -> Scalar:
-    """A row of a table."""
-    return read_at(ev, call["weight"], [ev.at(call["indices"], index[:-1]), index[-1]])
-
-
-RULES = {"index": index, "_unsafe_index": index, "gather": gather, "index_select": index_select, "embedding": embedding}
+RULES = {"index": index, "_unsafe_index": index, "gather": gather, "index_select": index_select}

@@ -22,12 +22,11 @@ COMPARISONS = ("le", "lt", "ge", "gt", "eq", "ne")
 
 # fmt: off
 ROUNDED_ONCE = (
-    "add", "sub", "rsub", "mul", "div", "true_divide", "neg", "abs", "sign", "sgn", "square", "reciprocal",
+    "add", "sub", "rsub", "mul", "div", "neg", "abs", "sign", "sgn", "square", "reciprocal",
     "sqrt", "floor", "ceil", "trunc", "round", "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "fmin",
     "fmax", "floor_divide", "remainder", "fmod", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not",
-    "bitwise_left_shift", "bitwise_right_shift", "isnan", "isinf", "isposinf", "isneginf", "nan_to_num", "relu",
-    "rsqrt", "pow", "exp", "log", "signbit", "logical_and", "logical_or", "logical_xor", "logical_not",
-    "heaviside",
+    "bitwise_left_shift", "bitwise_right_shift", "isnan", "isinf", "isposinf", "isneginf", "nan_to_num",
+    "rsqrt", "pow", "exp", "log",
 )
 # fmt: on
 """Ops whose result on constants is computed with torch on the CPU. All but a few are rounded once, alike everywhere."""
@@ -73,6 +72,8 @@ def arithmetic(ev: Evaluator, value: Value, call: Call, index: Index) -> Scalar:
 def on_constants(value: Value, call: Call, constants: dict[str, Any]) -> Scalar:
     """The op itself on one-element CPU tensors of the dtypes of its arguments."""
     allowed = _SPECIAL_POINTS.get(value.name)
+    if (value.name == "div" and constants.get("other") == 0) or (value.name == "reciprocal" and constants["self"] == 0):
+        raise Opaque("division by a zero whose sign is not kept")
     if value.name == "pow" and value.dtype.is_floating_point:
         raise Opaque("a float power depends on the device")
     if allowed is not None and constants["self"] not in allowed:
