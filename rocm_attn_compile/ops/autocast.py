@@ -1,7 +1,8 @@
 """Autocast for eager callers, as `F.scaled_dot_product_attention` does it: q, k, v go to the autocast dtype.
 
 Bias and sinks keep their dtype. The op computes with them in float32 anyway, and float32's lowest number, a common
-fill, would become -inf in bfloat16. In compiled graphs casts are explicit already, and nothing happens here.
+fill, would become -inf in bfloat16. Calls with an `impl` come from the rewriter: their casts are in the graph, and what
+stands in float32 there is what eager computes in float32 under autocast too, so they are left alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def _register(device_type: str, key: str) -> None:
     def kernel(*tensors: Tensor | None, **settings: Any) -> tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(device_type)
         # float64 is left alone, as by every autocast rule.
-        castable = (torch.float16, torch.bfloat16, torch.float32)
+        castable = () if settings.get("impl") else (torch.float16, torch.bfloat16, torch.float32)
         qkv = (t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors[:3])
         with _torch_private.exclude_keys(without_autocast):
             return attention(*qkv, *tensors[3:], **settings)

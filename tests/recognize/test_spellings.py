@@ -47,3 +47,40 @@ def test_spelling_is_replaced_and_right(spelling: Spelling, dtype, trains, dynam
 
 def test_there_are_enough_spellings():
     assert len(SPELLINGS) >= 60
+
+
+def test_float32_products_under_autocast_stay_float32():
+    """mul and sum are not autocast, so eager computes this attention in float32; the op must not round to bfloat16."""
+    spelling = SPELLINGS["products_by_mul_and_sum"]
+    inputs = inputs_of(spelling, torch.float32, torch.float32, False)
+
+    def under_autocast(*tensors):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return spelling.function(*tensors)
+
+    exact = spelling.function(*(t.double() for t in inputs))
+    recorder = Recorder(lowering="aot_eager")
+    actual = torch.compile(under_autocast, backend=recorder, fullgraph=True)(*inputs)
+    assert recorder.calls == 1
+    assert_as_accurate_as_eager(actual, under_autocast(*inputs), exact)
+
+
+@pytest.mark.parametrize("name", ["textbook_div", "llama_repeat_kv", "gemma2_soft_cap", "key_padding", "sdpa_plain"])
+def test_autocast_region(name: str):
+    """Implicit casts of autocast are seen: the op runs in bfloat16, as eager does."""
+    spelling = SPELLINGS[name]
+    inputs = inputs_of(spelling, torch.float32, torch.float32, True)
+
+    def under_autocast(*tensors):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return spelling.function(*tensors)
+
+    with Float64Everywhere():
+        exact = results_of(spelling.function, inputs_of(spelling, torch.float64, torch.float32, True), True)
+    eager = results_of(under_autocast, inputs, True)
+    recorder = Recorder(lowering="aot_eager")
+    actual = results_of(torch.compile(under_autocast, backend=recorder, fullgraph=True), inputs, True)
+    (site,) = rocm_attn_compile.reports()[0].sites
+    assert site.replaced
+    assert "bf16" in site.spec
+    assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact))
