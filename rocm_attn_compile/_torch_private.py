@@ -128,7 +128,7 @@ def cpu_allocations(profile: torch.profiler.profile) -> list[int]:
 def inductor_compile(
     graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any]
 ) -> Callable:
-    """Compile as `torch.compile(backend="inductor", mode=..., options=...)` does; modes and options are expanded by torch."""
+    """Compile as `torch.compile(backend="inductor", mode=..., options=...)` does; torch expands modes and options."""
     # torch refuses both at once, and an empty dict counts as given
     wrapper = torch._TorchCompileInductorWrapper(mode, options or None, None)
     return wrapper(graph_module, example_inputs)

@@ -32,7 +32,7 @@ class Refusal(Exception):
 
     Attributes:
         reason: Why.
-        needs_numbers: Symbolic sizes (sympy) that the proof needs as numbers; the pipeline may specialise and try again.
+        needs_numbers: Symbolic sizes (sympy) that the proof needs as numbers; the pipeline may specialise, try again.
     """
 
     def __init__(self, code: str, text: str, needs_numbers: tuple = ()) -> None:

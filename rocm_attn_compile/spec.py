@@ -23,9 +23,9 @@ class EmptyRows(str, enum.Enum):
     ZERO = "zero"
     """`F.scaled_dot_product_attention`'s safe softmax, `nan_to_num`, or sinks: the row is 0 and has no gradient."""
     MEAN = "mean"
-    """A finite fill put *instead of* the score (masked_fill, where): probability 1/N on every key, gradient to v only."""
+    """A finite fill put *instead of* the score (masked_fill, where): probability 1/N for every key, gradient to v."""
     MEAN_ADDED = "mean_added"
-    """A finite fill *added* to the score and absorbing it: as MEAN, but the scores still get gradient p * (dp - delta)."""
+    """A finite fill *added* to the score and absorbing it: as MEAN, but the scores get gradient p * (dp - delta)."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,12 @@ class MaskSpec:
     @property
     def is_none(self) -> bool:
         """True if every pair attends."""
-        return self.band_lower is None and self.band_upper is None and not (
-            self.has_kv_start or self.has_kv_end or self.has_key_mask or self.has_segment_ids or self.has_attn_mask
+        return (
+            self.band_lower is None
+            and self.band_upper is None
+            and not (
+                self.has_kv_start or self.has_kv_end or self.has_key_mask or self.has_segment_ids or self.has_attn_mask
+            )
         )
 
 
@@ -71,7 +75,8 @@ class AttentionSpec:
     `out = softmax(cap(softmax_scale * q k^T) + attn_bias, masked) v`, per head; `cap(s) = c * tanh(s / c)`.
 
     Attributes:
-        batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, v_head_dim: Sizes of q (B,H,M,D), k (B,K,N,D), v (B,K,N,E).
+        batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, v_head_dim: Sizes of q (B,H,M,D), k (B,K,N,D),
+            v (B,K,N,E).
         dtype: Of q, k, v and the output.
         device: Device type, "cuda" (also for ROCm) or "cpu".
         softmax_scale: Factor on the scores; a number (a dynamic scale was specialised).

@@ -6,10 +6,12 @@ one code path. Nothing here installs a guard: a comparison that cannot be decide
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import sympy
 import torch
 
-Size = int | torch.SymInt | sympy.Expr
+Size: TypeAlias = int | torch.SymInt | sympy.Expr
 
 
 def to_expr(size: Size) -> sympy.Expr:
