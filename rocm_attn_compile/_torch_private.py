@@ -141,6 +141,13 @@ def aot_eager_compile(graph_module: torch.fx.GraphModule, example_inputs: Sequen
     return aot_eager(graph_module, list(example_inputs))
 
 
+def is_restart(error: BaseException) -> bool:
+    """True for what is raised while a graph is compiled to make Dynamo trace the function again: the graph is given up."""
+    from torch._dynamo.exc import RestartAnalysis
+
+    return isinstance(error, RestartAnalysis)
+
+
 def current_shape_env() -> Any:
     """The ShapeEnv of the graph Dynamo is compiling now; None outside a compilation."""
     from torch._guards import TracingContext

@@ -31,7 +31,7 @@ from .options import Options, guard_environment, split_options
 from .reasons import INTERNAL_ERROR, Reason, Refusal
 from .recognize import recognize
 from .recognize.region import LookAlike, Region
-from .report import Report, Site, publish, source_of
+from .report import Report, Site, publish, source_of, withdraw
 from .rewrite import Rewriter
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,12 @@ def compile_graph(
     log.debug("%s", _torch_private.log_graph("ROCm_Attention_Rewritten_Graph", graph_module))
     if ours.dump_dir:
         _dump(Path(ours.dump_dir), report, before, graph_module)
-    return lower(graph_module, example_inputs, lowering=lowering, mode=mode, inductor_options=inductor_options)
+    try:
+        return lower(graph_module, example_inputs, lowering=lowering, mode=mode, inductor_options=inductor_options)
+    except Exception as error:
+        if _torch_private.is_restart(error):  # Dynamo traces the function again: this graph will never run
+            withdraw(report)
+        raise
 
 
 def replace_attention(

@@ -214,6 +214,14 @@ def publish(report: Report) -> None:
     _torch_private.trace_artifact("rocm_attn_report", report.to_json)
 
 
+def withdraw(report: Report) -> None:
+    """Take back a published report, of a graph that was given up."""
+    collected = _collector.get()
+    stored = collected if collected is not None else _reports
+    with _lock:
+        stored[:] = [other for other in stored if other is not report]
+
+
 @contextmanager
 def collect_reports() -> Iterator[list[Report]]:
     """Reports published inside go to the list it yields, not to the store: those of `explain` are not compilations."""

@@ -463,3 +463,19 @@ def test_a_specialised_size_is_guarded():
     for length in (5, 5, 6):
         f(torch.ones(length))
     assert len(graphs) == 2
+
+
+def test_is_restart_knows_that_a_dynamic_float_was_specialised():
+    given_up = []
+
+    def backend(gm, inputs):
+        try:
+            return _torch_private.aot_eager_compile(gm, inputs)
+        except Exception as error:
+            given_up.append(_torch_private.is_restart(error))
+            raise
+
+    torch.compile(lambda x, s: x * s, backend=backend, dynamic=True)(torch.ones(2), 0.5)
+    torch.compile(lambda x, s: torch.full_like(x, s), backend=backend, dynamic=True)(torch.ones(2), 0.5)
+    assert given_up == [True]
+    assert not _torch_private.is_restart(ValueError())
