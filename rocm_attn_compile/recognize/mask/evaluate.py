@@ -24,6 +24,15 @@ from .values import FloatLoad, Opaque, Scalar, Values, complexity, constant, sym
 if TYPE_CHECKING:
     from ...capture.trace import Value
 
+# fmt: off
+_BLIND_TO_SIGN_OF_ZERO = frozenset((
+    "le", "lt", "ge", "gt", "eq", "ne", "logical_and", "logical_or", "logical_xor", "logical_not", "where",
+    "masked_fill", "add", "sub", "rsub", "mul", "neg", "abs", "sign", "clamp", "clamp_min", "clamp_max", "maximum",
+    "minimum", "isnan", "isinf", "exp", "log", "sigmoid", "tanh", "relu", "_to_copy", "copy", "nan_to_num", "sqrt",
+))
+# fmt: on
+"""Elements are known up to the sign of a zero; only for these does a float result not depend on it otherwise."""
+
 _DEPTH_LIMIT = 80
 _COMPLEXITY_LIMIT = 128
 
@@ -133,14 +142,16 @@ class Evaluator:
         """`index` with 0 in the dimensions along which a pointwise op's result does not change."""
         if isinstance(value.op, str):
             return index
+        if any(isinstance(x, (list, tuple)) for x in (*value.args, *value.kwargs.values())):
+            return index
         if torch.Tag.pointwise not in value.op.tags and value.name not in ("_to_copy", "copy"):
             return index
+        arguments = [x for x in (*value.args, *value.kwargs.values()) if hasattr(x, "shape")]
+        if value.name not in _BLIND_TO_SIGN_OF_ZERO and any(x.dtype.is_floating_point for x in arguments):
+            return index
         used: set[sympy.Symbol] = set()
-        for argument in (*value.args, *value.kwargs.values()):
-            if hasattr(argument, "shape"):
-                used |= symbols_of(self.operand(argument, index))
-            elif isinstance(argument, (list, tuple)):
-                return index
+        for argument in arguments:
+            used |= symbols_of(self.operand(argument, index))
         return tuple(ZERO if i.free_symbols.isdisjoint(used) else i for i in index)
 
 
