@@ -96,6 +96,8 @@ def _tensor_scale(logits: Logits, step: Step, proof: Proof, roles: Roles) -> Non
     if not atoms & {*roles.key} and atoms <= {*roles.batch, *roles.heads, *roles.query}:
         logits.q_factors.append((factor, step.invert))
     elif not atoms & {*roles.query, *roles.groups} and atoms <= {*roles.batch, *roles.kv_heads, *roles.key}:
+        if logits.is_shifted or logits.row_shifted:
+            raise Refusal("scale_after_shift", "shifted scores are scaled by a tensor that varies along the softmax axis")
         logits.k_factors.append((factor, step.invert))
     else:
         raise Refusal("scale_tensor", "the scores are multiplied by a tensor that varies with both queries and keys")
@@ -144,8 +146,6 @@ def _shift(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
     if not (isinstance(step.operand, (int, float)) and math.isfinite(step.operand)):
         raise Refusal("shift_not_finite", f"{step.operand} is added to the scores")
     logits.is_shifted = True
-    for mask in logits.masks:
-        mask.is_followed_by_bias = True
 
 
 def _row_shift(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:

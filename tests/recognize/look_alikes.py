@@ -272,3 +272,8 @@ def product_added_to_residual(q, k, residual, v):
 def negated_after_mask(q, k, v):
     s = (q @ k.mT).masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), float("-inf"))
     return (s * -1.0).softmax(-1) @ v
+
+
+@look_alike("scale_after_shift", lambda: (*square(), rand(B, 1, 1, M)))
+def shifted_then_scaled_per_key(q, k, v, per_key):  # 1.5 * per_key differs from key to key
+    return ((q @ k.mT + 1.5) * per_key).softmax(-1) @ v
