@@ -81,6 +81,7 @@ def replace_attention(
         with _timed(report, "capture"):
             report.notes += [f"{node.name} stays whole: {why}" for node, why in expand(graph_module).refused]
             trace = capture(graph_module, example_inputs, _torch_private.current_shape_env())
+            report.notes += _not_looked_into(trace)
         with _timed(report, "recognize"):
             found = _recognize_all(list(_with_nested(trace)))
     # Outside: a choice that breaks the documented rules is the user's to repair.
@@ -109,6 +110,15 @@ def _with_nested(trace: Trace) -> Iterator[Trace]:
     yield trace
     for nested in trace.subtraces.values():
         yield from _with_nested(nested)
+
+
+def _not_looked_into(trace: Trace) -> Iterator[str]:
+    """Regions whose attentions, if any, nobody will see."""
+    for inner in _with_nested(trace):
+        entered = {node for node, _ in inner.subgraphs}
+        for node, code, text in inner.not_executed:
+            if code == "higher_order_op" and node not in entered:
+                yield f"{node.name} is not looked into: {text}"
 
 
 def _recognize_all(traces: list[Trace]) -> list[_Found]:
