@@ -1,6 +1,6 @@
 """TRITON_ATTN on a real GPU: correctness of every feature against float64, then a short table of speed against peers.
 
-    python benchmarks/gpu/check_triton.py [--small N] [--no-perf] [--no-check] [--no-flex]
+    python benchmarks/gpu/check_triton.py [--small N] [--only TEXT] [--no-perf] [--no-check] [--no-flex]
 
 Needs torch, triton and this repository only. Prints a short table last; writes JSON under $OUT if that is set.
 No speed is printed for a wrong result: every timed call is compared with float32 SDPA first.
@@ -82,7 +82,7 @@ def realistic_cases() -> list[dict[str, Any]]:
         {"B": 1, "H": 8, "K": 8, "M": 16, "N": 9001, "key_mask": True},
         {"B": 1, "H": 32, "K": 1, "M": 2, "N": 2049, "sinks": True, "soft_cap": 5.0, "D": 256, "E": 256},
     ]
-    for mode in ("nan", "zero", "mean", "mean_added"):
+    for mode in ("nan", "nan_added", "zero", "mean", "mean_added"):
         features += [
             {"mask": FULL, "empty": ("mask_rows",), "empty_rows": mode},
             {"M": 400, "N": 200, "band_upper": -200, "empty_rows": mode},
@@ -91,6 +91,11 @@ def realistic_cases() -> list[dict[str, Any]]:
     for index, feature in enumerate(features):
         for dtype in (torch.bfloat16, torch.float32, torch.float16)[: 1 if index % 2 else 2]:
             cases.append({**base, "D": 128, "E": 128, "dtype": dtype, **feature})
+        if "D" not in feature:
+            # Small heads take other tiles; alternate sizes so that each feature meets padding too.
+            small = ((64, 64), (24, 8), (40, 24))[index % 3]
+            size = {"D": small[0], "E": small[0] if feature.get("layout") == "packed" else small[1]}
+            cases.append({**base, **size, "dtype": torch.float16, **feature})
     return cases
 
 
@@ -127,13 +132,18 @@ def all_cases(small: int) -> list[dict[str, Any]]:
     return [case for case in cases if case["B"] and case["N"]]
 
 
-def check_shard(shard: int, shards: int, small: int) -> dict[str, Any]:
+def describe(case: dict[str, Any]) -> str:
+    """The case in one line."""
+    return ", ".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in case.items())
+
+
+def check_shard(shard: int, shards: int, small: int, only: str) -> dict[str, Any]:
     """Check every `shards`-th case; returns descriptions of failures and, per dtype and result, worst error / limit."""
     failures: list[str] = []
     worst: dict[str, float] = {}
-    cases = all_cases(small)[shard::shards]
-    for case in cases:
-        text = ", ".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in case.items())
+    cases = [(case, describe(case)) for case in all_cases(small)]
+    cases = [(case, text) for case, text in cases if only in text][shard::shards]
+    for case, text in cases:
         try:
             errors = check(case)
         except Exception as error:
@@ -147,10 +157,10 @@ def check_shard(shard: int, shards: int, small: int) -> dict[str, Any]:
     return {"cases": len(cases), "failures": failures, "worst": worst}
 
 
-def check_all(workers: int, small: int) -> list[str]:
+def check_all(workers: int, small: int, only: str) -> list[str]:
     """Run the cases in several processes, since nearly all the time goes into compiling; returns failures."""
     start = time.time()
-    command = [sys.executable, "-W", "ignore", __file__, "--small", str(small), "--shard"]
+    command = [sys.executable, "-W", "ignore", __file__, "--small", str(small), "--only", only, "--shard"]
     processes = [
         subprocess.Popen([*command, f"{shard}/{workers}"], stdout=subprocess.PIPE, text=True)
         for shard in range(workers)
@@ -354,6 +364,7 @@ def main() -> int:
     """Run what was asked for; the exit status is 1 if a correctness case failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", type=int, default=1000, help="how many of the interpreter tests' small cases")
+    parser.add_argument("--only", default="", help="only cases whose description contains this text")
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1))
     parser.add_argument("--shard", help=argparse.SUPPRESS)
     parser.add_argument("--no-check", action="store_true")
@@ -361,7 +372,7 @@ def main() -> int:
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, which compiles for long")
     options = parser.parse_args()
     if options.shard:
-        print(json.dumps(check_shard(*map(int, options.shard.split("/")), options.small)))
+        print(json.dumps(check_shard(*map(int, options.shard.split("/")), options.small, options.only)))
         return 0
     import triton
 
@@ -371,7 +382,7 @@ def main() -> int:
         "triton": triton.__version__,
         "command": " ".join(sys.argv),
     }
-    report["failures"] = [] if options.no_check else check_all(options.workers, options.small)
+    report["failures"] = [] if options.no_check else check_all(options.workers, options.small, options.only)
     if not options.no_perf:
         torch.manual_seed(0)
         report["host_us"] = host_overhead()

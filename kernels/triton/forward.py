@@ -246,21 +246,22 @@ def attention_forward_kernel(
         tl.store(part + V_HEAD_DIM, m_i, mask=row_ok)
         tl.store(part + V_HEAD_DIM + 1, l_i, mask=row_ok)
     else:
-        empty = l_i == 0.0
+        # A float, not a bool, so that what Triton moves between register layouts is a 32-bit value (see MAX_DECODE_M).
+        hole = tl.where(l_i == 0.0, 1.0, 0.0)
         if EMPTY_ROWS == EMPTY_MEAN or EMPTY_ROWS == EMPTY_MEAN_ADDED:
             # Every key, also those outside the visited range, with equal weight. Rows with a key have weight 0 here.
-            if tl.max(tl.where(empty & row_ok, 1, 0)) != 0:
+            if tl.max(hole) != 0.0:
                 for i in range(tl.cdiv(kv_len, BLOCK_N)):
                     start_n = i * BLOCK_N
                     kv_pos = start_n + tl.arange(0, BLOCK_N)
                     v_ptrs = v + start_n.to(tl.int64) * stride_vn + offs_n[:, None] * stride_vn
                     v_ptrs += offs_e[None, :] * stride_ve
                     v_tile = tl.load(v_ptrs, mask=(kv_pos < kv_len)[:, None] & e_ok[None, :], other=0.0)
-                    one = empty[:, None] & (kv_pos < kv_len)[None, :]
+                    one = (hole[:, None] != 0.0) & (kv_pos < kv_len)[None, :]
                     if HAS_DROPOUT:
                         one &= dropout_keep(seed, row_index[:, None], kv_pos[None, :], kv_len, dropout_p)
-                    acc = tl.dot(one.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
-                acc = tl.where(empty[:, None], acc / kv_len, acc)
+                    acc = tl.dot(tl.where(one, 1.0, 0.0).to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+                acc = tl.where(hole[:, None] != 0.0, acc / kv_len, acc)
         sink = m_i
         if HAS_SINKS:
             sink = tl.load(sinks + head + (row % PACK)).to(tl.float32)

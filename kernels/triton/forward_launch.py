@@ -15,6 +15,11 @@ from .launch import EMPTY_ROWS, Launch, Tuning, check, device_arch, dot_precisio
 
 PACK_ROWS = 64
 """Up to this many (query, head of a group) rows, a group's query heads share one tile."""
+MAX_DECODE_M = 32
+"""Tallest packed tile. Not 64: on an H200 under Triton 3.6, a 64 x 64 tile with a bias, float16 and a small v_head_dim
+gave wrong values through the warp-group matrix instructions. 16 x 64 and 64 x 32 tiles and float32 were right, and so
+was the gfx942 machine code of the same cases in a simulator. The cause is not found. To reproduce: set this to 64 and
+run benchmarks/gpu/check_triton.py --only name=random-3, (and random-14,)."""
 MIN_SPLIT_KEYS = 256
 """A split gets at least this many keys: below, the combine step costs more than it saves."""
 MAX_SPLITS = 128
@@ -152,7 +157,7 @@ def forward_plan(
     config = tuning.config or configs.select(arch, "decode" if decode else "forward", head_block, itemsize)
     block_m = config.block_m
     if decode and tuning.config is None:
-        block_m = max(block_m, min(PACK_ROWS, triton.next_power_of_2(rows)))
+        block_m = max(block_m, min(MAX_DECODE_M, triton.next_power_of_2(rows)))
     tiles = batch * (num_heads // pack) * triton.cdiv(rows, block_m)
     # Splits would each need the whole row's dropout mask in the combine step for empty rows; not worth it.
     num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, num_units) if scalars[-1] == 0.0 else 1)
