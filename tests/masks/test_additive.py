@@ -70,13 +70,18 @@ def test_hard_fills(fill, dtype, hard):
         (-1e9, torch.bfloat16, True),  # 4194304 apart
         (-1e30, torch.float32, True),
         (-1e30, torch.float64, True),
+        (torch.finfo(torch.float64).min, torch.float64, True),
+        (torch.finfo(torch.float64).max, torch.float64, True),
+        (-(2.0**45), torch.float32, True),  # the next number towards zero is 2**21 away
+        (-(2.0**44) - 2**22, torch.float32, True),
+        (-(2.0**44), torch.float32, False),  # 2**20 away
         (-1e9, torch.float64, False),
         (0.0, torch.float32, False),
     ],
 )
 def test_absorbing_fills(fill, dtype, absorbing):
     assert absorbs(fill, dtype) == absorbing
-    scores = torch.linspace(-(2.0**20), 2.0**20, 1001, dtype=torch.float64).to(dtype)
+    scores = torch.linspace(1 - 2.0**20, 2.0**20 - 1, 1001, dtype=torch.float64).to(dtype)
     if absorbing and dtype != torch.float16:
         rounded = torch.tensor(fill, dtype=torch.float64).to(dtype)
         assert bool((scores + rounded == rounded).all())

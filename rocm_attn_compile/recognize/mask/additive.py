@@ -49,7 +49,10 @@ def absorbs(fill: float, dtype: torch.dtype) -> bool:
         return False
     if math.isinf(rounded):
         return True
-    spacing = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(abs(rounded)))
+    # frexp, because log2 rounds up just below a power of two, and for finfo(float64).min there is no such power.
+    mantissa, exponent = math.frexp(abs(rounded))
+    # A power of two has its neighbour on the side of zero at half the distance of the other.
+    spacing = math.ldexp(torch.finfo(dtype).eps, exponent - (2 if mantissa == 0.5 else 1))
     return spacing / 2 >= _LARGEST_SCORE
 
 
