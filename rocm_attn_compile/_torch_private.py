@@ -5,6 +5,7 @@ Every entry has a test in tests/test_torch_private.py that notices when it chang
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -141,8 +142,17 @@ def aot_eager_compile(graph_module: torch.fx.GraphModule, example_inputs: Sequen
     return aot_eager(graph_module, list(example_inputs))
 
 
+def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """A copy of a Dynamo graph with what Dynamo keeps on its nodes, beside `meta`, and needs when it lowers them."""
+    result = copy.deepcopy(graph)
+    for node, copied in zip(graph.nodes, result.nodes, strict=True):
+        for name in vars(node).keys() - vars(copied).keys():
+            setattr(copied, name, getattr(node, name))
+    return result
+
+
 def is_restart(error: BaseException) -> bool:
-    """True for what is raised while a graph is compiled to make Dynamo trace the function again: the graph is given up."""
+    """True for what is raised while a graph is compiled to make Dynamo give it up and trace the function again."""
     from torch._dynamo.exc import RestartAnalysis
 
     return isinstance(error, RestartAnalysis)

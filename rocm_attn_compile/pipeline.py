@@ -10,7 +10,6 @@ lower        give the graph to Inductor
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 import traceback
@@ -156,7 +155,7 @@ def _replace_site(
 def _graphs(graph_module: fx.GraphModule) -> dict[fx.GraphModule, fx.Graph]:
     """A copy of the graph and of those nested in it."""
     modules = [module for module in graph_module.modules() if isinstance(module, fx.GraphModule)]
-    return {module: copy.deepcopy(module.graph) for module in modules}
+    return {module: _torch_private.copy_graph(module.graph) for module in modules}
 
 
 @contextmanager

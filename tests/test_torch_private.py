@@ -479,3 +479,19 @@ def test_is_restart_knows_that_a_dynamic_float_was_specialised():
     torch.compile(lambda x, s: torch.full_like(x, s), backend=backend, dynamic=True)(torch.ones(2), 0.5)
     assert given_up == [True]
     assert not _torch_private.is_restart(ValueError())
+
+
+def test_copy_graph_can_be_compiled_in_the_place_of_the_original():
+    copies = []
+
+    def backend(gm, inputs):
+        copies.append(_torch_private.copy_graph(gm.graph))
+        sources = [getattr(node, "_dynamo_source", None) for node in gm.graph.nodes]
+        assert any(source is not None for source in sources)
+        assert [getattr(node, "_dynamo_source", None) for node in copies[0].nodes] == sources
+        gm.graph = copies[0]
+        return _torch_private.aot_eager_compile(gm, inputs)
+
+    layer = torch.nn.Linear(2, 2)
+    compiled = torch.compile(lambda x: layer(x) + 1, backend=backend)
+    torch.testing.assert_close(compiled(torch.ones(2)), layer(torch.ones(2)) + 1)

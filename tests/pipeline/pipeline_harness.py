@@ -1,7 +1,7 @@
 """Run a program three times (float64, eager, compiled by our pipeline) and compare everything it does.
 
-Compared are the results, the gradients of all leaves, and what the program wrote into its inputs. A program is a function
-and a maker of its inputs; the maker is called anew for every run, so that inputs may alias one another.
+Compared are the results, the gradients of all leaves, and what the program wrote into its inputs. A program is a
+function and a maker of its inputs; the maker is called anew for every run, so that inputs may alias one another.
 """
 
 from __future__ import annotations
@@ -105,8 +105,7 @@ def everything(function: Callable, make: Callable[[], tuple], trains: bool, roun
         outputs = [t for t in pytree.tree_leaves(results) if isinstance(t, Tensor) and t.requires_grad]
         weighted = sum((t * rand(*t.shape).to(t.dtype)).sum() for t in outputs)
         gradients = torch.autograd.grad(weighted, leaves, allow_unused=True)
-    detached = pytree.tree_map_only(Tensor, Tensor.detach, (results, list(gradients), list(inputs)))
-    return detached
+    return pytree.tree_map_only(Tensor, Tensor.detach, (results, list(gradients), list(inputs)))
 
 
 def _is_float(leaf: Any) -> bool:

@@ -1,7 +1,7 @@
 """Rows that keep no key: NaN, uniform or 0 as in eager, forward and gradients, for every way to mask.
 
-In batch 1 of `padded` every key is padding; in `holed` one row of the dense mask is empty. The op's modes themselves are
-tested in tests/recognize/test_empty_rows.py; here are the ways real models mask.
+In batch 1 of `padded` every key is padding; in `holed` one row of the dense mask is empty. The op's modes themselves
+are tested in tests/recognize/test_empty_rows.py; here are the ways real models mask.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def padded_square():
 )
 @pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
 def test_two_masks_with_rows_empty_in_one(function, trains):
-    """Right in any case; where one fill wins, a row may be uniform over part of the keys, which may stop the rewrite."""
+    """Right in any case; where a row may become uniform over part of the keys, the rewrite stops."""
     with_site = function is not causal_inf_padding_lowest and function is not causal_and_padding_replaced
     check(function, padded_square, calls=int(with_site), refused=None if with_site else "mixed_fills", trains=trains)
 

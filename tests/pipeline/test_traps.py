@@ -1,4 +1,4 @@
-"""Memory: writes before, between and after the parts of an attention, inputs that share storage, layouts of the result."""
+"""Memory: writes before, between and after the parts of an attention, shared storage, the layout of the result."""
 
 from __future__ import annotations
 
