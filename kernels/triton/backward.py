@@ -7,8 +7,8 @@ With p the weights after the softmax, dp = grad_out v^T and delta = rowsum(grad_
 Dropout multiplies p in dv, and dp, by keep / (1 - p). Nothing is accumulated atomically: each output tile has one
 program and a fixed order, so gradients are deterministic. dk/dv loops over the query heads of its group.
 
-Rows without a key have lse = -inf. The main loops give them p = 0; where eager gives them a gradient (modes nan, mean,
-mean_added) a second pass adds it, entered only for heads in which the first kernel has seen such a row.
+Rows without a key have lse = -inf. The main loops give them p = 0; where eager gives them a gradient (every mode but
+zero) a second pass adds it, entered only for heads in which the first kernel has seen such a row.
 
 Letters as in common.py.
 """
@@ -20,6 +20,8 @@ from .common import (
     EMPTY_MEAN,
     EMPTY_MEAN_ADDED,
     EMPTY_NAN,
+    EMPTY_NAN_ADDED,
+    EMPTY_ZERO,
     INF,
     LOG2E,
     dropout_keep,
@@ -112,7 +114,7 @@ def tile_gradients(
     s, slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, HAS_SOFT_CAP, HAS_BIAS, PRECISE)
     if EMPTY_PASS:
         here = empty & (kv_pos < kv_len)
-        if EMPTY_ROWS == EMPTY_NAN:
+        if EMPTY_ROWS == EMPTY_NAN or EMPTY_ROWS == EMPTY_NAN_ADDED:
             p = tl.where(here, float("nan"), 0.0)
         else:
             p = tl.where(here, 1.0 / kv_len, 0.0)
@@ -132,7 +134,8 @@ def tile_gradients(
         dp = dp * factor
     ds_bias = p * (dp - delta)
     if EMPTY_PASS:
-        if EMPTY_ROWS == EMPTY_MEAN:
+        if EMPTY_ROWS == EMPTY_MEAN or EMPTY_ROWS == EMPTY_NAN:
+            # The fill took the place of the scores: they have no gradient.
             ds_bias = tl.zeros_like(ds_bias)
     ds = ds_bias
     if HAS_SOFT_CAP:
@@ -193,7 +196,7 @@ def backward_rows_kernel(
     if EMPTY_ROWS != EMPTY_MEAN_ADDED:
         d = tl.where(empty, 0.0, d)
     tl.store(delta + row_base + row_store, d, mask=row_ok)
-    if EMPTY_ROWS == EMPTY_NAN or EMPTY_ROWS == EMPTY_MEAN or EMPTY_ROWS == EMPTY_MEAN_ADDED:
+    if EMPTY_ROWS != EMPTY_ZERO:
         if tl.max(tl.where(empty, 1, 0)) != 0:
             tl.atomic_max(any_empty + head_index, 1)
 

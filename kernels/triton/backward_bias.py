@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .backward import load_row_statistics, load_tile, tile_gradients, tile_ptrs
 from .backward_dkdv import row_block_meets
-from .common import EMPTY_MEAN_ADDED, EMPTY_NAN, load_key_masks, load_row_masks
+from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, load_key_masks, load_row_masks
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "band_lower", "band_upper", "repeat_batch", "repeat_heads"])
@@ -36,7 +36,7 @@ def backward_bias_kernel(
     REDUCE_M, REDUCE_N: the bias has size 1 there. repeat_batch, repeat_heads: B or H where it has size 1, else 1.
     """
     PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
-    EMPTY_HAS_DS: tl.constexpr = (EMPTY_ROWS == EMPTY_NAN) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
+    EMPTY_HAS_DS: tl.constexpr = (EMPTY_ROWS == EMPTY_NAN_ADDED) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
     num_row_blocks = tl.cdiv(q_len, BLOCK_M)
     num_kv_blocks = tl.cdiv(kv_len, BLOCK_N)
     tiles_m = num_row_blocks

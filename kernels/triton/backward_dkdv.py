@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .backward import load_row_statistics, load_tile, store_tile, tile_gradients, tile_ptrs
-from .common import EMPTY_MEAN, EMPTY_MEAN_ADDED, EMPTY_NAN, load_key_masks, load_row_masks
+from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, EMPTY_ZERO, load_key_masks, load_row_masks
 
 
 @triton.jit
@@ -58,9 +58,8 @@ def backward_dkdv_kernel(
     """Write `grad_k` `(B, K, N, D)` and `grad_v` `(B, K, N, E)`. Phases as in backward_dq_kernel."""
     PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
     ROW_LIMITS: tl.constexpr = HAS_START or HAS_END
-    EMPTY_MATTERS: tl.constexpr = (
-        (EMPTY_ROWS == EMPTY_NAN) or (EMPTY_ROWS == EMPTY_MEAN) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
-    )
+    EMPTY_MATTERS: tl.constexpr = EMPTY_ROWS != EMPTY_ZERO
+    EMPTY_HAS_DS: tl.constexpr = (EMPTY_ROWS == EMPTY_NAN_ADDED) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
     num_kv_blocks = tl.cdiv(kv_len, BLOCK_N)
     num_row_blocks = tl.cdiv(q_len, BLOCK_M)
     num_kv_heads = num_heads // gqa_group_size
@@ -175,7 +174,7 @@ def backward_dkdv_kernel(
                         HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, EMPTY_ROWS, PRECISE,
                     )  # fmt: skip
                     dv = tl.dot(weights.to(g_tile.dtype), g_tile, dv, input_precision=PRECISION)
-                    if phase < 2 or EMPTY_ROWS != EMPTY_MEAN:
+                    if phase < 2 or EMPTY_HAS_DS:
                         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     grad_k += batch * stride_dkb + kv_head * stride_dkh
     grad_v += batch * stride_dvb + kv_head * stride_dvh

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .backward import load_row_statistics, load_tile, store_tile, tile_gradients, tile_ptrs
-from .common import EMPTY_MEAN_ADDED, EMPTY_NAN, kv_block_range, load_key_masks, load_row_masks
+from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, kv_block_range, load_key_masks, load_row_masks
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "band_lower", "band_upper"])
@@ -26,7 +26,7 @@ def backward_dq_kernel(
 ):  # fmt: skip
     """Write `grad_q` `(B, H, M, D)`. Phases: blocks that no limit of position cuts, cut blocks, empty rows."""
     PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
-    EMPTY_HAS_DS: tl.constexpr = (EMPTY_ROWS == EMPTY_NAN) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
+    EMPTY_HAS_DS: tl.constexpr = (EMPTY_ROWS == EMPTY_NAN_ADDED) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
     num_row_blocks = tl.cdiv(q_len, BLOCK_M)
     pid = tl.program_id(0)
     row_block = pid % num_row_blocks

@@ -29,6 +29,7 @@ EMPTY_ZERO = tl.constexpr(0)
 EMPTY_NAN = tl.constexpr(1)
 EMPTY_MEAN = tl.constexpr(2)
 EMPTY_MEAN_ADDED = tl.constexpr(3)
+EMPTY_NAN_ADDED = tl.constexpr(4)
 
 
 @triton.jit

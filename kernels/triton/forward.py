@@ -18,6 +18,7 @@ from .common import (
     EMPTY_MEAN,
     EMPTY_MEAN_ADDED,
     EMPTY_NAN,
+    EMPTY_NAN_ADDED,
     INF,
     LN2,
     LOG2E,
@@ -57,7 +58,7 @@ def finish_rows(acc, m, total, sink, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.const
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     out = acc / total[:, None]
-    if EMPTY_ROWS == EMPTY_NAN:
+    if EMPTY_ROWS == EMPTY_NAN or EMPTY_ROWS == EMPTY_NAN_ADDED:
         out = tl.where(empty[:, None], float("nan"), out)
     lse = tl.where(empty, -INF, m + tl.log2(total) * LN2)
     return out, lse

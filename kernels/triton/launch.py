@@ -16,7 +16,7 @@ from . import configs
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-EMPTY_ROWS = {"impossible": 0, "zero": 0, "nan": 1, "mean": 2, "mean_added": 3}
+EMPTY_ROWS = {"impossible": 0, "zero": 0, "nan": 1, "mean": 2, "mean_added": 3, "nan_added": 4}
 """Value of the kernels' EMPTY_ROWS argument (common.py) for each `rocm_attn_compile.spec.EmptyRows`."""
 
 

@@ -130,6 +130,7 @@ FEATURES: tuple[Feature, ...] = (
     _mask_flag("segment_ids", "packed documents, by ids"),
     _mask_flag("attn_mask", "a mask tensor without closed form"),
     _empty_rows(EmptyRows.NAN, "rows without a key give NaN"),
+    _empty_rows(EmptyRows.NAN_ADDED, "rows without a key give NaN, their scores get a gradient of NaN"),
     _empty_rows(EmptyRows.ZERO, "rows without a key give 0"),
     _empty_rows(EmptyRows.MEAN, "rows without a key give the mean of v"),
     _empty_rows(EmptyRows.MEAN_ADDED, "rows without a key give the mean of v, their scores keep a gradient"),

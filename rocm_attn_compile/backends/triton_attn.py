@@ -35,6 +35,7 @@ BACKEND = AttentionBackend(
             "segment_ids",
             "attn_mask",
             "empty_rows_nan",
+            "empty_rows_nan_added",
             "empty_rows_zero",
             "empty_rows_mean",
             "empty_rows_mean_added",

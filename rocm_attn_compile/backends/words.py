@@ -63,6 +63,7 @@ def _heads(spec: AttentionSpec) -> str:
 EMPTY_ROWS_WORDS = {
     EmptyRows.IMPOSSIBLE: "every row keeps a key",
     EmptyRows.NAN: "a row without a key is NaN",
+    EmptyRows.NAN_ADDED: "a row without a key is NaN, and so is the gradient of its scores",
     EmptyRows.ZERO: "a row without a key is 0",
     EmptyRows.MEAN: "a row without a key is the mean of v",
     EmptyRows.MEAN_ADDED: "a row without a key is the mean of v, its scores keep a gradient",

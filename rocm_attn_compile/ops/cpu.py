@@ -217,7 +217,7 @@ def _fill_empty(out: Tensor, v: Tensor, is_empty: Tensor, empty_rows: str, has_s
     """Put into the empty rows of `out`, in place, what `empty_rows` says; they are 0 now."""
     if has_sinks or empty_rows in ("zero", "impossible"):
         return
-    if empty_rows == "nan":
+    if empty_rows in ("nan", "nan_added"):
         out.masked_fill_(is_empty[..., None], float("nan"))
         return
     mean = v.mean(2, keepdim=True, dtype=lse_dtype(v.dtype)).repeat_interleave(out.shape[1] // v.shape[1], 1)

@@ -148,7 +148,7 @@ def _fused_backward(
 
     if sinks is not None:
         is_empty = None  # such rows are 0 and have no gradient, as the kernel gives it
-    if is_empty is not None and empty_rows == "nan":
+    if is_empty is not None and empty_rows in ("nan", "nan_added"):
         out = out.masked_fill(is_empty[..., None], 0.0)
     q_, k_, v_ = pad_heads(q, k, v)
     width = v_.shape[3]
@@ -167,13 +167,14 @@ def _fused_backward(
     if width != q.shape[3]:
         dq, dk = (t[..., : q.shape[3]].contiguous() for t in (dq, dk))
 
-    if is_empty is not None and empty_rows in ("nan", "mean"):
+    if is_empty is not None and empty_rows in ("nan", "nan_added", "mean"):
         rows = is_empty[..., None]
-        if empty_rows == "nan":
+        if empty_rows != "mean":
             # Every key had weight NaN in that row.
-            dq = dq.masked_fill(rows, float("nan"))
             touched = is_empty.view(B, K, group * M).any(-1)[..., None, None]
-            dk, dv = dk.masked_fill(touched, float("nan")), dv.masked_fill(touched, float("nan"))
+            dv = dv.masked_fill(touched, float("nan"))
+            if empty_rows == "nan_added":
+                dq, dk = dq.masked_fill(rows, float("nan")), dk.masked_fill(touched, float("nan"))
         else:
             from_empty = torch.where(rows, grad_out.to(lse.dtype), 0.0)
             dv = dv + from_empty.reshape(B, K, group * M, E).sum(2, keepdim=True) / N

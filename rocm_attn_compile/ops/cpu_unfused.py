@@ -135,7 +135,7 @@ def backward(
         dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
     # p * (dp - sum(p * dp)) in one pass; it does not need the weights to sum to 1.
     ds = _torch_private.softmax_backward(dp, p, -1, p.dtype)
-    if is_empty is not None and empty_rows == "mean" and sinks is None:
+    if is_empty is not None and empty_rows in ("nan", "mean") and sinks is None:
         ds.masked_fill_(is_empty[..., None], 0.0)
     dbias = None
     if wants_dbias and attn_bias is not None:

@@ -105,7 +105,8 @@ def weights(s: Tensor, keep: Tensor | None, sinks: Tensor | None, empty_rows: st
         s: Logits `(B, H, M, N)` before masks; N is at least 1.
         keep: From `keep_mask`.
         sinks: `(H,)` or None.
-        empty_rows: "impossible", "nan", "zero", "mean" or "mean_added"; with sinks an empty row is 0 whatever it says.
+        empty_rows: "impossible", "nan", "nan_added", "zero", "mean" or "mean_added"; with sinks an empty row is 0
+            whatever it says.
     """
     masked = s if keep is None else torch.where(keep, s, NEG_INF)
     N = s.shape[3]
@@ -126,8 +127,11 @@ def weights(s: Tensor, keep: Tensor | None, sinks: Tensor | None, empty_rows: st
         # (Only where they are finite: a bias of -inf beside such a fill has no use, and no second derivative here.)
         finite = torch.where(s == NEG_INF, 0.0, s)
         return Weights(torch.softmax(torch.where(empty, finite - finite.detach(), masked), -1), None, lse, is_empty)
-    p = torch.softmax(torch.where(empty, 0.0, masked), -1)
     if empty_rows == "nan":
+        # The -inf took the place of the score, and no gradient gets through it: the outer where gives the scores 0.
+        return Weights(torch.softmax(torch.where(empty, NEG_INF, masked), -1), None, lse, is_empty)
+    p = torch.softmax(torch.where(empty, 0.0, masked), -1)
+    if empty_rows == "nan_added":
         # NaN in value and in every derivative; the inner where keeps 0 * NaN out of the other rows' gradients.
         return Weights(torch.where(empty, torch.where(empty, s, 0.0) * float("nan"), p), None, lse, is_empty)
     return Weights(torch.where(empty, 1.0 / N if empty_rows == "mean" else 0.0, p), None, lse, is_empty)
@@ -216,7 +220,7 @@ def backward(
     dv = group_rows(dropped, K).mT @ grad
     delta = (p * dp).sum(-1, keepdim=True)
     ds = p * (dp - delta)
-    if empty_rows == "mean" or sinks is not None:
+    if empty_rows in ("nan", "mean") or sinks is not None:
         ds = torch.where(is_empty[..., None], 0.0, ds)
     dbias = None if attn_bias is None else ds.sum_to_size(attn_bias.shape).to(attn_bias.dtype)
     dsinks = None if sinks is None or sink is None else -(sink * delta[..., 0]).sum((0, 2)).to(sinks.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 NAMESPACE = "rocm_attn"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
-EMPTY_ROWS = ("impossible", "nan", "zero", "mean", "mean_added")
+EMPTY_ROWS = ("impossible", "nan", "nan_added", "zero", "mean", "mean_added")
 OUT_LAYOUTS = ("bhsd", "bshd")
 INTEGERS = (torch.int32, torch.int64)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -7,6 +7,10 @@ refused.
 
 One assumption is made of biases that stay tensors: where a finite fill masks keys, the bias does not put -inf on every
 key that the mask keeps (eager would then spread the row over the masked keys).
+
+A row of -inf is NaN either way, but its scores have no gradient where -inf took their place and a gradient of NaN where
+it was added. Where both kinds meet in a site, or a bias stays a tensor that may hold -inf, every score of such a row
+gets NaN, also those that eager gives none.
 """
 
 from __future__ import annotations
@@ -196,10 +200,11 @@ def _empty_rows(
     if proof.safe:
         return EmptyRows.IMPOSSIBLE if never_empty and not opaque_biases else EmptyRows.ZERO
     if never_empty:
-        return EmptyRows.NAN if opaque_biases else EmptyRows.IMPOSSIBLE
+        return EmptyRows.NAN_ADDED if opaque_biases else EmptyRows.IMPOSSIBLE
     fills = {fill for t in terms for fill in t.fills}
     if all(math.isinf(fill) for fill in fills) or not proof.shifted:
-        return EmptyRows.NAN  # without the maximum subtracted, exp underflows to 0 everywhere and 0 / 0 is NaN
+        # Without the maximum subtracted, exp underflows to 0 everywhere and 0 / 0 is NaN.
+        return EmptyRows.NAN_ADDED if added or opaque_biases else EmptyRows.NAN
     if len(fills) > 1 or len(terms) > 1:
         return None
     (fill,) = fills
@@ -213,17 +218,18 @@ def _zeroed(
     proof: Proof, mode: EmptyRows, closed: prover.ClosedForm, requires_grad: bool, replaced: list[_Term]
 ) -> EmptyRows:
     """Account for weights that were set to 0 after the softmax."""
+    is_nan = mode in (EmptyRows.NAN, EmptyRows.NAN_ADDED)
     if proof.zeroed is None or mode is EmptyRows.IMPOSSIBLE:
         return mode
     if proof.zeroed == "nan_to_num":
-        if mode is EmptyRows.NAN and requires_grad:
+        if is_nan and requires_grad:
             raise Refusal("masked_rows_grad", "nan_to_num hides NaN rows whose gradient is NaN in eager")
-        return EmptyRows.ZERO if mode is EmptyRows.NAN else mode
+        return EmptyRows.ZERO if is_nan else mode
     if len(replaced) != 1 or replaced[0].operand.value is not proof.zeroed or replaced[0].keeps:
         raise Refusal("weights_changed", "masked_fill(weights, mask, 0) with another mask than that of the scores")
     if closed.predicate is not True and (replaced[0].form is None or closed.predicate != replaced[0].form.predicate):
         raise Refusal("weights_changed", "masked_fill(weights, mask, 0) covers only part of the masks")
-    if mode is EmptyRows.NAN and requires_grad:
+    if is_nan and requires_grad:
         raise Refusal(
             "masked_rows_grad", "masked rows are set to 0 after the softmax, but their gradient is NaN in eager"
         )

@@ -84,6 +84,7 @@ FEATURE_EXAMPLES = {
     "segment_ids": with_mask(has_segment_ids=True),
     "attn_mask": with_mask(has_attn_mask=True),
     "empty_rows_nan": with_mask(empty_rows=EmptyRows.NAN),
+    "empty_rows_nan_added": with_mask(empty_rows=EmptyRows.NAN_ADDED),
     "empty_rows_zero": with_mask(empty_rows=EmptyRows.ZERO),
     "empty_rows_mean": with_mask(empty_rows=EmptyRows.MEAN),
     "empty_rows_mean_added": with_mask(empty_rows=EmptyRows.MEAN_ADDED),

@@ -17,7 +17,8 @@ SLOW = (
         for x in ("bhm1", "bh1n", "bh11", "b1mn", "b1m1", "b111", "1hm1", "1h1n", "11mn", "11m1", "11m", "1111")
     ]
     + ["head-8-8", "head-80-80", "head-96-64", "head-192-128", "fp16", "exact-tiles", "one-key", "window-left-only"]
-    + [f"empty-{kind}-{mode}" for kind in ("band", "limits", "key-mask") for mode in ("nan", "zero", "mean_added")]
+    + [f"empty-{kind}-{mode}" for kind in ("band", "limits") for mode in ("nan", "nan_added", "zero", "mean_added")]
+    + [f"empty-key-mask-{mode}" for mode in ("nan_added", "zero", "mean_added")]
     + [f"random-{index}" for index in range(6, 100)]
     + ["empty-mask-zero", "causal-bottom-right-more-queries", "bias-float64", "soft-cap-bias", "sinks-bias"]
 )
@@ -92,7 +93,7 @@ def feature_cases() -> list[dict[str, Any]]:
         case("no-keys", N=0),
         case("no-batch", B=0),
     ]
-    for mode in ("nan", "zero", "mean", "mean_added"):
+    for mode in ("nan", "nan_added", "zero", "mean", "mean_added"):
         cases += [
             case(f"empty-mask-{mode}", mask=FULL, empty=("mask_rows",), empty_rows=mode, H=2),
             case(f"empty-band-{mode}", M=40, N=20, band_upper=-20, empty_rows=mode),
@@ -103,7 +104,11 @@ def feature_cases() -> list[dict[str, Any]]:
         case("empty-mean-dropout", mask=FULL, empty=("mask_rows",), empty_rows="mean", dropout_p=0.4),
         case("empty-mean-added-bias-dropout", mask=FULL, empty=("mask_rows",), empty_rows="mean_added", dropout_p=0.4,
              bias=(True, False, True, True), soft_cap=2.0),
-        case("empty-ids-mean-added", ids=True, empty=("ids",), empty_rows="mean_added", bias=(False, True, True, False))
+        case("empty-ids-mean-added", ids=True, empty=("ids",), empty_rows="mean_added",
+             bias=(False, True, True, False)),
+        case("empty-ids-nan-bias", ids=True, empty=("ids",), empty_rows="nan", bias=(False, True, True, False)),
+        case("empty-mask-nan-added-bias", mask=FULL, empty=("mask_rows",), empty_rows="nan_added",
+             bias=(True, False, True, True), soft_cap=2.0),
     ]  # fmt: skip
     return cases
 
@@ -171,7 +176,7 @@ def decode_cases() -> list[dict[str, Any]]:
             case(f"decode-finfo-min-{tag}", M=4, bias=FULL, bias_kind="finfo_min", **shared),
             case(f"decode-mask-ids-{tag}", M=4, mask=FULL, ids=True, key_mask=True, empty_rows="zero", **shared),
         ]
-        for mode in ("nan", "zero", "mean", "mean_added"):
+        for mode in ("nan", "nan_added", "zero", "mean", "mean_added"):
             cases.append(
                 case(f"decode-empty-{mode}-{tag}", M=6, mask=FULL, empty=("mask_rows",), empty_rows=mode, **shared)
             )

@@ -190,6 +190,8 @@ def oracle(
         elif mode == "mean_added":
             finite = torch.where(s == -math.inf, 0.0, s)
             p = torch.softmax(torch.where(empty, finite - finite.detach(), masked), -1)
+        elif mode == "nan":
+            p = torch.softmax(s.masked_fill(~keep, -math.inf), -1)
         else:
             p = torch.softmax(masked, -1)
     if scalars["dropout_p"]:

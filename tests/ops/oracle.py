@@ -102,6 +102,8 @@ def attend(call: Call, dropout_keep: Tensor | None = None) -> tuple[Tensor, Tens
         lse = hidden.logsumexp(-1)
         lowest = torch.finfo(wide).min
         if mode == "nan":
+            p = torch.softmax(scores.masked_fill(~keep, -INF), -1)
+        elif mode == "nan_added":
             p = torch.softmax(scores + torch.where(keep, 0.0, -INF).to(wide), -1)
         elif mode == "mean":
             p = torch.softmax(scores.masked_fill(~keep, lowest), -1)
