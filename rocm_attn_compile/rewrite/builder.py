@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..capture.trace import Trace, Value
 from ..reasons import Refusal
+from ..recognize.mask.integers import from_size
 from ..symbolic import Size, product, to_expr
 
 aten = torch.ops.aten
@@ -156,9 +157,10 @@ class GraphBuilder:
         return argument
 
     def _size_node(self, expr: sympy.Expr) -> Any:
+        wanted = from_size(expr)
         for node, position in self.trace.order.items():
             example = node.meta.get("example_value")
-            if position <= self.time and isinstance(example, torch.SymInt) and example.node.expr == expr:
+            if position <= self.time and isinstance(example, torch.SymInt) and from_size(example) == wanted:
                 return node
         for node, tensor in self.trace.tensors.items():
             if tensor.time > self.time or (node.op == "placeholder" and not node.users):
@@ -167,14 +169,22 @@ class GraphBuilder:
             if not isinstance(example, torch.Tensor):
                 continue
             for dim, size in enumerate(example.shape):
-                if to_expr(size) == expr:
+                if not isinstance(size, int) and from_size(size) == wanted:
                     return self.call(aten.sym_size.int, self._replaced.get(node, node), dim)
-        if isinstance(expr, (sympy.Mul, sympy.Add)):
-            combine = operator.mul if isinstance(expr, sympy.Mul) else operator.add
-            return functools.reduce(lambda a, b: self._combine(combine, a, b), [self.size(e) for e in expr.args])
-        raise Refusal("size_unavailable", f"no node of the graph holds the size {expr}")
+        combine = _COMBINES.get(type(expr).__name__)
+        if combine is None:
+            raise Refusal("size_unavailable", f"no node of the graph holds the size {expr}")
+        return functools.reduce(lambda a, b: self._combine(combine, a, b), [self.size(e) for e in expr.args])
 
     def _combine(self, op: Any, left: Any, right: Any) -> Any:
-        if isinstance(left, int) and isinstance(right, int):
-            return op(left, right)
-        return self.call(op, left, right)
+        return op(left, right) if isinstance(left, int) and isinstance(right, int) else self.call(op, left, right)
+
+
+_COMBINES: dict[str, Any] = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "FloorDiv": operator.floordiv,
+    "Max": torch.sym_max,
+    "Min": torch.sym_min,
+}
+"""Sympy node -> function of two sizes; floor division is torch's class or that of the masks."""
