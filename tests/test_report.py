@@ -280,7 +280,7 @@ def test_explain_reports_sites_with_source_and_leaves_the_store_alone():
     assert file == __file__
     assert int(line) == attention.__code__.co_firstlineno + 1
     assert site.code == "return torch.softmax(q @ k.transpose(-1, -2) * 0.25, dim=-1) @ v"
-    assert "of 16, batch 2, q_len 6, kv_len 6, fp32, scale 0.25" in site.spec
+    assert "2 heads of 16, q_len 6, kv_len 6, fp32, scale 0.25" in site.spec
     assert reports() == []
 
 
