@@ -97,7 +97,7 @@ def _tensor_scale(logits: Logits, step: Step, proof: Proof, roles: Roles) -> Non
         logits.q_factors.append((factor, step.invert))
     elif not atoms & {*roles.query, *roles.groups} and atoms <= {*roles.batch, *roles.kv_heads, *roles.key}:
         if logits.is_shifted or logits.row_shifted:
-            raise Refusal("scale_after_shift", "shifted scores are scaled by a tensor that varies along the softmax axis")
+            raise Refusal("scale_after_shift", "shifted scores are scaled by a tensor that varies with the key")
         logits.k_factors.append((factor, step.invert))
     else:
         raise Refusal("scale_tensor", "the scores are multiplied by a tensor that varies with both queries and keys")

@@ -195,6 +195,8 @@ def _empty_rows(
     proof: Proof, replaced: list[_Term], added: list[_Term], closed: prover.ClosedForm, opaque_biases: int
 ) -> EmptyRows | None:
     """What a row without keys gives; None if it is nothing the op knows."""
+    if not proof.shifted and opaque_biases:
+        raise Refusal("unshifted_softmax", "exp / sum without the maximum subtracted is NaN where a bias is very low")
     terms = [*replaced, *added]
     never_empty = closed.every_row_keeps_a_key() and not any(t.form is None for t in terms)
     if proof.safe:
@@ -208,10 +210,11 @@ def _empty_rows(
     if len(fills) > 1 or len(terms) > 1:
         return None
     (fill,) = fills
-    if added or terms[0].moved:
+    if added:
         absorbed = prover.absorbs(fill, _score_dtype(proof)) and not opaque_biases
         return EmptyRows.MEAN_ADDED if absorbed else None
-    return EmptyRows.MEAN
+    # A bias added to the fill gets a gradient that the scores do not: no mode says that.
+    return None if terms[0].moved else EmptyRows.MEAN
 
 
 def _zeroed(

@@ -187,13 +187,20 @@ def _query_and_key(left: Factor, right: Factor, key: Dim) -> tuple[Factor, Facto
     raise Refusal("key_axis", "the softmax axis is not a free axis of exactly one factor of q k^T")
 
 
+_SHAPE_ONLY = frozenset(
+    ["zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"]
+)
+"""Ops that read the shape of a tensor and nothing else, as a mask is made from scores."""
+
+
 def _check_scores_stay_inside(path: ScorePath, anchor: SoftmaxAnchor, weights: WeightsPath, live: LiveUsers) -> None:
     inside = {v.id for v in (path.contraction, *path.values, *anchor.internals, anchor.weights)}
     for step in path.steps:
         if step.kind == "row_shift":
             inside |= _chain_ids(step.operand)
     for value in (path.contraction, *path.values):
-        outside = [u for u in live.users(value, "scores_used_elsewhere") if u.id not in inside]
+        users = live.users(value, "scores_used_elsewhere")
+        outside = [u for u in users if u.id not in inside and u.name not in _SHAPE_ONLY]
         if outside:
             raise Refusal("scores_used_elsewhere", f"the scores are also read by {outside[0].name}")
     site = [path.contraction, *path.values, *weights.values, weights.contraction]

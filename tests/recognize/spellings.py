@@ -466,6 +466,13 @@ def causal_generated_by_nn_transformer(q, k, v):
 
 
 @spelling(square)
+def mask_made_like_the_scores(q, k, v):
+    s = q @ k.mT * SCALE
+    drop = torch.ones_like(s, dtype=torch.bool).triu(1)
+    return (s + torch.zeros_like(s).masked_fill(drop, -math.inf)).softmax(-1) @ v
+
+
+@spelling(square)
 def inplace_scale_and_mask(q, k, v):
     s = torch.matmul(q, k.permute(0, 1, 3, 2))
     s *= SCALE
