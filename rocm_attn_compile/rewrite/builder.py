@@ -15,6 +15,8 @@ import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
+from .. import _torch_private
+from ..capture.memory import Look
 from ..capture.trace import Trace, Value
 from ..reasons import Refusal
 from ..recognize.mask.integers import from_size
@@ -43,6 +45,8 @@ class GraphBuilder:
         self.time = trace.order[anchor]
         self.device: torch.device = anchor.meta["example_value"].device
         self.emitted: list[fx.Node] = []
+        self._shape_env = _torch_private.current_shape_env()
+        self._records_gradient = anchor not in trace.tensors or trace.tensors[anchor].value.grad_mode
         self._cursor = anchor
         self._replaced = replaced
         self._values: dict[int, fx.Node] = {}
@@ -67,8 +71,12 @@ class GraphBuilder:
         return node
 
     def example(self, handle: Any) -> Any:
-        """The example value of a handle."""
+        """The example value of a handle; of a tensor only the look counts, see `Look.of`."""
         return handle.meta["example_value"] if isinstance(handle, fx.Node) else handle
+
+    def look(self, node: fx.Node) -> Look:
+        """Shape, strides, dtype and device of the tensor a node yields."""
+        return Look.of(self.example(node))
 
     def tensor(self, value: Value) -> fx.Node:
         """A node that holds `value` at this place; raises Refusal if there is none and none can be made."""
@@ -90,20 +98,11 @@ class GraphBuilder:
         return self._sizes[expr]
 
     def _example(self, op: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta["example_value"], (args, kwargs))
-        fakes = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
-        mode = getattr(fakes[0], "fake_mode", None) if fakes else self._fake_mode()
-        if mode is None:
+        """Computed on fakes of our own: Dynamo's have several modes, and those inside vmap a level that is gone."""
+        args, kwargs = pytree.tree_map_only(fx.Node, self.example, (args, kwargs))
+        with _torch_private.only_fakes(self._shape_env), torch.set_grad_enabled(self._records_gradient):
+            args, kwargs = pytree.tree_map_only(torch.Tensor, _look_alike, (args, kwargs))
             return op(*args, **kwargs)
-        shape_env = mode.shape_env
-        if shape_env is None:
-            with mode:
-                return op(*args, **kwargs)
-        with mode, shape_env.ignore_fresh_unbacked_symbols():
-            return op(*args, **kwargs)
-
-    def _fake_mode(self) -> Any:
-        return getattr(self.anchor.meta.get("example_value"), "fake_mode", None)
 
     def _snapshot(self, value: Value) -> fx.Node | None:
         """A copy made where the value was still intact, for small tensors (a cache position that is counted up)."""
@@ -142,8 +141,7 @@ class GraphBuilder:
         if value.output_index is not None:
             node = self.call(operator.getitem, node, value.output_index)
         # What was computed under no_grad stays without gradient where it is computed with grad mode on.
-        is_recording = self.anchor not in self.trace.tensors or self.trace.tensors[self.anchor].value.grad_mode
-        if is_recording and not value.grad_mode and value.dtype.is_floating_point:
+        if self._records_gradient and not value.grad_mode and value.dtype.is_floating_point:
             node = self.call(aten.detach.default, node)
         return node
 
@@ -188,3 +186,10 @@ _COMBINES: dict[str, Any] = {
     "Min": torch.sym_min,
 }
 """Sympy node -> function of two sizes; floor division is torch's class or that of the masks."""
+
+
+def _look_alike(tensor: torch.Tensor) -> torch.Tensor:
+    look = Look.of(tensor)
+    plain = torch.empty_strided(look.shape, look.stride, dtype=look.dtype, device=look.device)
+    # invoke_subgraph asks the example of its body's result whether it requires grad
+    return plain.requires_grad_(look.dtype.is_floating_point and tensor.requires_grad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
+from ..capture.memory import Look
 from ..capture.trace import Value
 from ..recognize.region import Region
 from ..symbolic import is_one, same_size, to_expr
@@ -16,7 +17,7 @@ _SWAP_NAMES = frozenset(("transpose", "permute", "swapaxes"))
 _COPYING_NAMES = frozenset(("reshape", "contiguous", "flatten", "clone"))
 
 
-def choose_out_layout(target: fx.Node, region: Region, value: Value) -> str:
+def choose_out_layout(builder: GraphBuilder, target: fx.Node, region: Region, value: Value) -> str:
     """ "bshd" if eager's result lies so, or if every reader swaps heads and queries and then copies; else "bhsd".
 
     The usual `(p @ v).transpose(1, 2).reshape(b, s, h * d)` then reads memory that is already in order.
@@ -25,7 +26,7 @@ def choose_out_layout(target: fx.Node, region: Region, value: Value) -> str:
         return "bhsd"
     if target.users and all(_swaps_then_copies(user) for user in target.users):
         return "bshd"
-    return "bshd" if _order_in_memory(target.meta["example_value"]) == [0, 2, 1, 3] else "bhsd"
+    return "bshd" if _order_in_memory(builder.look(target)) == [0, 2, 1, 3] else "bhsd"
 
 
 def with_strides_of(builder: GraphBuilder, result: fx.Node, target: fx.Node) -> fx.Node:
@@ -33,8 +34,9 @@ def with_strides_of(builder: GraphBuilder, result: fx.Node, target: fx.Node) -> 
 
     A `.view` fails on any other layout, also one outside the graph.
     """
-    wanted, example = target.meta["example_value"], builder.example(result)
-    if all(is_one(n) or same_size(a, b) for n, a, b in zip(wanted.shape, wanted.stride(), example.stride())):
+    wanted = builder.look(target)
+    pairs = zip(wanted.shape, wanted.stride, builder.look(result).stride)
+    if all(is_one(size) or same_size(a, b) for size, a, b in pairs):
         return result
     readers = [user for user in target.users if user not in builder.emitted]
     if all(_name(reader) in _COPYING_NAMES or _swaps_then_copies(reader) for reader in readers):
@@ -49,13 +51,13 @@ def with_strides_of(builder: GraphBuilder, result: fx.Node, target: fx.Node) -> 
     return builder.call(aten.permute.default, copied, [order.index(i) for i in range(len(order))])
 
 
-def _order_in_memory(tensor: torch.Tensor) -> list[int] | None:
+def _order_in_memory(tensor: Look) -> list[int] | None:
     """The dimensions from the outermost to the innermost in memory; None if the tensor is not dense."""
     order: list[int] = []
     expected = to_expr(1)
-    while len(order) < tensor.ndim:
-        free = [d for d in reversed(range(tensor.ndim)) if d not in order]
-        fitting = [d for d in free if is_one(tensor.shape[d]) or same_size(tensor.stride(d), expected)]
+    while len(order) < len(tensor.shape):
+        free = [d for d in reversed(range(len(tensor.shape))) if d not in order]
+        fitting = [d for d in free if is_one(tensor.shape[d]) or same_size(tensor.stride[d], expected)]
         if not fitting:
             return None
         order.insert(0, fitting[0])

@@ -83,7 +83,7 @@ class Rewriter:
         seed = None
         if spec.dropout_p:
             seed = builder.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=builder.device)
-        layout = choose_out_layout(target, region, value)
+        layout = choose_out_layout(builder, target, region, value)
         call = builder.call(
             ops.attention,
             q,
