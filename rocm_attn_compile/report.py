@@ -204,11 +204,8 @@ def publish(report: Report) -> None:
     INFO has one line per graph, DEBUG the whole report: `TORCH_LOGS="+rocm_attn_compile"` shows both.
     """
     collected = _collector.get()
-    if collected is not None:
-        collected.append(report)
-    else:
-        with _lock:
-            _reports.append(report)
+    with _lock:
+        (_reports if collected is None else collected).append(report)
     log.info("%s", report.summary())
     log.debug("%s", report)
     _torch_private.trace_artifact("rocm_attn_report", report.to_json)
@@ -217,9 +214,8 @@ def publish(report: Report) -> None:
 def withdraw(report: Report) -> None:
     """Take back a published report, of a graph that was given up."""
     collected = _collector.get()
-    stored = collected if collected is not None else _reports
     with _lock:
-        stored[:] = [other for other in stored if other is not report]
+        (_reports if collected is None else collected).remove(report)
 
 
 @contextmanager
