@@ -381,3 +381,24 @@ def test_cache_as_module_buffers():
         torch.testing.assert_close(module(*token, torch.tensor([i])), eager(*token, torch.tensor([i])))
     torch.testing.assert_close(module.state_dict(), eager.state_dict())
     assert pipeline.calls == len(pipeline.graphs) == 1
+
+
+# --- torch.func around the compiled function ---
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, q, k, v: torch.func.grad(lambda q: f(q, k, v).sum())(q),
+        lambda f, q, k, v: torch.vmap(f)(q, k, v),
+        lambda f, q, k, v: torch.func.jvp(f, (q, k, v), (q, k, v)),
+    ],
+    ids=["grad", "vmap", "jvp"],
+)
+def test_func_transforms_outside(transform):
+    """PyTorch compiles nothing there and runs the function itself."""
+    pipeline = Pipeline("aot_eager")
+    compiled = torch.compile(attend, backend=pipeline)
+    inputs = qkv()
+    torch.testing.assert_close(transform(compiled, *inputs), transform(attend, *inputs))
+    assert pipeline.calls == len(reports()) == 0
