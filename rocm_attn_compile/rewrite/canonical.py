@@ -16,6 +16,11 @@ from .builder import GraphBuilder
 aten = torch.ops.aten
 
 
+def is_in_layout(dims: Sequence[Dim], groups: Sequence[Sequence[Atom]]) -> bool:
+    """True if a tensor with axes `dims` has exactly one dimension per group already."""
+    return [resolve(dim) for dim in dims] == [resolve(group) for group in groups]
+
+
 def to_layout(
     builder: GraphBuilder,
     tensor: fx.Node,
@@ -31,6 +36,8 @@ def to_layout(
     Raises:
         Refusal: `axis_left_over` if the tensor has an atom in none of the groups.
     """
+    if is_in_layout(dims, groups):
+        return tensor
     have = atoms_of(dims)
     wanted = [list(resolve(group)) for group in groups]
     flat = [atom for group in wanted for atom in group]
@@ -64,6 +71,8 @@ def from_layout(
     builder: GraphBuilder, tensor: fx.Node, groups: Sequence[Sequence[Atom]], dims: Sequence[Dim], shape: Sequence[Any]
 ) -> fx.Node:
     """The inverse: from one dimension per group to the axes `dims` of a tensor of `shape`."""
+    if is_in_layout(dims, groups):
+        return tensor
     atoms = [atom for group in groups for atom in resolve(group)]
     if [len(resolve(group)) for group in groups] != [1] * len(groups):
         tensor = builder.call(aten.reshape.default, tensor, [builder.size(atom.size) for atom in atoms])

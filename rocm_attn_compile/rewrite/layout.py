@@ -10,6 +10,7 @@ from ..capture.trace import Value
 from ..recognize.region import Region
 from ..symbolic import is_one, same_size, to_expr
 from .builder import GraphBuilder
+from .canonical import is_in_layout
 
 aten = torch.ops.aten
 
@@ -22,7 +23,8 @@ def choose_out_layout(builder: GraphBuilder, target: fx.Node, region: Region, va
 
     The usual `(p @ v).transpose(1, 2).reshape(b, s, h * d)` then reads memory that is already in order.
     """
-    if value is not region.output.value or len(value.shape) != 4:
+    roles = region.roles
+    if not is_in_layout(region.labels.of(value), [roles.batch, roles.heads, roles.query, roles.value_depth]):
         return "bhsd"
     if target.users and all(_swaps_then_copies(user) for user in target.users):
         return "bshd"
