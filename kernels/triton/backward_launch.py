@@ -94,7 +94,7 @@ def backward_launches(
         static_arguments(
             layout(q), layout(k), layout(v), layout(attn_bias), layout(attn_mask), layout(key_mask), layout(kv_start),
             layout(kv_end), layout(q_ids), layout(kv_ids), softmax_scale, logits_soft_cap, band_lower, band_upper,
-            dropout_p,
+            dropout_p, configs.smallest_head_block(arch, q.element_size()),
         )
     )  # fmt: skip
     arguments.update(

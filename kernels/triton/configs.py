@@ -227,3 +227,14 @@ def select(arch: str, direction: str, head_block: int, itemsize: int) -> KernelC
         if head_block <= max_head and itemsize <= max_bytes:
             return config
     raise AssertionError(f"no {direction} configuration for {arch}, head size {head_block}, {itemsize} bytes")
+
+
+def smallest_head_block(arch: str, itemsize: int) -> int:
+    """The least extent a head dimension is padded to: 16 for the matrix units, 64 for Hopper's in half precision.
+
+    Triton 3.6 compiles warp-group products over a value tile narrower than 64 (64 to 128 queries, 64 keys, 16 or 32
+    columns) to reads past the end of shared memory: compute-sanitizer on an H200 reports "Invalid __shared__ read of
+    size 512 bytes" at the second product, and results are wrong or the kernel dies. With 64 columns, or tiles of 32
+    queries, which do not use these instructions, all cases are right.
+    """
+    return 64 if arch == "sm90" and itemsize == 2 else 16

@@ -247,7 +247,7 @@ def attention_forward_kernel(
         tl.store(part + V_HEAD_DIM, m_i, mask=row_ok)
         tl.store(part + V_HEAD_DIM + 1, l_i, mask=row_ok)
     else:
-        # A float, not a bool, so that what Triton moves between register layouts is a 32-bit value (see MAX_DECODE_M).
+        # A float, not a bool, so that what Triton moves between register layouts is a 32-bit value.
         hole = tl.where(l_i == 0.0, 1.0, 0.0)
         if EMPTY_ROWS == EMPTY_MEAN or EMPTY_ROWS == EMPTY_MEAN_ADDED:
             # Every key, also those outside the visited range, with equal weight. Rows with a key have weight 0 here.

@@ -16,10 +16,8 @@ from .launch import EMPTY_ROWS, Launch, Tuning, check, device_arch, dot_precisio
 PACK_ROWS = 64
 """Up to this many (query, head of a group) rows, a group's query heads share one tile."""
 MAX_DECODE_M = 32
-"""Tallest packed tile. Not 64: on an H200 under Triton 3.6, a 64 x 64 tile with a bias, float16 and a small v_head_dim
-gave wrong values through the warp-group matrix instructions. 16 x 64 and 64 x 32 tiles and float32 were right, and so
-was the gfx942 machine code of the same cases in a simulator. The cause is not found. To reproduce: set this to 64 and
-run benchmarks/gpu/check_triton.py --only name=random-3, (and random-14,)."""
+"""Tallest packed tile. Not 64, which on Hopper would take the warp-group matrix instructions for a few rows; see also
+configs.smallest_head_block."""
 MIN_SPLIT_KEYS = 256
 """A split gets at least this many keys: below, the combine step costs more than it saves."""
 MAX_SPLITS = 128
@@ -147,7 +145,7 @@ def forward_plan(
         tuning: Overrides, or None.
     """
     tuning = tuning or Tuning()
-    arguments = dict(static_arguments(*layouts, *scalars))
+    arguments = dict(static_arguments(*layouts, *scalars, configs.smallest_head_block(arch, itemsize)))
     (batch, num_heads, q_len, _), (_, kv_heads, kv_len, _) = layouts[0][0], layouts[1][0]
     group = num_heads // kv_heads
     pack = tuning.pack or (group if q_len * group <= PACK_ROWS else 1)

@@ -80,9 +80,9 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32" if precision == "tf32" else "ieee"
 
 
-def padded(head_dim: int) -> int:
-    """The tile extent of a head dimension: a power of two, at least 16 for the matrix units."""
-    return max(16, triton.next_power_of_2(head_dim))
+def padded(head_dim: int, smallest: int) -> int:
+    """The tile extent of a head dimension: a power of two, at least `smallest` (configs.smallest_head_block)."""
+    return max(smallest, triton.next_power_of_2(head_dim))
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty_rows: str, out_layout: str = "bhsd") -> None:
@@ -144,6 +144,7 @@ def static_arguments(
     band_lower: int | None,
     band_upper: int | None,
     dropout_p: float,
+    smallest_head_block: int,
 ) -> dict[str, Any]:
     """The arguments that all kernels share and that are not tensors; remembered, do not modify the result."""
     batch, num_heads, q_len, head_dim = q[0]
@@ -181,8 +182,8 @@ def static_arguments(
         dropout_p=float(dropout_p) if dropout_p > 0.0 else None,
         HEAD_DIM=head_dim,
         V_HEAD_DIM=v_head_dim,
-        BLOCK_D=padded(head_dim),
-        BLOCK_E=padded(v_head_dim),
+        BLOCK_D=padded(head_dim, smallest_head_block),
+        BLOCK_E=padded(v_head_dim, smallest_head_block),
         WIDE=any(256 * max(stride[1:]) >= 2**31 for _, stride in matrices),
         RAW=attn_bias is None and logits_soft_cap is None and softmax_scale > 0,
         HAS_SOFT_CAP=logits_soft_cap is not None,
