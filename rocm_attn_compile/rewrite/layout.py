@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.fx as fx
 
 from ..capture.memory import Look
 from ..capture.trace import Value
+from ..recognize.axes import atoms_of
 from ..recognize.region import Region
 from ..symbolic import is_one, same_size, to_expr
 from .builder import GraphBuilder
-from .canonical import is_in_layout
 
 aten = torch.ops.aten
 
-_SWAP_NAMES = frozenset(("transpose", "permute", "swapaxes"))
-_COPYING_NAMES = frozenset(("reshape", "contiguous", "flatten", "clone"))
-
 
 def choose_out_layout(builder: GraphBuilder, target: fx.Node, region: Region, value: Value) -> str:
-    """ "bshd" if eager's result lies so, or if every reader swaps heads and queries and then copies; else "bhsd".
+    """ "bshd" if every reader goes through the memory in that order, or if eager's result lies so; else "bhsd".
 
-    The usual `(p @ v).transpose(1, 2).reshape(b, s, h * d)` then reads memory that is already in order.
+    The usual `(p @ v).transpose(1, 2).reshape(b, s, h * d)` then finds it in order.
     """
-    roles = region.roles
-    if not is_in_layout(region.labels.of(value), [roles.batch, roles.heads, roles.query, roles.value_depth]):
-        return "bhsd"
-    if target.users and all(_swaps_then_copies(user) for user in target.users):
-        return "bshd"
-    return "bshd" if _order_in_memory(builder.look(target)) == [0, 2, 1, 3] else "bhsd"
+    roles, dims = region.roles, region.labels.of(value)
+    if not (roles.heads and roles.query):
+        return "bhsd"  # both are the same
+    bshd = atoms_of([tuple(g) for g in (roles.batch, roles.query, roles.heads, roles.value_depth)])
+    orders = [_order_read(reader, len(dims)) for reader in target.users]
+    if not orders or None in orders:
+        orders = [_order_in_memory(builder.look(target))]
+    return "bshd" if all(order and atoms_of([dims[d] for d in order]) == bshd for order in orders) else "bhsd"
 
 
 def with_strides_of(builder: GraphBuilder, result: fx.Node, target: fx.Node) -> fx.Node:
@@ -36,12 +37,13 @@ def with_strides_of(builder: GraphBuilder, result: fx.Node, target: fx.Node) -> 
 
     A `.view` fails on any other layout, also one outside the graph.
     """
-    wanted = builder.look(target)
-    pairs = zip(wanted.shape, wanted.stride, builder.look(result).stride)
+    wanted, given = builder.look(target), builder.look(result)
+    pairs = zip(wanted.shape, wanted.stride, given.stride)
     if all(is_one(size) or same_size(a, b) for size, a, b in pairs):
         return result
+    present = _order_in_memory(given)
     readers = [user for user in target.users if user not in builder.emitted]
-    if all(_name(reader) in _COPYING_NAMES or _swaps_then_copies(reader) for reader in readers):
+    if present is not None and all(_agree(_order_read(r, len(present)), present, given) for r in readers):
         return result
     order = _order_in_memory(wanted)
     if order is None:  # not dense in any order, and no view that joins dimensions is legal in eager either
@@ -51,6 +53,48 @@ def with_strides_of(builder: GraphBuilder, result: fx.Node, target: fx.Node) -> 
     copied = builder.call(aten.permute.default, result, order)
     copied = builder.call(aten.clone.default, copied, memory_format=torch.contiguous_format)
     return builder.call(aten.permute.default, copied, [order.index(i) for i in range(len(order))])
+
+
+def _order_read(reader: fx.Node, ndim: int) -> list[int] | None:
+    """The order of dimensions in which a reader wants the memory; None for one that may see the strides.
+
+    `reshape` is free where the memory is in the order of its input, and gives eager's values in any case.
+    """
+    identity = list(range(ndim))
+    if _joins(reader):
+        return identity
+    order = _permutation(reader, ndim)
+    return order if order and reader.users and all(map(_joins, reader.users)) else None
+
+
+def _joins(node: fx.Node) -> bool:
+    return _name(node) in ("reshape", "flatten", "contiguous") and not node.kwargs
+
+
+def _permutation(node: fx.Node, ndim: int) -> list[int] | None:
+    """The dimensions of the input, in the order of the output, for a call that permutes them."""
+    numbers = list(node.args[1:])
+    if len(numbers) == 1 and isinstance(numbers[0], (tuple, list)):
+        numbers = list(numbers[0])
+    if node.kwargs or not all(isinstance(number, int) for number in numbers):
+        return None
+    dims = [int(number) % ndim for number in numbers]  # type: ignore[arg-type]
+    if _name(node) == "permute":
+        return dims
+    if _name(node) not in ("transpose", "swapaxes") or len(dims) != 2:
+        return None
+    order = list(range(ndim))
+    order[dims[0]], order[dims[1]] = dims[1], dims[0]
+    return order
+
+
+def _agree(order: Sequence[int] | None, other: Sequence[int], look: Look) -> bool:
+    """True if two orders differ only in where dimensions of size 1 stand."""
+
+    def wide(dims: Sequence[int]) -> list[int]:
+        return [d for d in dims if not is_one(look.shape[d])]
+
+    return order is not None and wide(order) == wide(other)
 
 
 def _order_in_memory(tensor: Look) -> list[int] | None:
@@ -65,17 +109,6 @@ def _order_in_memory(tensor: Look) -> list[int] | None:
         order.insert(0, fitting[0])
         expected = expected * to_expr(tensor.shape[fitting[0]])
     return order
-
-
-def _swaps_then_copies(node: fx.Node) -> bool:
-    name = _name(node)
-    if name not in _SWAP_NAMES or not node.users:
-        return False
-    numbers = list(node.args[1:])
-    if len(numbers) == 1 and isinstance(numbers[0], (tuple, list)):
-        numbers = list(numbers[0])
-    swaps = numbers in ([1, 2], [2, 1], [-3, -2], [-2, -3]) if name != "permute" else numbers == [0, 2, 1, 3]
-    return swaps and all(_name(user) in _COPYING_NAMES for user in node.users)
 
 
 def _name(node: fx.Node) -> str:
