@@ -123,6 +123,25 @@ def cpu_allocations(profile: torch.profiler.profile) -> list[int]:
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
+# --- What Inductor makes of a function (tests) ---
+
+
+def generated_code(function: Callable, *args: Any, runs: bool = True) -> tuple[Any, list[str]]:
+    """The result of calling a compiled function for the first time, and the code that Inductor wrote for it.
+
+    Args:
+        function: From `torch.compile`.
+        args: Its arguments.
+        runs: If False the code is neither compiled nor run, which saves the C++ compiler's time; the result is None.
+    """
+    from torch._inductor.utils import fresh_cache, get_code, run_and_get_code
+
+    with fresh_cache():
+        if runs:
+            return run_and_get_code(function, *args)
+        return None, get_code(function, *args)
+
+
 # --- Compiling (pipeline.py, lower/) ---
 
 

@@ -495,3 +495,13 @@ def test_copy_graph_can_be_compiled_in_the_place_of_the_original():
     layer = torch.nn.Linear(2, 2)
     compiled = torch.compile(lambda x: layer(x) + 1, backend=backend)
     torch.testing.assert_close(compiled(torch.ones(2)), layer(torch.ones(2)) + 1)
+
+
+def test_generated_code_with_and_without_running():
+    compiled = torch.compile(torch.matmul, backend="inductor")
+    x = torch.randn(3, 3)
+    result, code = _torch_private.generated_code(compiled, x, x)
+    torch.testing.assert_close(result, x @ x)
+    assert "extern_kernels.mm(" in code[0]
+    result, unused = _torch_private.generated_code(compiled, x, x, runs=False)
+    assert result is None and "extern_kernels.mm(" in unused[0]
