@@ -313,6 +313,18 @@ def makes_unbacked_size(result: Any, operands: Any) -> bool:
     return bool(new and new - symbols(operands))
 
 
+def same_if_known(left: Sequence[int], right: Sequence[int]) -> bool:
+    """`left == right`; False where that depends on data, as with the length of `k[:, :n.item()]` while compiling."""
+    try:
+        return left == right
+    except RuntimeError as error:
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+        if isinstance(error, GuardOnDataDependentSymNode):
+            return False
+        raise
+
+
 # Targets of the nodes by which Dynamo switches modes.
 set_grad_enabled = torch._C._set_grad_enabled
 enter_inference_mode = torch.autograd.grad_mode._enter_inference_mode

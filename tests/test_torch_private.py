@@ -505,3 +505,12 @@ def test_generated_code_with_and_without_running():
     assert "extern_kernels.mm(" in code[0]
     result, unused = _torch_private.generated_code(compiled, x, x, runs=False)
     assert result is None and "extern_kernels.mm(" in unused[0]
+
+
+def test_same_if_known_does_not_guard_on_data():
+    shape_env = torch.fx.experimental.symbolic_shapes.ShapeEnv()
+    with _torch_private.only_fakes(shape_env):
+        rows = torch.ones(3).nonzero()
+    assert not _torch_private.same_if_known(rows.shape, (3, 1))
+    assert _torch_private.same_if_known((3, 1), (3, 1))
+    assert not _torch_private.same_if_known((3, 2), (3, 1))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rocm_attn_compile import _torch_private
+
 NAMESPACE = "rocm_attn"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -73,7 +75,7 @@ def empty_grad(tensor: Tensor) -> Tensor:
     """Uninitialised gradient of `tensor`: its strides where it is dense, else contiguous."""
     grad = torch.empty_like(tensor)
     # torch.empty_like keeps the strides exactly of dense tensors only.
-    return grad if grad.stride() == tensor.stride() else tensor.new_empty(tensor.shape)
+    return grad if _torch_private.same_if_known(grad.stride(), tensor.stride()) else tensor.new_empty(tensor.shape)
 
 
 def check_inputs(

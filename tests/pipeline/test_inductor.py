@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pipeline_harness import SCALE, B, D, H, M, N, attend, causal, qkv, rand
 
 from rocm_attn_compile import _torch_private
-from rocm_attn_compile.testing import peak_memory
+from rocm_attn_compile.testing import assert_as_accurate_as_eager, peak_memory
 
 
 class Code:
@@ -48,8 +48,8 @@ def join(out):
 WEIGHT = rand(H * D, 3 * H * D)
 
 
-def block(x):
-    projected = (torch.tanh(x) * 2.0) @ WEIGHT
+def block(x, weight):
+    projected = (torch.tanh(x) * 2.0) @ weight
     q, k, v = projected.view(B, M, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
     return F.gelu(join(attend(q, k, v, causal(M)))) + x
 
@@ -58,8 +58,8 @@ def test_pointwise_work_is_fused_into_one_kernel_before_and_one_after():
     x = rand(B, M, H * D)
     compiled = torch.compile(block, backend="rocm_attn", fullgraph=True)
     with torch.no_grad():
-        result, (text,) = _torch_private.generated_code(compiled, x)
-        torch.testing.assert_close(result, block(x))
+        result, (text,) = _torch_private.generated_code(compiled, x, WEIGHT)
+        torch.testing.assert_close(result, block(x, WEIGHT))
     code = Code(text)
     assert len(code.kernels) == 2
     assert "tanh" in code.kernels[0] and "mul" in code.kernels[0]
@@ -71,11 +71,13 @@ def test_pointwise_work_is_fused_into_one_kernel_before_and_one_after():
 
 @pytest.mark.slow
 def test_training_block():
-    x = rand(B, M, H * D).requires_grad_()
+    def gradient(function, x, weight):
+        return torch.autograd.grad(function(x, weight).square().sum(), (x, weight))
+
+    inputs = rand(B, M, H * D).requires_grad_(), WEIGHT.clone().requires_grad_()
     compiled = torch.compile(block, backend="rocm_attn", fullgraph=True)
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled(x).square().sum(), x), torch.autograd.grad(block(x).square().sum(), x)
-    )
+    exact = gradient(block, *(t.detach().double().requires_grad_() for t in inputs))
+    assert_as_accurate_as_eager(gradient(compiled, *inputs), gradient(block, *inputs), exact)
 
 
 # --- how q, k and v arrive: as views of what the projection wrote ---

@@ -250,6 +250,41 @@ def test_mark_dynamic():
     assert pipeline.calls == len(pipeline.graphs) == 1
 
 
+def length_from_data(q, k, v, n):
+    length = n.item()
+    torch._check(length >= 1)
+    torch._check(length <= N)
+    return attend(q, k[:, :, :length], v[:, :, :length])
+
+
+def keys_from_data(q, k, v, n):
+    i = (k.sum((0, 1, 3)) > 0).nonzero()[:, 0]
+    return attend(q, k[:, :, i], v[:, :, i]) + n
+
+
+@pytest.mark.parametrize("function", [length_from_data, keys_from_data])
+@pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
+def test_lengths_that_depend_on_data(function, trains):
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        check(function, lambda: (*qkv(), torch.tensor(7)), calls=1, trains=trains)
+
+
+def one_after_the_other(q, k, v):
+    x = q
+    for i in range(3):
+        x = x + attend(x * (i + 1), k, v)
+    return x
+
+
+def of_one_tensor(q, k, v):
+    return attend(q, q, q, causal(M)) + attend(k, k, k)[:, :, :M]
+
+
+@pytest.mark.parametrize(("function", "calls"), [(one_after_the_other, 3), (of_one_tensor, 2)])
+def test_several_in_one_graph(function, calls):
+    check(function, calls=calls, trains=True)
+
+
 # --- PyTorch's own modules ---
 
 
