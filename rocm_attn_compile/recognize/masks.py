@@ -207,14 +207,14 @@ def _empty_rows(
     if all(math.isinf(fill) for fill in fills) or not proof.shifted:
         # Without the maximum subtracted, exp underflows to 0 everywhere and 0 / 0 is NaN.
         return EmptyRows.NAN_ADDED if added or opaque_biases else EmptyRows.NAN
-    if len(fills) > 1 or len(terms) > 1:
-        return None
+    if len(fills) > 1 or (added and len(terms) > 1):
+        return None  # the row is uniform over some of its keys only, or two fills were added up
     (fill,) = fills
     if added:
         absorbed = prover.absorbs(fill, _score_dtype(proof)) and not opaque_biases
         return EmptyRows.MEAN_ADDED if absorbed else None
     # A bias added to the fill gets a gradient that the scores do not: no mode says that.
-    return None if terms[0].moved else EmptyRows.MEAN
+    return None if any(term.moved for term in terms) else EmptyRows.MEAN
 
 
 def _zeroed(

@@ -230,7 +230,7 @@ def padded_square():
 @pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
 def test_two_masks_with_rows_empty_in_one(function, trains):
     """Right in any case; where a row may become uniform over part of the keys, the rewrite stops."""
-    with_site = function is not causal_inf_padding_lowest and function is not causal_and_padding_replaced
+    with_site = function is not causal_inf_padding_lowest
     check(function, padded_square, calls=int(with_site), refused=None if with_site else "mixed_fills", trains=trains)
 
 
