@@ -403,7 +403,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")  # SDPA explains at length why a backend cannot take a shape
     device = torch.cuda.get_device_name()
     versions = {"device": device, "torch": torch.__version__, "triton": triton.__version__,
-                "cudnn": torch.backends.cudnn.version()}  # fmt: skip
+                "cudnn": torch.backends.cudnn.version(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
     copy = copy_ceiling()
     print(f"{versions}, copy {copy:.0f} GB/s", flush=True)
     results: list[dict[str, Any]] = []
