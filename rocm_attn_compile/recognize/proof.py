@@ -9,6 +9,7 @@ from ..capture.trace import Value
 from .axes import Dim
 from .labels import Labels
 from .scores import Step
+from .weights import Zeroing
 
 
 @dataclass(eq=False)
@@ -57,7 +58,7 @@ class Proof:
     operand_labels: dict[int, Labels] = field(default_factory=dict)
     shifted: bool = True
     safe: bool = False
-    zeroed: Any = None
+    zeroed: list[Zeroing] = field(default_factory=list)
     dropout_p: float = 0.0
     cuts_sink: bool = False
     values: list[Value] = field(default_factory=list)

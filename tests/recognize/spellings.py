@@ -640,3 +640,32 @@ def results_of(function, inputs: list, trains: bool) -> tuple[Tensor, ...]:
     weight = torch.randn(out.shape).to(torch.bfloat16).to(out.dtype)
     leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
     return (out, *(g for g in torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True) if g is not None))
+
+
+# --- weights that are masked once more after the softmax ---
+
+
+@spelling(square)
+def causal_masked_before_and_after(q, k, v):
+    drop = torch.ones(M, M, dtype=torch.bool).triu(1)
+    return (q @ k.mT * SCALE).masked_fill(drop, -math.inf).softmax(-1).masked_fill(drop, 0.0) @ v
+
+
+@spelling(square)
+def causal_masked_after_by_where(q, k, v):
+    keep = torch.ones(M, M, dtype=torch.bool).tril()
+    return torch.where(keep, torch.where(keep, q @ k.mT * SCALE, -math.inf).softmax(-1), 0.0) @ v
+
+
+@spelling(square)
+def causal_multiplied_after(q, k, v):
+    keep = torch.ones(M, M, dtype=q.dtype).tril()
+    return (((q @ k.mT * SCALE) + (1.0 - keep) * -1e9).softmax(-1) * keep) @ v
+
+
+@spelling(lambda: (*square(), rand(H, M, M), torch.rand(B, M, M) < 0.8))
+def cpmant_masked_before_and_after(q, k, v, position_bias, mask):
+    mask = mask | torch.eye(M, dtype=torch.bool)
+    s = q @ k.mT / math.sqrt(D) + position_bias
+    s = torch.masked_fill(s, mask.view(B, 1, M, M) == torch.tensor(False), torch.finfo(s.dtype).min)
+    return torch.masked_fill(s.softmax(-1), mask.view(B, 1, M, M) == torch.tensor(False), 0.0) @ v
