@@ -660,7 +660,7 @@ def causal_masked_after_by_where(q, k, v):
 @spelling(square)
 def causal_multiplied_after(q, k, v):
     keep = torch.ones(M, M, dtype=q.dtype).tril()
-    return (((q @ k.mT * SCALE) + (1.0 - keep) * -1e9).softmax(-1) * keep) @ v
+    return (((q @ k.mT * SCALE) + (1.0 - keep) * torch.finfo(q.dtype).min).softmax(-1) * keep) @ v
 
 
 @spelling(lambda: (*square(), rand(H, M, M), torch.rand(B, M, M) < 0.8))
