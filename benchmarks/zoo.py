@@ -5,7 +5,8 @@
 
 `run` builds a tiny random model of every architecture, each in a process of its own, counts its attention sites by
 watching it run, and compares what the package and Inductor's matcher make of it. Finished cases in FILE, one JSON
-object a line, are skipped, so an interrupted run goes on where it was. `table` writes docs/coverage.md.
+object a line, are skipped, so an interrupted run goes on where it was. `table` merges the files into
+results/zoo.jsonl, which is kept, and writes docs/coverage.md from it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from zoo_lib.rows import compact, read
+
+ROOT = Path(__file__).resolve().parent
+KEPT = ROOT / "results" / "zoo.jsonl"
+PAGE = ROOT.parent / "docs" / "coverage.md"
 
 
 def main() -> None:
@@ -36,9 +43,27 @@ def main() -> None:
     run.add_argument("--only", nargs="*", default=[], help="patterns of names")
     run.add_argument("--again", action="store_true", help="also what FILE has")
     run.add_argument("--timeout", type=float, default=120.0, help="seconds per model")
+    table = commands.add_parser("table")
+    table.add_argument("--results", type=Path, nargs="+", default=[KEPT])
     options = parser.parse_args()
     if options.command == "run":
         run_all(options)
+    else:
+        write_table(options.results)
+
+
+def write_table(paths: list[Path]) -> None:
+    """Merge the files into the kept one and write the page."""
+    import torch
+    import transformers
+    from zoo_lib.judge import FACTOR
+    from zoo_lib.rows import newest
+    from zoo_lib.table import page
+
+    rows = newest([row for path in paths for row in read(path)])
+    KEPT.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["name"])))
+    versions = f"PyTorch {torch.__version__}, transformers {transformers.__version__}."
+    PAGE.write_text(page(rows, FACTOR, versions))
 
 
 def run_all(options: argparse.Namespace) -> None:
@@ -49,20 +74,20 @@ def run_all(options: argparse.Namespace) -> None:
     setting["lowering"] = options.lowering
     names = [n for n in source.names() if not options.only or any(fnmatch.fnmatch(n, p) for p in options.only)]
     done = set() if options.again else finished(options.results, setting)
-    todo = [name for name in names if name not in done]
+    seen = {row["name"] for row in read(options.results)}
+    todo = sorted((name for name in names if name not in done), key=lambda name: name in seen)  # what is new first
     for number, name in enumerate(todo, 1):
         start = time.perf_counter()
         result = in_child(lambda name=name: one(source, name, setting, not options.no_peer), options.timeout)
         result = {"name": name, **setting, **result, "wall": round(time.perf_counter() - start, 1)}
         with options.results.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+            file.write(json.dumps(compact(result)) + "\n")
         print(f"[{number}/{len(todo)}] {name:32s} {in_words(result)}", file=sys.stderr, flush=True)
 
 
 def finished(path: Path, setting: dict[str, Any]) -> set[str]:
-    if not path.exists():
-        return set()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    """Models that ran in this setting; those that could not be built are tried again."""
+    rows = read(path)
     return {row["name"] for row in rows if row["status"] == "run" and all(row[k] == v for k, v in setting.items())}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 4, 2, 16, 2, 99
+HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 4, 2, 16, 1, 99
 WIDTH = HEADS * HEAD_DIM
 
 # The first pattern that matches the whole name of an integer field gives its value.
@@ -50,6 +50,7 @@ _INTEGERS: list[tuple[str, int]] = [
     (r"(num_conv_pos_embedding_groups)", 2),
     (r"(state_size|d_state|mamba_d_state)", 8),
     (r"(relative_attention_.*|max_relative_positions?)", 8),
+    (r"first_k_dense_replace", 0),
     (r"(num_queries|num_latents|num_query_tokens|num_query)", 9),
     (r"(pooler_num_.*)", 2),
 ]
@@ -60,7 +61,7 @@ _FIRST_SPECIAL = 80
 
 
 def tiny(config_class: type, overrides: dict[str, Any]) -> Any:
-    """A configuration of the class with few layers, heads and channels.
+    """A configuration of the class with one layer of each kind, few heads and channels.
 
     Args:
         config_class: A subclass of `transformers.PretrainedConfig`.
@@ -153,7 +154,7 @@ def _sequence(name: str, value: list, values: dict, tokens: _Tokens) -> Any:
         if _TOKEN.fullmatch(name):
             return [_KEEP.get("eos_token_id") if "eos" in name else tokens.new() for _ in value]
         if _DEPTHS.fullmatch(name):
-            return [min(v, 2 if i == 0 else 1) for i, v in enumerate(value)]
+            return [min(v, 2 if i == 0 else 1) for i, v in enumerate(value)]  # two: with and without shifted windows
         if name in ("image_size", "img_size"):
             return [32 for _ in value]
         if name == "conv_dim":
@@ -166,9 +167,8 @@ def _sequence(name: str, value: list, values: dict, tokens: _Tokens) -> Any:
 
 
 def _layers_of_each_type(values: dict[str, Any]) -> None:
-    """As few layers as have every type once, two at least."""
+    """As few layers as have every type once."""
     kinds = list(dict.fromkeys(values["layer_types"]))
-    kinds = kinds * 2 if len(kinds) == 1 else kinds
     old = len(values["layer_types"])
     values["layer_types"] = kinds
     for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
