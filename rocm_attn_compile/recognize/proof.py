@@ -60,7 +60,7 @@ class Proof:
     safe: bool = False
     zeroed: list[Zeroing] = field(default_factory=list)
     dropout_p: float = 0.0
-    cuts_sink: bool = False
+    cuts_sink: str | None = None
     values: list[Value] = field(default_factory=list)
 
     def factors(self) -> list[Factor]:

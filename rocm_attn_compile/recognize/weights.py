@@ -41,7 +41,7 @@ class WeightsPath:
         values: From the softmax (included) to the operand (included).
         dropout_p: 0.0 if off.
         zeroed: All that sets weights to 0, in order.
-        cuts_sink: The last column is sliced off.
+        cuts_sink: The column that is sliced off: "first", "last" or None.
     """
 
     contraction: Value
@@ -49,7 +49,7 @@ class WeightsPath:
     values: list[Value] = field(default_factory=list)
     dropout_p: float = 0.0
     zeroed: list[Zeroing] = field(default_factory=list)
-    cuts_sink: bool = False
+    cuts_sink: str | None = None
 
 
 def follow_weights(anchor: SoftmaxAnchor, live: LiveUsers) -> WeightsPath:
@@ -102,10 +102,12 @@ def _step(path: WeightsPath, anchor: SoftmaxAnchor, value: Value, user: Value) -
         if user.name == "mul" and (other := _other_of_two(value, user)) is not None:
             path.zeroed.append(Zeroing(user, other, keeps=True, is_factor=True))
             return
-        if user.name == "slice" and user.args[0] is value and _cuts_last(value, user):
+        if user.name == "slice" and user.args[0] is value and (column := _cut_column(value, user)) is not None:
             if path.cuts_sink:
                 raise Refusal("weights_changed", "the attention weights are sliced twice")
-            path.cuts_sink = True
+            if any(zeroing.mask is not None for zeroing in path.zeroed):
+                raise Refusal("weights_changed", "the attention weights are masked together with a column of sinks")
+            path.cuts_sink = column
             return
         if user.name == "detach":
             raise Refusal("weights_detached", "the attention weights are detached from autograd before they meet V")
@@ -138,11 +140,13 @@ def _nan_becomes_zero(value: Value) -> bool:
     return nan is None or nan == 0
 
 
-def _cuts_last(source: Value, value: Value) -> bool:
-    """True if `value = source[..., :-1]` along the last dimension."""
+def _cut_column(source: Value, value: Value) -> str | None:
+    """ "last" if `value = source[..., :-1]` along the last dimension, "first" if `source[..., 1:]`."""
     dim = (value.args[1] if len(value.args) > 1 else 0) % source.ndim
     start = value.args[2] if len(value.args) > 2 else None
     step = value.args[4] if len(value.args) > 4 else 1
-    if dim != source.ndim - 1 or step != 1 or not (start is None or same_size(start, 0)):
-        return False
-    return same_size(to_expr(value.shape[dim]) + 1, source.shape[dim])
+    if dim != source.ndim - 1 or step != 1 or not same_size(to_expr(value.shape[dim]) + 1, source.shape[dim]):
+        return None
+    if start is None or same_size(start, 0):
+        return "last"
+    return "first" if same_size(start, 1) else None

@@ -319,3 +319,16 @@ def nan_to_num_before_another_mask(q, k, v, drop):
 @look_alike("weights_changed", lambda: (*square(), rand(H)))
 def gated_heads(q, k, v, gate):
     return ((q @ k.mT * SCALE).softmax(-1) * gate[:, None, None]) @ v
+
+
+@look_alike("sink_axis", lambda: (*square(), rand(H)))
+def other_column_than_the_sinks_cut_off(q, k, v, sinks):
+    s = torch.cat([sinks.reshape(1, -1, 1, 1).expand(B, -1, M, -1), q @ k.mT * SCALE], dim=-1)
+    return s.softmax(-1)[..., :-1] @ v
+
+
+@look_alike("weights_changed", lambda: (*square(), rand(H)))
+def weights_masked_before_sinks_are_cut_off(q, k, v, sinks):
+    drop = torch.ones(M, M + 1, dtype=torch.bool).triu(1)
+    s = torch.cat([sinks.reshape(1, -1, 1, 1).expand(B, -1, M, -1), q @ k.mT * SCALE], dim=-1)
+    return s.softmax(-1).masked_fill(drop, 0.0)[..., 1:] @ v

@@ -550,6 +550,12 @@ def gpt_oss_sinks(q, k, v, sinks):
     return F.softmax(s, dim=-1, dtype=s.dtype)[..., :-1] @ v
 
 
+@spelling(lambda: (*bhsd(), rand(H)))
+def x_transformers_sinks_first(q, k, v, sinks):
+    s = torch.cat([sinks.reshape(1, -1, 1, 1).expand(B, -1, M, -1), q @ k.mT * SCALE], dim=-1)
+    return s.softmax(-1)[..., 1:] @ v
+
+
 @spelling(square)
 def zero_dropout(q, k, v):
     return F.dropout((q @ k.mT * SCALE).softmax(-1), 0.0, training=True) @ v
