@@ -25,7 +25,7 @@ AMD matrix instruction calculator; LLVM "User Guide for AMDGPU Backend".
 
 from __future__ import annotations
 
-from .build import build, mnemonics
+from .build import mnemonics
 from .launch import Finding, Memory, Report, SimulationError, load, pack_arguments, run
 
-__all__ = ["Finding", "Memory", "Report", "SimulationError", "build", "load", "mnemonics", "pack_arguments", "run"]
+__all__ = ["Finding", "Memory", "Report", "SimulationError", "load", "mnemonics", "pack_arguments", "run"]

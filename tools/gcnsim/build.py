@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -68,7 +69,10 @@ def build() -> Path:
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as work:
+    with open(library.with_suffix(".lock"), "w") as lock, tempfile.TemporaryDirectory(dir=library.parent) as work:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test workers start together; one builds, the others wait for it
+        if library.exists():
+            return library
         objects = [Path(work) / f"{path.stem}.o" for path in sorted(SOURCES.glob("*.cpp"))]
 
         def run(*arguments: Any) -> None:

@@ -209,10 +209,9 @@ Handler atomic(F) {
 }
 
 template <class T, class F>
-void add_atomic(Opcodes& ops, const char* name, F f) {
-  std::string full = std::string("ds_") + name;
-  ops.add(full.c_str(), atomic<T, false>(f));
-  ops.add((full + "_rtn").c_str(), atomic<T, true>(f));
+void add_atomic(Opcodes& ops, const std::string& operation, const std::string& type, F f) {
+  ops.add(("ds_" + operation + "_" + type).c_str(), atomic<T, false>(f));
+  ops.add(("ds_" + operation + "_rtn_" + type).c_str(), atomic<T, true>(f));
 }
 
 }  // namespace
@@ -242,11 +241,11 @@ void add_lds(Opcodes& ops) {
   ops.add("ds_swizzle_b32", swizzle);
   ops.add("ds_read_b64_tr_b16", load_transposed<u16>);
   ops.add("ds_read_b64_tr_b8", load_transposed<u8>);
-  add_atomic<u32>(ops, "add_u32", [](u32 old, u32 x) { return old + x; });
-  add_atomic<f32>(ops, "add_f32", [](f32 old, f32 x) { return old + x; });
-  add_atomic<i32>(ops, "max_i32", [](i32 old, i32 x) { return larger(old, x); });
-  add_atomic<u32>(ops, "max_u32", [](u32 old, u32 x) { return larger(old, x); });
-  add_atomic<u32>(ops, "min_u32", [](u32 old, u32 x) { return smaller(old, x); });
-  add_atomic<u32>(ops, "or_b32", [](u32 old, u32 x) { return old | x; });
-  add_atomic<u32>(ops, "and_b32", [](u32 old, u32 x) { return old & x; });
+  add_atomic<u32>(ops, "add", "u32", [](u32 old, u32 x) { return old + x; });
+  add_atomic<f32>(ops, "add", "f32", [](f32 old, f32 x) { return old + x; });
+  add_atomic<i32>(ops, "max", "i32", [](i32 old, i32 x) { return larger(old, x); });
+  add_atomic<u32>(ops, "max", "u32", [](u32 old, u32 x) { return larger(old, x); });
+  add_atomic<u32>(ops, "min", "u32", [](u32 old, u32 x) { return smaller(old, x); });
+  add_atomic<u32>(ops, "or", "b32", [](u32 old, u32 x) { return old | x; });
+  add_atomic<u32>(ops, "and", "b32", [](u32 old, u32 x) { return old & x; });
 }

@@ -5,7 +5,7 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
+#include <type_traits>
 
 #include "types.h"
 
@@ -163,6 +163,14 @@ inline f32 flush(f32 x) { return std::fabs(x) < kSmallestNormal ? std::copysign(
 inline f32 clamp01(f32 x) { return x > 0 ? (x < 1 ? x : 1.f) : 0.f; }
 
 inline int exponent_field(f32 x) { return bits<u32>(x) >> 23 & 255; }
+
+// Bits offset to offset + width - 1, sign extended; beyond the top bit, the sign.
+template <class T>
+inline T signed_field(T x, u32 offset, u32 width) {
+  u32 unused = sizeof(T) * 8 - smaller(width, u32(sizeof(T) * 8));
+  using Unsigned = std::make_unsigned_t<T>;
+  return width == 0 ? 0 : T(Unsigned(x >> offset) << unused) >> unused;
+}
 
 inline u32 reverse_bits(u32 x) {
   x = (x >> 1 & 0x55555555) | (x & 0x55555555) << 1;

@@ -241,8 +241,7 @@ void add_bits(Opcodes& ops) {
     return r;
   }));
   ops.add("s_bfe_i32", scalar2([](Wave& w, u32 a, u32 b) {
-    u32 offset = b & 31, width = b >> 16 & 127, r = 0;
-    if (width) r = u32(i32(a << (32 - smaller(32u, offset + width))) >> (32 - smaller(32u, width)));
+    u32 r = u32(signed_field(i32(a), b & 31, b >> 16 & 127));
     w.scc = r != 0;
     return r;
   }));
@@ -252,8 +251,7 @@ void add_bits(Opcodes& ops) {
     return width == 0 ? 0 : width >= 64 ? shifted : shifted & ((1ull << width) - 1);
   }));
   ops.add("s_bfe_i64", pair_shift([](u64 a, u32 b) {
-    u32 offset = b & 63, width = b >> 16 & 127;
-    return width == 0 ? 0 : u64(i64(a << (64 - smaller(64u, offset + width))) >> (64 - smaller(64u, width)));
+    return u64(signed_field(i64(a), b & 63, b >> 16 & 127));
   }));
   ops.add("s_bfm_b32", scalar2([](Wave&, u32 a, u32 b) { return ((1u << (a & 31)) - 1) << (b & 31); }));
   ops.add("s_pack_ll_b32_b16", scalar2([](Wave&, u32 a, u32 b) { return (a & 0xffff) | b << 16; }));

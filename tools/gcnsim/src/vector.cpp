@@ -192,8 +192,7 @@ void add_bits(Opcodes& ops) {
     return width == 0 ? 0 : a >> (b & 31) & ((1u << width) - 1);
   }));
   ops.add("v_bfe_i32", ternary<i32, u32, u32, u32>([](u32 a, u32 b, u32 c) {
-    u32 offset = b & 31, width = c & 31;
-    return width == 0 ? 0 : i32(a << (32 - smaller(32u, offset + width))) >> (32 - width);
+    return signed_field(i32(a), b & 31, c & 31);
   }));
   ops.add("v_bfi_b32", ternary<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { return (a & b) | (~a & c); }));
   ops.add("v_alignbit_b32", ternary<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { return u32((u64(a) << 32 | b) >> (c & 31)); }));
