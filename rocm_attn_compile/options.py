@@ -29,6 +29,8 @@ class Options:
         fuel: Replace at most this many sites per graph, to find the one that makes a difference; None is no limit.
         dump_dir: Folder for the graphs before and after and the report of every compilation; None writes nothing.
         disable: Replace nothing: every graph goes to Inductor as it is.
+        inline: Let Inductor see what the op does on the device, where that can be written down, and call it directly.
+            False keeps every attention one opaque call of `rocm_attn::attention` in the compiled program.
     """
 
     attention_backend: str | None = None
@@ -38,6 +40,7 @@ class Options:
     fuel: int | None = None
     dump_dir: str | None = None
     disable: bool = False
+    inline: bool = True
 
 
 OPTION_VARIABLES = {
@@ -183,4 +186,5 @@ _PARSERS: dict[str, Callable[[Any, str], Any]] = {
     "fuel": _count(0),
     "dump_dir": _path,
     "disable": _flag,
+    "inline": _flag,
 }

@@ -20,6 +20,7 @@ GIVEN = {
     "fuel": 0,
     "dump_dir": "/somewhere",
     "disable": True,
+    "inline": False,
 }
 
 

@@ -59,8 +59,9 @@ def compose(proof: Proof, roles: Roles) -> Logits:
         if logits.sinks is not None and step.kind not in ("row_shift",):
             raise Refusal("after_sinks", f"a {step.kind} follows the concatenation of the sinks")
         _FOLD[step.kind](logits, step, proof, roles)
-    if logits.sinks is not None and not proof.cuts_sink:
-        raise Refusal("sink_axis", "the sink column is not cut off before the product with V")
+    for step in proof.steps:
+        if step.kind == "sinks" and proof.cuts_sink != ("first" if step.invert else "last"):
+            raise Refusal("sink_axis", "the sink column is not cut off before the product with V")
     if proof.cuts_sink and logits.sinks is None:
         raise Refusal("weights_changed", "the attention weights are sliced along the keys")
     return logits

@@ -6,7 +6,8 @@ empty and eager's result for them is none of these, the mask stays what it was: 
 refused.
 
 One assumption is made of biases that stay tensors: where a finite fill masks keys, the bias does not put -inf on every
-key that the mask keeps (eager would then spread the row over the masked keys).
+key that the mask keeps (eager would then spread the row over the masked keys, or, where masked weights are set to 0
+after the softmax, give NaN).
 
 A row of -inf is NaN either way, but its scores have no gradient where -inf took their place and a gradient of NaN where
 it was added. Where both kinds meet in a site, or a bias stays a tensor that may hold -inf, every score of such a row
@@ -29,9 +30,11 @@ from ..symbolic import is_one, product
 from . import mask as prover
 from .axes import Atom, Dim, resolve
 from .compose import Logits, MaskStep
+from .labels import aligned
 from .mask.integers import FloorDiv, modulo
 from .proof import Proof
 from .region import MaskTerm, Operand, Roles
+from .zeroed import account_for_zeroed
 
 
 @dataclass(eq=False)
@@ -47,7 +50,7 @@ class ProvedMasks:
 
 
 @dataclass(eq=False)
-class _Term:
+class Term:
     """One mask: its closed form (None if opaque), how it fills, and the tensor it came from."""
 
     form: prover.ClosedForm | None
@@ -134,9 +137,9 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool)
     if found is None:
         raise Refusal("mixed_fills", "masks with different fills meet, and a row may keep no key")
     closed, mode = found
-    mode = _zeroed(proof, mode, closed, requires_grad, replaced)
     if logits.sinks is not None and mode is not EmptyRows.IMPOSSIBLE:
         mode = EmptyRows.ZERO  # the sink takes all the weight
+    mode = account_for_zeroed(proof, symbols, mode, closed, [*replaced, *added], requires_grad)
     dense = [MaskTerm(t.operand, t.keeps) for t in replaced if t.stays_dense]
     masks = {id(t.operand) for t in added}
     biases = [bias for bias in logits.biases if id(bias) not in masks]
@@ -144,7 +147,7 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool)
 
 
 def _together(
-    proof: Proof, logits: Logits, symbols: Symbols, replaced: list[_Term], added: list[_Term]
+    proof: Proof, logits: Logits, symbols: Symbols, replaced: list[Term], added: list[Term]
 ) -> tuple[prover.ClosedForm, EmptyRows] | None:
     """The conjunction of all closed forms and what empty rows give; None if that is nothing the op knows."""
     forms = [t.form for t in (*replaced, *added) if t.form is not None]
@@ -158,22 +161,17 @@ def _together(
     return None if mode is None else (closed, mode)
 
 
-def _boolean(symbols: Symbols, step: MaskStep, notes: list[Reason]) -> _Term:
+def _boolean(symbols: Symbols, step: MaskStep, notes: list[Reason]) -> Term:
     index = symbols.index(step.dims, step.shape, step.value)
     prove = prover.prove_keep if step.keeps else prover.prove_drop
     found = prove(step.value, index, symbols.context)
     form = None if isinstance(found, prover.OpaqueMask) else found
     notes.extend([found.reason] if isinstance(found, prover.OpaqueMask) else found.notes)
-    operand = Operand(step.value, _aligned(step.dims, step.value))
-    return _Term(form, (step.fill,), False, operand, step.keeps, moved=step.is_followed_by_bias)
+    operand = Operand(step.value, aligned(step.dims, step.value))
+    return Term(form, (step.fill,), False, operand, step.keeps, moved=step.is_followed_by_bias)
 
 
-def _aligned(dims: list[Dim], value: Value) -> list[Dim]:
-    offset = len(dims) - value.ndim
-    return [() if is_one(size) else dims[offset + i] for i, size in enumerate(value.shape)]
-
-
-def _additive(proof: Proof, symbols: Symbols, bias: Operand, notes: list[Reason]) -> _Term | None:
+def _additive(proof: Proof, symbols: Symbols, bias: Operand, notes: list[Reason]) -> Term | None:
     """A bias that is a mask as a whole, with a closed form; None if it is (also) something else."""
     if bias.factor != 1:
         return None
@@ -184,7 +182,7 @@ def _additive(proof: Proof, symbols: Symbols, bias: Operand, notes: list[Reason]
     fills = tuple(fill for fill, _ in found.fills)
     if found.keep.residual or not all(prover.is_hard(fill, _score_dtype(proof)) for fill in fills):
         return None
-    return _Term(found.keep, fills, True, bias, True)
+    return Term(found.keep, fills, True, bias, True)
 
 
 def _score_dtype(proof: Proof) -> torch.dtype:
@@ -192,7 +190,7 @@ def _score_dtype(proof: Proof) -> torch.dtype:
 
 
 def _empty_rows(
-    proof: Proof, replaced: list[_Term], added: list[_Term], closed: prover.ClosedForm, opaque_biases: int
+    proof: Proof, replaced: list[Term], added: list[Term], closed: prover.ClosedForm, opaque_biases: int
 ) -> EmptyRows | None:
     """What a row without keys gives; None if it is nothing the op knows."""
     if not proof.shifted and opaque_biases:
@@ -215,28 +213,6 @@ def _empty_rows(
         return EmptyRows.MEAN_ADDED if absorbed else None
     # A bias added to the fill gets a gradient that the scores do not: no mode says that.
     return None if any(term.moved for term in terms) else EmptyRows.MEAN
-
-
-def _zeroed(
-    proof: Proof, mode: EmptyRows, closed: prover.ClosedForm, requires_grad: bool, replaced: list[_Term]
-) -> EmptyRows:
-    """Account for weights that were set to 0 after the softmax."""
-    is_nan = mode in (EmptyRows.NAN, EmptyRows.NAN_ADDED)
-    if proof.zeroed is None or mode is EmptyRows.IMPOSSIBLE:
-        return mode
-    if proof.zeroed == "nan_to_num":
-        if is_nan and requires_grad:
-            raise Refusal("masked_rows_grad", "nan_to_num hides NaN rows whose gradient is NaN in eager")
-        return EmptyRows.ZERO if is_nan else mode
-    if len(replaced) != 1 or replaced[0].operand.value is not proof.zeroed or replaced[0].keeps:
-        raise Refusal("weights_changed", "masked_fill(weights, mask, 0) with another mask than that of the scores")
-    if closed.predicate is not True and (replaced[0].form is None or closed.predicate != replaced[0].form.predicate):
-        raise Refusal("weights_changed", "masked_fill(weights, mask, 0) covers only part of the masks")
-    if is_nan and requires_grad:
-        raise Refusal(
-            "masked_rows_grad", "masked rows are set to 0 after the softmax, but their gradient is NaN in eager"
-        )
-    return EmptyRows.ZERO
 
 
 def _spec(closed: prover.ClosedForm, has_residual: bool, mode: EmptyRows) -> MaskSpec:

@@ -9,6 +9,7 @@ from ..capture.trace import Value
 from .axes import Dim
 from .labels import Labels
 from .scores import Step
+from .weights import Zeroing
 
 
 @dataclass(eq=False)
@@ -57,9 +58,9 @@ class Proof:
     operand_labels: dict[int, Labels] = field(default_factory=dict)
     shifted: bool = True
     safe: bool = False
-    zeroed: Any = None
+    zeroed: list[Zeroing] = field(default_factory=list)
     dropout_p: float = 0.0
-    cuts_sink: bool = False
+    cuts_sink: str | None = None
     values: list[Value] = field(default_factory=list)
 
     def factors(self) -> list[Factor]:

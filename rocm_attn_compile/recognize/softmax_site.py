@@ -15,6 +15,8 @@ scale, cap, bias, mask
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from ..capture.trace import Value
 from ..normalize.softmax import SoftmaxAnchor
 from ..reasons import Refusal
@@ -152,11 +154,10 @@ def _direct_factor(path: ScorePath):
 
 def _label_weights(labels: Labels, path: WeightsPath, v: Factor) -> Dim:
     """Label the weights up to the product with V; returns the axis that product sums over."""
-    for value in path.values[1:]:
+    for source, value in pairwise(path.values):
         if is_view(value) or is_cast(value):
             labels.of(value)
             continue
-        source = value.args[0]
         if value.name != "slice" and not all(same_size(a, b) for a, b in zip(value.shape, source.shape)):
             raise Refusal("weights_changed", f"{value.name} broadcasts the attention weights")
         labels.set(value, labels.of(source))
