@@ -147,7 +147,7 @@ def parse(text: str) -> dict[str, Kernel]:
         kernels[match[1]].directives.update((name, int(value)) for name, value in found)
     metadata = re.search(r"^\s*\.amdgpu_metadata\n(.*?)^\s*\.end_amdgpu_metadata", text, re.MULTILINE | re.DOTALL)
     if metadata:
-        _parse_metadata(metadata[1], kernels)
+        parse_metadata(metadata[1], kernels)
     return kernels
 
 
@@ -186,8 +186,8 @@ def _parse_code(text: str, kernels: dict[str, Kernel]) -> None:
             current.instructions.append(instruction(code, source))
 
 
-def _parse_metadata(text: str, kernels: dict[str, Kernel]) -> None:
-    """The YAML of the metadata note, as far as it is numbers and arguments; kernels are items indented by two."""
+def parse_metadata(text: str, kernels: dict[str, Kernel]) -> None:
+    """Fill in metadata from a note's YAML, as far as it is numbers and arguments; kernels are items indented by two."""
     for entry in re.split(r"^  - ", text, flags=re.MULTILINE)[1:]:
         name = re.search(r"^ {4}\.name:\s+(\S+)", entry, re.MULTILINE)
         if not name or name[1] not in kernels:

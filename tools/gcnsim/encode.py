@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+from collections.abc import Sequence
 
 from rocm_attn_compile.kernels.isa import assembly
 
@@ -207,8 +208,12 @@ class Program:
         opcodes: Base mnemonics that occur; `Instruction.opcode` is an index into it.
     """
 
-    def __init__(self, kernel: assembly.Kernel) -> None:
+    def __init__(self, kernel: assembly.Kernel, addresses: Sequence[int] = ()) -> None:
         """Encode.
+
+        Args:
+            kernel: Parsed.
+            addresses: Of the instructions in memory, where they have any.
 
         Raises:
             NotImplementedError: Instructions that are not implemented; the message names them all.
@@ -220,7 +225,7 @@ class Program:
         encoded: list[Instruction] = []
         starts: list[int] = []
         branches: list[tuple[int, str]] = []
-        for instruction in kernel.instructions:
+        for index, instruction in enumerate(kernel.instructions):
             starts.append(len(encoded))
             for half in filter(None, (instruction, instruction.second)):
                 name = half.name
@@ -236,6 +241,7 @@ class Program:
                     except (ValueError, KeyError, IndexError) as error:
                         missing.setdefault(name, f"{text}: {error}")
                 i.handler, i.number = handler, len(encoded)
+                i.address = addresses[index] if addresses else 0
                 i.opcode = ids.setdefault(name, len(ids))
                 i.dual = half.second is not None
                 if half.target is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from rocm_attn_compile.kernels.isa import assembly
 
+from . import opcodes
 from .build import library
 from .encode import Program
 from .structures import Error, Launch, Region
@@ -86,13 +87,19 @@ def load(text: str) -> tuple[assembly.Kernel, Program]:
     return kernel, Program(kernel)
 
 
-def pack_arguments(kernel: assembly.Kernel, values: Sequence[tuple[str, int | float]]) -> bytes:
+def pack_arguments(
+    kernel: assembly.Kernel,
+    values: Sequence[tuple[str, int | float]],
+    grid: tuple[int, int, int] = (1, 1, 1),
+    block: tuple[int, int, int] = (1, 1, 1),
+) -> bytes:
     """The argument buffer.
 
     Args:
         kernel: Says where each argument goes.
         values: Per explicit argument, its struct format ("Q" a pointer, "i", "q", "f") and value. Arguments that the
             kernel has beyond these (Triton's scratch pointers) are 0.
+        grid, block: For the hidden arguments that HIP kernels have of them.
 
     Raises:
         ValueError: There are more values than arguments, or a size differs.
@@ -105,6 +112,12 @@ def pack_arguments(kernel: assembly.Kernel, values: Sequence[tuple[str, int | fl
         if struct.calcsize(kind) != argument.size:
             raise ValueError(f"{kernel.name}: argument at {argument.offset} has {argument.size} bytes, {kind!r} given")
         struct.pack_into("<" + kind, buffer, argument.offset, value)
+    for argument in kernel.arguments:
+        prefix, _, axis = argument.kind.rpartition("_")
+        sizes = {"hidden_block_count": grid, "hidden_group_size": block}.get(prefix)
+        if sizes is not None:
+            hidden = sizes["xyz".index(axis)]
+            buffer[argument.offset : argument.offset + argument.size] = hidden.to_bytes(argument.size, "little")
     return bytes(buffer)
 
 
@@ -171,6 +184,8 @@ def run(
     )
     _set_user_sgprs(launch, directives, ctypes.addressof(buffer))
     library().gcnsim_run(ctypes.byref(launch))
+    executed = program.histogram(histogram)
+    opcodes.record(executed)
     if launch.status:
         raise SimulationError(
             f"{kernel.name} ({kernel.arch}): {_STATUS[launch.status]} at {program.texts[launch.stopped_at]}"
@@ -180,7 +195,7 @@ def run(
         errors=launch.num_errors,
         findings=[_finding(error, program) for error in errors[: min(launch.num_errors, _MAX_ERRORS)]],
         dropped=launch.dropped,
-        histogram=program.histogram(histogram),
+        histogram=executed,
         lds_cycles=sum(cycles),
         lds_ideal=sum(ideal),
     )
