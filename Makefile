@@ -59,7 +59,7 @@ isa: $(STAMP)  ## docs/amd.md and the baseline of the AMD machine code's quality
 opcodes: $(STAMP)  ## which instructions the simulator has, and which of them the tests execute
 	rm -rf build/opcodes
 	GCNSIM_OPCODES=$(CURDIR)/build/opcodes OMP_NUM_THREADS=1 $(PYTEST) -q -n $(JOBS) --maxprocesses 8 tests/gcnsim tests/kernels $(ARGS)
-	PYTHONPATH=tools $(BIN)/python -m gcnsim.opcodes build/opcodes
+	PYTHONPATH=tools $(BIN)/python -m gcnsim build/opcodes
 
 bench: $(STAMP)  ## what a call of the op costs on the CPU
 	$(BIN)/python benchmarks/op_overhead.py $(ARGS)

@@ -44,7 +44,7 @@ def measure(arch: str, dtype: str, head_dim: int) -> dict[str, KernelMetrics]:
     calls = (
         ("", {"attn_bias": False}),
         ("bias ", {"attn_bias": True}),
-        ("decode ", {"q_len": 1, "kv_len": 4096, "causal": False, "backward": False}),
+        ("decode ", {"q_len": 1, "kv_len": 4096, "causal": False, "backward": False, "num_splits": 4}),
     )
     found: dict[str, KernelMetrics] = {}
     for prefix, options in calls:

@@ -152,7 +152,7 @@ def occupancy(arch: str, vgprs: int, sgprs: int, lds_bytes: int, threads: int) -
         # A compute unit's workgroups spread their waves over its SIMDs.
         limits["lds"] = -(-(size // _round_up(lds_bytes, grain)) * waves // cost.simds(arch))
     least = min(limits.values())
-    return least, next(name for name in ("vgprs", "lds", "sgprs", "waves") if limits.get(name) == least)
+    return least, next(name for name in ("waves", "vgprs", "lds", "sgprs") if limits.get(name) == least)
 
 
 def _round_up(value: int, step: int) -> int:

@@ -33,11 +33,11 @@ def test_occupancy_is_what_llvm_says(arch: str) -> None:
     [
         ("gfx942", 128, 0, 256, (4, "vgprs")),
         ("gfx942", 129, 0, 256, (3, "vgprs")),
-        ("gfx942", 64, 0, 256, (8, "vgprs")),
+        ("gfx942", 64, 0, 256, (8, "waves")),
         ("gfx942", 64, 32768, 256, (2, "lds")),
         ("gfx950", 64, 32768, 256, (4, "lds")),  # given out in steps of 1280 bytes
         ("gfx942", 300, 65536, 512, (1, "vgprs")),
-        ("gfx1100", 96, 0, 128, (16, "vgprs")),
+        ("gfx1100", 96, 0, 128, (16, "waves")),
         ("gfx1100", 97, 0, 128, (12, "vgprs")),
         ("gfx1201", 96, 32768, 128, (4, "lds")),
     ],

@@ -6,7 +6,6 @@ With GCNSIM_OPCODES set to a folder, every process writes the mnemonics that it 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,7 +38,3 @@ def report(folder: Path) -> str:
         lines.append(f"\n{prefix}: {sum(name in executed for name in names)} of {len(names)}")
         lines.append(" ".join(name if name in executed else f"[{name}]" for name in names))
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(report(Path(sys.argv[1])))
