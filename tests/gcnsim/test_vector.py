@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from machine import execute, lanes, mask
+from machine import execute, lanes
 
 U = np.uint32
 RNG = np.random.default_rng(0)
@@ -289,53 +289,23 @@ def test_division_is_correctly_rounded() -> None:
     np.testing.assert_array_equal(np.where(np.abs(got) < 2**-126, 0, got), np.where(np.abs(want) < 2**-126, 0, want))
 
 
-RELATIONS: dict[str, Function] = {
-    "lt": np.less, "le": np.less_equal, "eq": np.equal, "ge": np.greater_equal, "gt": np.greater,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
-def test_compares(arch: str) -> None:
-    """Per type and relation, ordered or not, on the lanes that are on."""
-    n = lanes(arch)
-    on = np.arange(n) % 3 != 0
-    low = int(sum(int(bit) << k for k, bit in enumerate(on[:32])))
-    high = int(sum(int(bit) << k for k, bit in enumerate(on[32:])))
-    set_exec = [f"s_mov_b32 exec_lo, {low:#x}", *([f"s_mov_b32 exec_hi, {high:#x}"] if n == 64 else [])]
-    where = "vcc" if n == 64 else "vcc_lo"
-    outputs = ["vcc_lo", "vcc_hi"] if n == 64 else ["vcc_lo"]
-    a, b = FLOATS[0][:n].copy(), FLOATS[1][:n].copy()
-    b[10:20] = a[10:20]
-    for name, relation in RELATIONS.items():
-        for kind, x, y in (("f32", a, b), ("u32", a.view(U), b.view(U)), ("i32", a.view(np.int32), b.view(np.int32))):
-            got = execute(arch, [*set_exec, f"v_cmp_{name}_{kind} {where}, v10, v11"], {"v10": a, "v11": b}, outputs)
-            np.testing.assert_array_equal(mask(got, "vcc_lo", arch), relation(x, y) & on, err_msg=f"{name}_{kind}")
-    got = execute(arch, [*set_exec, f"v_cmp_nge_f32 {where}, v10, v11"], {"v10": a, "v11": b}, outputs)
-    np.testing.assert_array_equal(mask(got, "vcc_lo", arch), ~(a >= b) & on)
-    got = execute(arch, [*set_exec, f"v_cmp_u_f32 {where}, v10, v11"], {"v10": a, "v11": b}, outputs)
-    np.testing.assert_array_equal(mask(got, "vcc_lo", arch), (np.isnan(a) | np.isnan(b)) & on)
+def test_scaling_and_packing() -> None:
+    exponent = RNG.integers(-40, 40, 64)
     got = execute(
-        arch, [*set_exec, f"v_cmp_class_f32 {where}, v10, v11"], {"v10": a, "v11": np.full(n, 0x204, U)}, outputs
-    )
-    np.testing.assert_array_equal(mask(got, "vcc_lo", arch), np.isinf(a) & on)
-    got = execute(
-        arch,
-        [*set_exec, "v_cmpx_gt_f32 v10, v11"],
-        {"v10": a, "v11": b},
-        ["exec_lo", "exec_hi"] if n == 64 else ["exec_lo"],
-    )
-    np.testing.assert_array_equal(mask(got, "exec_lo", arch), (a > b) & on)
-
-
-def test_select() -> None:
-    a, b = FLOATS[1], FLOATS[2]
-    body = ["v_cndmask_b32 v1, v10, v11, vcc", "v_cndmask_b32_e64 v2, -v10, v11, s[10:11]"]
-    masks = {"vcc_lo": 0x0F0F00FF, "vcc_hi": 0x3, "s10": 0xAAAAAAAA, "s11": 0x1}
-    got = execute("gfx942", body, {"v10": a, "v11": b, **masks}, ["v1", "v2"])
-    chosen = np.array([(0x30F0F00FF >> lane) & 1 for lane in range(64)], bool)
-    np.testing.assert_array_equal(got["v1"].view(np.float32), np.where(chosen, b, a))
-    chosen = np.array([(0x1AAAAAAAA >> lane) & 1 for lane in range(64)], bool)
-    np.testing.assert_array_equal(got["v2"].view(np.float32), np.where(chosen, b, -a))
+        "gfx942",
+        ["v_ldexp_f32 v1, v10, v12", "v_pack_b32_f16 v2, v10, v11 op_sel:[1,0,0]",
+         "v_fmamk_f32 v3, v10, 0x40490fdb, v11", "v_mov_b64 v[4:5], v[10:11]", "v_cvt_pk_u16_u32 v6, v10, v11"],
+        {"v10": FLOATS[2], "v11": FLOATS[1], "v12": exponent.astype(np.int32)},
+        [f"v{k}" for k in range(1, 7)],
+    )  # fmt: skip
+    a, b = FLOATS[2], FLOATS[1]
+    np.testing.assert_array_equal(got["v1"].view(np.float32), np.ldexp(a, exponent))
+    np.testing.assert_array_equal(got["v2"], a.view(U) >> U(16) | b.view(U) << U(16))
+    pi = np.float32(np.pi)
+    want = (a.astype(np.longdouble) * np.longdouble(pi) + b.astype(np.longdouble)).astype(np.float32)
+    np.testing.assert_array_equal(got["v3"].view(np.float32), want)
+    np.testing.assert_array_equal(np.stack([got["v4"], got["v5"]]), np.stack([a, b]).view(U))
+    np.testing.assert_array_equal(got["v6"], np.minimum(a.view(U), 65535) | np.minimum(b.view(U), 65535) << U(16))
 
 
 def test_sub_dword_addressing() -> None:

@@ -35,10 +35,17 @@ void load_lanes(Wave& w, Width width, u32 base, Pointer pointer) {
     u32 x = 0, old = w.v[base][l];
     if (from) std::memcpy(&x, from, width.bytes);
     switch (width.extend) {
-      case kPlain: break;
-      case kSigned: x = width.bytes == 1 ? u32(i32(i8(x))) : u32(i32(i16(x))); break;
-      case kLowHalf: x = (old & 0xffff0000) | (x & 0xffff); break;
-      case kHighHalf: x = (old & 0xffff) | x << 16; break;
+      case kPlain:
+        break;
+      case kSigned:
+        x = width.bytes == 1 ? u32(i32(i8(x))) : u32(i32(i16(x)));
+        break;
+      case kLowHalf:
+        x = (old & 0xffff0000) | (x & 0xffff);
+        break;
+      case kHighHalf:
+        x = (old & 0xffff) | x << 16;
+        break;
     }
     out[0][l] = x;
   }

@@ -110,6 +110,7 @@ void add_atomics(Opcodes& ops) {
     return pack(float_to_bfloat(bfloat_to_float(old & 0xffff) + bfloat_to_float(x & 0xffff)),
                 float_to_bfloat(bfloat_to_float(old >> 16) + bfloat_to_float(x >> 16)));
   });
-  for (const char* name : {"global_atomic_cmpswap", "global_atomic_cmpswap_b32", "flat_atomic_cmpswap", "flat_atomic_cmpswap_b32"})
+  for (const char* name :
+       {"global_atomic_cmpswap", "global_atomic_cmpswap_b32", "flat_atomic_cmpswap", "flat_atomic_cmpswap_b32"})
     ops.add(name, global_compare_swap);
 }

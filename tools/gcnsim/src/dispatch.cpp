@@ -10,8 +10,9 @@ namespace {
 const Opcodes& opcodes() {
   static const Opcodes table = [] {
     Opcodes ops;
-    for (auto add : {add_scalar, add_scalar_control, add_vector, add_vector_special, add_vector_compare, add_vector_packed,
-                     add_float8, add_lanes, add_matrix, add_lds, add_memory, add_atomics})
+    for (auto add :
+         {add_scalar, add_scalar_float, add_scalar_control, add_vector, add_vector_special, add_vector_compare,
+          add_vector_packed, add_float8, add_lanes, add_matrix, add_lds, add_memory, add_atomics})
       add(ops);
     return ops;
   }();
@@ -109,7 +110,8 @@ Status run_workgroup(Workgroup& group, const u32 (&workgroup)[3]) {
   while (true) {
     u32 ended = 0, waiting = 0;
     for (auto& wave : waves) {
-      if (wave->state == kRunning || wave->state == kOutOfQuantum) run_wave(*wave, launch.quantum ? launch.quantum : launch.max_instructions);
+      if (wave->state == kRunning || wave->state == kOutOfQuantum)
+        run_wave(*wave, launch.quantum ? launch.quantum : launch.max_instructions);
       launch.stopped_at = wave->pc ? wave->pc - 1 : 0;
       if (wave->state == kLost) return kBadBranch;
       if (launch.executed > limit || (!launch.quantum && wave->state == kOutOfQuantum)) return kInstructionLimit;
@@ -168,7 +170,8 @@ void gcnsim_run(Launch* launch) {
   for (at[2] = 0; at[2] < launch->grid[2]; at[2]++)
     for (at[1] = 0; at[1] < launch->grid[1]; at[1]++)
       for (at[0] = 0; at[0] < launch->grid[0]; at[0]++) {
-        Workgroup group{*launch, std::vector<u8>(launch->lds_bytes, 0xee), std::vector<LdsShadow>(launch->lds_bytes / 4 + 1)};
+        Workgroup group{*launch, std::vector<u8>(launch->lds_bytes, 0xee),
+                        std::vector<LdsShadow>(launch->lds_bytes / 4 + 1)};
         launch->status = run_workgroup(group, at);
         if (launch->status != kFinished) return;
       }

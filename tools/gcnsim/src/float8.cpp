@@ -52,8 +52,11 @@ void scaled_unpack(Wave& w, const Instruction& i) {
   u32 shift = bit(i.op_sel, 0) ? 16 : 0;
   Fp8 from = format(w, E5m2);
   for (int l = 0; l < kLanes; l++) {
-    f32 x = fp8_to_float(a[l] >> shift & 255, from) * scale[l], y = fp8_to_float(a[l] >> (shift + 8) & 255, from) * scale[l];
-    r[0][l] = To == kF32 ? bits<u32>(x) : To == kF16 ? pack(float_to_half(x), float_to_half(y)) : pack(float_to_bfloat(x), float_to_bfloat(y));
+    f32 x = fp8_to_float(a[l] >> shift & 255, from) * scale[l],
+        y = fp8_to_float(a[l] >> (shift + 8) & 255, from) * scale[l];
+    r[0][l] = To == kF32   ? bits<u32>(x)
+              : To == kF16 ? pack(float_to_half(x), float_to_half(y))
+                           : pack(float_to_bfloat(x), float_to_bfloat(y));
     r[1][l] = bits<u32>(y);
   }
   write_register(w, i.dst.index, r[0], w.exec());
@@ -79,7 +82,8 @@ void scaled_pack(Wave& w, const Instruction& i) {
   }
   u32 r[kLanes];
   Fp8 to = format(w, E5m2);
-  for (int l = 0; l < kLanes; l++) r[l] = float_to_fp8(x[l] / scale[l], to, true) | float_to_fp8(y[l] / scale[l], to, true) << 8;
+  for (int l = 0; l < kLanes; l++)
+    r[l] = float_to_fp8(x[l] / scale[l], to, true) | float_to_fp8(y[l] / scale[l], to, true) << 8;
   write_pair16(w, i, r);
 }
 

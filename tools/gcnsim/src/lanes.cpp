@@ -80,7 +80,8 @@ void add_lanes(Opcodes& ops) {
   ops.add("v_readfirstlane_b32", read_first_lane);
   ops.add("v_readlane_b32", read_lane);
   ops.add("v_writelane_b32", write_lane);
-  ops.add({"v_accvgpr_read_b32", "v_accvgpr_read", "v_accvgpr_write_b32", "v_accvgpr_write", "v_accvgpr_mov_b32"}, move_accumulator);
+  ops.add({"v_accvgpr_read_b32", "v_accvgpr_read", "v_accvgpr_write_b32", "v_accvgpr_write", "v_accvgpr_mov_b32"},
+          move_accumulator);
   ops.add("v_swap_b32", swap);
   ops.add("v_permlane32_swap_b32", permute_lane_swap<32>);
   ops.add("v_permlane16_swap_b32", permute_lane_swap<16>);

@@ -32,13 +32,15 @@ void note_access(Wave& w, const Instruction& i, u32 address, u32 size, bool writ
   }
 }
 
-// Conflicts: 32 banks of 4 bytes, 128 bytes a clock. Lanes are served in groups; for 16-byte reads in the order measured
-// on CDNA3. Not valid for gfx950, whose LDS has 64 banks for some accesses.
+// Conflicts: 32 banks of 4 bytes, 128 bytes a clock. Lanes are served in groups; for 16-byte reads in the order
+// measured on CDNA3. Not valid for gfx950, whose LDS has 64 banks for some accesses.
 void count_bank_cycles(Wave& w, const Instruction& i, u32 offset, int size, bool writes) {
   Launch& launch = w.group->launch;
   if (!launch.count_banks) return;
-  static const u8 wide_reads[4][8] = {
-      {0, 1, 2, 3, 20, 21, 22, 23}, {4, 5, 6, 7, 16, 17, 18, 19}, {8, 9, 10, 11, 28, 29, 30, 31}, {12, 13, 14, 15, 24, 25, 26, 27}};
+  static const u8 wide_reads[4][8] = {{0, 1, 2, 3, 20, 21, 22, 23},
+                                      {4, 5, 6, 7, 16, 17, 18, 19},
+                                      {8, 9, 10, 11, 28, 29, 30, 31},
+                                      {12, 13, 14, 15, 24, 25, 26, 27}};
   u64 exec = w.exec(), cycles = 0, ideal = 0;
   int group_size = size <= 4 ? 32 : size == 8 ? 16 : 8;
   for (int group = 0; group < int(w.lanes) / group_size; group++) {
@@ -68,7 +70,8 @@ void count_bank_cycles(Wave& w, const Instruction& i, u32 offset, int size, bool
 
 void load(Wave& w, const Instruction& i, const u32* addresses, u32 offset, u32 base, Width width) {
   count_bank_cycles(w, i, offset, width.total(), false);
-  load_lanes(w, width, base, [&](int l) { return lds_pointer(w, i, addresses[l] + offset, width.total(), false, l, nullptr); });
+  load_lanes(w, width, base,
+             [&](int l) { return lds_pointer(w, i, addresses[l] + offset, width.total(), false, l, nullptr); });
 }
 
 void store(Wave& w, const Instruction& i, u32 offset, u32 base, Width width) {

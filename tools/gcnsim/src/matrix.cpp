@@ -15,7 +15,9 @@ namespace {
 enum Type { kF16, kBf16, kF32, kXf32, kFp8, kBf8, kI8 };
 
 template <Type T>
-constexpr int per_register = T == kF32 || T == kXf32 ? 1 : T == kF16 || T == kBf16 ? 2 : 4;
+constexpr int per_register = T == kF32 || T == kXf32   ? 1
+                             : T == kF16 || T == kBf16 ? 2
+                                                       : 4;
 
 // Element e of every lane's operand, as float.
 template <Type T>
@@ -60,7 +62,8 @@ void mfma(Wave& w, const Instruction& i) {
     for (int g = 0; g < groups; g++) {
       f32* row = d[M == 32 ? result_row(r, g) : 4 * g + r];
       if (c.kind == kVector) std::memcpy(row, &w.v[c.index + r][g * M], sizeof(d[0]));
-      else for (int n = 0; n < M; n++) row[n] = uniform_accumulator(w, c);
+      else
+        for (int n = 0; n < M; n++) row[n] = uniform_accumulator(w, c);
     }
   for (int m = 0; m < M; m++) {
     f32 sum[M];
@@ -95,7 +98,8 @@ void mfma_i8(Wave& w, const Instruction& i) {
     for (int k = 0; k < K; k++)
       for (int n = 0; n < M; n++) d[m][n] += a[k][m] * b[k][n];
   for (int r = 0; r < registers; r++)
-    for (int l = 0; l < kLanes; l++) w.v[i.dst.index + r][l] = u32(d[M == 32 ? result_row(r, l / M) : 4 * (l / M) + r][l % M]);
+    for (int l = 0; l < kLanes; l++)
+      w.v[i.dst.index + r][l] = u32(d[M == 32 ? result_row(r, l / M) : 4 * (l / M) + r][l % M]);
 }
 
 // gfx950: the formats of A and B are fields of the instruction (cbsz, blgp): 0 fp8, 1 bf8; 2 to 4 are fp6, bf6, fp4.
@@ -158,8 +162,10 @@ void add_matrix(Opcodes& ops) {
   // gfx90a's names lack the underscore before the type; "_1k" are its full-rate bf16 forms.
   ops.add({"v_mfma_f32_32x32x8_f16", "v_mfma_f32_32x32x8f16"}, mfma<32, 8, kF16, kF16>);
   ops.add({"v_mfma_f32_16x16x16_f16", "v_mfma_f32_16x16x16f16"}, mfma<16, 16, kF16, kF16>);
-  ops.add({"v_mfma_f32_32x32x8_bf16", "v_mfma_f32_32x32x8bf16_1k", "v_mfma_f32_32x32x8_bf16_1k"}, mfma<32, 8, kBf16, kBf16>);
-  ops.add({"v_mfma_f32_16x16x16_bf16", "v_mfma_f32_16x16x16bf16_1k", "v_mfma_f32_16x16x16_bf16_1k"}, mfma<16, 16, kBf16, kBf16>);
+  ops.add({"v_mfma_f32_32x32x8_bf16", "v_mfma_f32_32x32x8bf16_1k", "v_mfma_f32_32x32x8_bf16_1k"},
+          mfma<32, 8, kBf16, kBf16>);
+  ops.add({"v_mfma_f32_16x16x16_bf16", "v_mfma_f32_16x16x16bf16_1k", "v_mfma_f32_16x16x16_bf16_1k"},
+          mfma<16, 16, kBf16, kBf16>);
   ops.add("v_mfma_f32_32x32x4bf16", mfma<32, 4, kBf16, kBf16>);
   ops.add("v_mfma_f32_16x16x8bf16", mfma<16, 8, kBf16, kBf16>);
   ops.add("v_mfma_f32_32x32x16_f16", mfma<32, 16, kF16, kF16>);

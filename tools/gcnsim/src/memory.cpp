@@ -14,7 +14,8 @@ constexpr u32 kScratchDescriptor = 0x5c5c5c5c;
 
 u64 global_address(Wave& w, const Instruction& i, const Operand& address, const Operand& base, int lane) {
   u64 a;
-  if (base.kind == kScalar) a = (u64(w.s[base.index + 1]) << 32 | w.s[base.index]) + (address.kind == kVector ? w.v[address.index][lane] : 0);
+  if (base.kind == kScalar)
+    a = (u64(w.s[base.index + 1]) << 32 | w.s[base.index]) + (address.kind == kVector ? w.v[address.index][lane] : 0);
   else a = u64(w.v[address.index + 1][lane]) << 32 | w.v[address.index][lane];
   return a + i64(i.offset0);
 }
@@ -28,7 +29,8 @@ void load_to_lds(Wave& w, const Instruction& i, Width width, Pointer pointer) {
     if (!bit(exec, l)) continue;
     u32 value[4] = {};
     if (const u8* from = pointer(l)) std::memcpy(value, from, width.total());
-    if (u8* to = lds_pointer(w, i, base + l * width.total(), width.total(), true, l, value)) std::memcpy(to, value, width.total());
+    if (u8* to = lds_pointer(w, i, base + l * width.total(), width.total(), true, l, value))
+      std::memcpy(to, value, width.total());
   }
 }
 
@@ -58,14 +60,16 @@ struct GlobalStore {
 };
 
 i64 scratch_offset(Wave& w, const Instruction& i, const Operand& address, const Operand& base, int lane) {
-  return i64(i.offset0) + (address.kind == kVector ? w.v[address.index][lane] : 0) + (base.kind == kScalar ? w.s[base.index] : 0);
+  return i64(i.offset0) + (address.kind == kVector ? w.v[address.index][lane] : 0) +
+         (base.kind == kScalar ? w.s[base.index] : 0);
 }
 
 template <int Index>
 struct ScratchLoad {
   static void run(Wave& w, const Instruction& i) {
     Width width = kLoads[Index].width;
-    load(w, i, width, [&](int l) { return scratch_pointer(w, i, scratch_offset(w, i, i.src[0], i.src[1], l), width.total(), l); });
+    load(w, i, width,
+         [&](int l) { return scratch_pointer(w, i, scratch_offset(w, i, i.src[0], i.src[1], l), width.total(), l); });
   }
 };
 template <int Index>
@@ -122,7 +126,8 @@ u8* buffer_pointer(Wave& w, const Instruction& i, u32 size, int lane, bool write
   const u32* descriptor = &w.s[i.src[1].index];
   u32 soffset = read_scalar(w, i.src[2]), vector = i.src[0].index;
   if (descriptor[3] == kScratchDescriptor)
-    return scratch_pointer(w, i, u64(i.offset0) + soffset + (i.offen ? w.v[vector][lane] : 0) + descriptor[0], size, lane);
+    return scratch_pointer(w, i, u64(i.offset0) + soffset + (i.offen ? w.v[vector][lane] : 0) + descriptor[0], size,
+                           lane);
   u64 base = u64(descriptor[1] & 0xffff) << 32 | descriptor[0], offset = u32(i.offset0), row = 0;
   u32 records = descriptor[2], stride = descriptor[1] >> 16 & 0x3fff;
   if (i.idxen) row = w.v[vector++][lane];
@@ -172,7 +177,8 @@ void scalar_load(Wave& w, const Instruction& i) {
 template <class T>
 void scalar_load_small(Wave& w, const Instruction& i) {
   T value = 0;
-  if (const u8* from = memory_pointer(w, i, scalar_address(w, i), sizeof(T), false, 0)) std::memcpy(&value, from, sizeof(T));
+  if (const u8* from = memory_pointer(w, i, scalar_address(w, i), sizeof(T), false, 0))
+    std::memcpy(&value, from, sizeof(T));
   write_scalar(w, i.dst, u32(i32(value)));
 }
 

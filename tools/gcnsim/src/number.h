@@ -150,9 +150,7 @@ inline u32 float_to_fp8(f32 x, Fp8 format, bool clamp) {
 inline f32 min_number(f32 a, f32 b) { return a != a ? b : b != b ? a : a < b ? a : b; }
 inline f32 max_number(f32 a, f32 b) { return a != a ? b : b != b ? a : a > b ? a : b; }
 
-inline u32 saturate_u32(f32 a) {
-  return !(a > 0) ? 0u : a >= 4294967296.f ? 0xffffffffu : u32(a);
-}
+inline u32 saturate_u32(f32 a) { return !(a > 0) ? 0u : a >= 4294967296.f ? 0xffffffffu : u32(a); }
 
 inline i32 saturate_i32(f32 a) {
   return a != a ? 0 : a >= 2147483648.f ? 0x7fffffff : a <= -2147483648.f ? i32(0x80000000) : i32(a);

@@ -13,19 +13,27 @@
 
 inline u32 read_scalar(Wave& w, const Operand& o) {
   switch (o.kind) {
-    case kScalar: return o.index == kSccOperand ? w.scc : w.s[o.index];
-    case kVector: return w.v[o.index][0];
-    case kReal: return bits<u32>(f32(o.real));
-    default: return u32(o.integer);
+    case kScalar:
+      return o.index == kSccOperand ? w.scc : w.s[o.index];
+    case kVector:
+      return w.v[o.index][0];
+    case kReal:
+      return bits<u32>(f32(o.real));
+    default:
+      return u32(o.integer);
   }
 }
 
 inline u64 read_pair(Wave& w, const Operand& o) {
   switch (o.kind) {
-    case kScalar: return o.count == 1 ? w.s[o.index] : u64(w.s[o.index + 1]) << 32 | w.s[o.index];
-    case kReal: return bits<u64>(o.real);
-    case kLiteral: return u64(i64(i32(o.integer)));
-    default: return u64(o.integer);
+    case kScalar:
+      return o.count == 1 ? w.s[o.index] : u64(w.s[o.index + 1]) << 32 | w.s[o.index];
+    case kReal:
+      return bits<u64>(o.real);
+    case kLiteral:
+      return u64(i64(i32(o.integer)));
+    default:
+      return u64(o.integer);
   }
 }
 
@@ -52,9 +60,7 @@ inline void write_mask(Wave& w, const Operand& o, u64 value) {
 }
 
 // The mask a carry or select takes: src[2] where given, else VCC.
-inline u64 read_condition(Wave& w, const Instruction& i) {
-  return i.src[2].kind ? read_mask(w, i.src[2]) : w.vcc();
-}
+inline u64 read_condition(Wave& w, const Instruction& i) { return i.src[2].kind ? read_mask(w, i.src[2]) : w.vcc(); }
 
 inline bool bit(u64 mask, int lane) { return mask >> lane & 1; }
 
@@ -64,22 +70,35 @@ inline bool bit(u64 mask, int lane) { return mask >> lane & 1; }
 inline int dpp_source(const Instruction& i, int lane, int lanes) {
   int row = lane & ~15, k = lane & 15, n = i.dpp_argument;
   switch (i.dpp) {
-    case kQuadPerm: return (lane & ~3) + (n >> (lane & 3) * 2 & 3);
-    case kRowShl: return k + n <= 15 ? lane + n : -1;
-    case kRowShr: return k - n >= 0 ? lane - n : -1;
-    case kRowRor: return row + (k - n & 15);
-    case kRowMirror: return row + 15 - k;
-    case kRowHalfMirror: return (lane & ~7) + 7 - (lane & 7);
+    case kQuadPerm:
+      return (lane & ~3) + (n >> (lane & 3) * 2 & 3);
+    case kRowShl:
+      return k + n <= 15 ? lane + n : -1;
+    case kRowShr:
+      return k - n >= 0 ? lane - n : -1;
+    case kRowRor:
+      return row + (k - n & 15);
+    case kRowMirror:
+      return row + 15 - k;
+    case kRowHalfMirror:
+      return (lane & ~7) + 7 - (lane & 7);
     case kRowBcast:  // 15: the last lane of each row to the next row; 31: lane 31 to rows 2 and 3
       if (n == 15) return lane >> 4 & 1 ? row - 1 : -1;
       return lane >= 32 ? 31 : -1;
-    case kRowShare: return row + n;
-    case kRowXmask: return row + (k ^ n);
-    case kWaveShl: return lane + 1 < lanes ? lane + 1 : -1;
-    case kWaveRol: return (lane + 1) % lanes;
-    case kWaveShr: return lane - 1;
-    case kWaveRor: return (lane - 1 + lanes) % lanes;
-    case kDpp8: return (lane & ~7) + (n >> (lane & 7) * 3 & 7);
+    case kRowShare:
+      return row + n;
+    case kRowXmask:
+      return row + (k ^ n);
+    case kWaveShl:
+      return lane + 1 < lanes ? lane + 1 : -1;
+    case kWaveRol:
+      return (lane + 1) % lanes;
+    case kWaveShr:
+      return lane - 1;
+    case kWaveRor:
+      return (lane - 1 + lanes) % lanes;
+    case kDpp8:
+      return (lane & ~7) + (n >> (lane & 7) * 3 & 7);
   }
   return lane;
 }
@@ -243,73 +262,4 @@ inline void write(Wave& w, const Instruction& i, const T* result) {
     }
     write_register(w, o.index, t, mask);
   }
-}
-
-// ---- instructions as a function of one, two or three sources per lane
-
-template <class R, class A, class F>
-Handler unary(F) {
-  return [](Wave& w, const Instruction& i) {
-    A a[kLanes];
-    R r[kLanes];
-    read(w, i, 0, a);
-    for (int l = 0; l < kLanes; l++) r[l] = F{}(a[l]);
-    write(w, i, r);
-  };
-}
-
-template <class R, class A, class B, class F>
-Handler binary(F) {
-  return [](Wave& w, const Instruction& i) {
-    A a[kLanes];
-    B b[kLanes];
-    R r[kLanes];
-    read(w, i, 0, a);
-    read(w, i, 1, b);
-    for (int l = 0; l < kLanes; l++) r[l] = F{}(a[l], b[l]);
-    write(w, i, r);
-  };
-}
-
-template <class R, class A, class B, class C, class F>
-Handler ternary(F) {
-  return [](Wave& w, const Instruction& i) {
-    A a[kLanes];
-    B b[kLanes];
-    C c[kLanes];
-    R r[kLanes];
-    read(w, i, 0, a);
-    read(w, i, 1, b);
-    read(w, i, 2, c);
-    for (int l = 0; l < kLanes; l++) r[l] = F{}(a[l], b[l], c[l]);
-    write(w, i, r);
-  };
-}
-
-// The destination's old value as an operand (V_FMAC and others).
-template <class T>
-inline void read_old(Wave& w, const Instruction& i, T* out) {
-  u32 index = i.dst.index;
-  if constexpr (sizeof(T) == 8) {
-    for (int l = 0; l < kLanes; l++) out[l] = bits<T>(u64(w.v[index + 1][l]) << 32 | w.v[index][l]);
-  } else if constexpr (sizeof(T) == 4) {
-    std::memcpy(out, w.v[index], sizeof(w.v[index]));
-  } else {
-    for (int l = 0; l < kLanes; l++) out[l] = bits<T>(u16(w.v[index][l] >> (bit(i.op_sel, 3) ? 16 : 0)));
-  }
-}
-
-// As `ternary`, the third source being the destination's old value.
-template <class R, class A, class B, class F>
-Handler accumulate(F) {
-  return [](Wave& w, const Instruction& i) {
-    A a[kLanes];
-    B b[kLanes];
-    R c[kLanes], r[kLanes];
-    read(w, i, 0, a);
-    read(w, i, 1, b);
-    read_old(w, i, c);
-    for (int l = 0; l < kLanes; l++) r[l] = F{}(a[l], b[l], c[l]);
-    write(w, i, r);
-  };
 }

@@ -1,4 +1,4 @@
-// Scalar ALU: SOP1, SOP2, SOPK and SOPC. AMD CDNA3 ISA 12.1 to 12.4, RDNA3 ISA 16.1 to 16.4 (which renames some).
+// Scalar ALU: SOP1, SOP2 and SOPK. AMD CDNA3 ISA 12.1 to 12.3, RDNA3 ISA 16.1 to 16.3 (which renames some).
 #include "operands.h"
 
 namespace {
@@ -50,40 +50,6 @@ Handler logic64(F) {
     w.scc = r != 0;
   };
 }
-template <class F>
-Handler compare(F) {
-  return [](Wave& w, const Instruction& i) { w.scc = F{}(read_scalar(w, i.src[0]), read_scalar(w, i.src[1])); };
-}
-// S_CMPK: the constant is 16 bits, extended as T is signed or not.
-template <class T, class F>
-Handler compare_constant(F) {
-  return [](Wave& w, const Instruction& i) {
-    u32 k = read_scalar(w, i.src[1]);
-    w.scc = F{}(T(read_scalar(w, i.src[0])), std::is_signed_v<T> ? T(i16(k)) : T(k & 0xffff));
-  };
-}
-template <class F>
-Handler float2(F) {
-  return [](Wave& w, const Instruction& i) {
-    f32 x[2];
-    for (int k = 0; k < 2; k++) {
-      x[k] = bits<f32>(read_scalar(w, i.src[k]));
-      if (i.src[k].absolute) x[k] = std::fabs(x[k]);
-      if (i.src[k].negate) x[k] = -x[k];
-    }
-    write_scalar(w, i.dst, bits<u32>(f32(F{}(x[0], x[1]))));
-  };
-}
-template <class F>
-Handler float_compare(F) {
-  return [](Wave& w, const Instruction& i) {
-    w.scc = F{}(bits<f32>(read_scalar(w, i.src[0])), bits<f32>(read_scalar(w, i.src[1])));
-  };
-}
-template <class F>
-Handler convert(F) {
-  return [](Wave& w, const Instruction& i) { write_scalar(w, i.dst, F{}(read_scalar(w, i.src[0]))); };
-}
 // S_*_SAVEEXEC: the old EXEC goes to the destination, the new one is a function of source and EXEC.
 template <class F>
 void add_saveexec(Opcodes& ops, const char* name, F) {
@@ -114,17 +80,27 @@ i32 small(u32 k) { return i16(k); }
 void add_moves(Opcodes& ops) {
   ops.add("s_mov_b32", scalar1([](Wave&, u32 a) { return a; }));
   ops.add("s_mov_b64", pair1([](Wave&, u64 a) { return a; }));
-  ops.add("s_not_b32", scalar1([](Wave& w, u32 a) { w.scc = ~a != 0; return ~a; }));
-  ops.add("s_not_b64", pair1([](Wave& w, u64 a) { w.scc = ~a != 0; return ~a; }));
+  ops.add("s_not_b32", scalar1([](Wave& w, u32 a) {
+            w.scc = ~a != 0;
+            return ~a;
+          }));
+  ops.add("s_not_b64", pair1([](Wave& w, u64 a) {
+            w.scc = ~a != 0;
+            return ~a;
+          }));
   ops.add("s_brev_b32", scalar1([](Wave&, u32 a) { return reverse_bits(a); }));
-  ops.add("s_abs_i32", scalar1([](Wave& w, u32 a) { u32 r = i32(a) < 0 ? 0u - a : a; w.scc = r != 0; return r; }));
+  ops.add("s_abs_i32", scalar1([](Wave& w, u32 a) {
+            u32 r = i32(a) < 0 ? 0u - a : a;
+            w.scc = r != 0;
+            return r;
+          }));
   ops.add("s_sext_i32_i16", scalar1([](Wave&, u32 a) { return u32(i32(i16(a))); }));
   ops.add("s_sext_i32_i8", scalar1([](Wave&, u32 a) { return u32(i32(i8(a))); }));
   ops.add("s_bcnt1_i32_b32", scalar1([](Wave& w, u32 a) {
-    u32 r = __builtin_popcount(a);
-    w.scc = r != 0;
-    return r;
-  }));
+            u32 r = __builtin_popcount(a);
+            w.scc = r != 0;
+            return r;
+          }));
   ops.add("s_bcnt1_i32_b64", [](Wave& w, const Instruction& i) {
     u32 r = __builtin_popcountll(read_pair(w, i.src[0]));
     write_scalar(w, i.dst, r);
@@ -152,31 +128,34 @@ void add_moves(Opcodes& ops) {
 
 void add_arithmetic(Opcodes& ops) {
   ops.add({"s_add_u32", "s_add_co_u32"}, scalar2([](Wave& w, u32 a, u32 b) {
-    u64 t = u64(a) + b;
-    w.scc = u32(t >> 32);
-    return u32(t);
-  }));
+            u64 t = u64(a) + b;
+            w.scc = u32(t >> 32);
+            return u32(t);
+          }));
   ops.add({"s_addc_u32", "s_add_co_ci_u32"}, scalar2([](Wave& w, u32 a, u32 b) {
-    u64 t = u64(a) + b + w.scc;
-    w.scc = u32(t >> 32);
-    return u32(t);
-  }));
-  ops.add({"s_sub_u32", "s_sub_co_u32"}, scalar2([](Wave& w, u32 a, u32 b) { w.scc = b > a; return a - b; }));
+            u64 t = u64(a) + b + w.scc;
+            w.scc = u32(t >> 32);
+            return u32(t);
+          }));
+  ops.add({"s_sub_u32", "s_sub_co_u32"}, scalar2([](Wave& w, u32 a, u32 b) {
+            w.scc = b > a;
+            return a - b;
+          }));
   ops.add({"s_subb_u32", "s_sub_co_ci_u32"}, scalar2([](Wave& w, u32 a, u32 b) {
-    u64 t = u64(b) + w.scc;
-    w.scc = t > a;
-    return a - u32(t);
-  }));
+            u64 t = u64(b) + w.scc;
+            w.scc = t > a;
+            return a - u32(t);
+          }));
   ops.add({"s_add_i32", "s_add_co_i32"}, scalar2([](Wave& w, u32 a, u32 b) {
-    i64 t = i64(i32(a)) + i32(b);
-    w.scc = t != i32(t);
-    return u32(t);
-  }));
+            i64 t = i64(i32(a)) + i32(b);
+            w.scc = t != i32(t);
+            return u32(t);
+          }));
   ops.add({"s_sub_i32", "s_sub_co_i32"}, scalar2([](Wave& w, u32 a, u32 b) {
-    i64 t = i64(i32(a)) - i32(b);
-    w.scc = t != i32(t);
-    return u32(t);
-  }));
+            i64 t = i64(i32(a)) - i32(b);
+            w.scc = t != i32(t);
+            return u32(t);
+          }));
   ops.add({"s_add_nc_u64", "s_add_u64"}, pair2([](Wave&, u64 a, u64 b) { return a + b; }));
   ops.add({"s_sub_nc_u64", "s_sub_u64"}, pair2([](Wave&, u64 a, u64 b) { return a - b; }));
   ops.add("s_mul_u64", pair2([](Wave&, u64 a, u64 b) { return a * b; }));
@@ -191,16 +170,28 @@ void add_arithmetic(Opcodes& ops) {
   ops.add("s_mul_i32", scalar2([](Wave&, u32 a, u32 b) { return a * b; }));
   ops.add("s_mul_hi_u32", scalar2([](Wave&, u32 a, u32 b) { return u32(u64(a) * b >> 32); }));
   ops.add("s_mul_hi_i32", scalar2([](Wave&, u32 a, u32 b) { return u32(i64(i32(a)) * i32(b) >> 32); }));
-  ops.add("s_min_i32", scalar2([](Wave& w, u32 a, u32 b) { w.scc = i32(a) < i32(b); return w.scc ? a : b; }));
-  ops.add("s_max_i32", scalar2([](Wave& w, u32 a, u32 b) { w.scc = i32(a) >= i32(b); return w.scc ? a : b; }));
-  ops.add("s_min_u32", scalar2([](Wave& w, u32 a, u32 b) { w.scc = a < b; return w.scc ? a : b; }));
-  ops.add("s_max_u32", scalar2([](Wave& w, u32 a, u32 b) { w.scc = a >= b; return w.scc ? a : b; }));
+  ops.add("s_min_i32", scalar2([](Wave& w, u32 a, u32 b) {
+            w.scc = i32(a) < i32(b);
+            return w.scc ? a : b;
+          }));
+  ops.add("s_max_i32", scalar2([](Wave& w, u32 a, u32 b) {
+            w.scc = i32(a) >= i32(b);
+            return w.scc ? a : b;
+          }));
+  ops.add("s_min_u32", scalar2([](Wave& w, u32 a, u32 b) {
+            w.scc = a < b;
+            return w.scc ? a : b;
+          }));
+  ops.add("s_max_u32", scalar2([](Wave& w, u32 a, u32 b) {
+            w.scc = a >= b;
+            return w.scc ? a : b;
+          }));
   ops.add("s_absdiff_i32", scalar2([](Wave& w, u32 a, u32 b) {
-    i64 t = i64(i32(a)) - i32(b);
-    u32 r = u32(t < 0 ? -t : t);
-    w.scc = r != 0;
-    return r;
-  }));
+            i64 t = i64(i32(a)) - i32(b);
+            u32 r = u32(t < 0 ? -t : t);
+            w.scc = r != 0;
+            return r;
+          }));
   ops.add("s_lshl1_add_u32", scalar2([](Wave& w, u32 a, u32 b) { return shift_add<1>(w, a, b); }));
   ops.add("s_lshl2_add_u32", scalar2([](Wave& w, u32 a, u32 b) { return shift_add<2>(w, a, b); }));
   ops.add("s_lshl3_add_u32", scalar2([](Wave& w, u32 a, u32 b) { return shift_add<3>(w, a, b); }));
@@ -224,35 +215,44 @@ void add_bits(Opcodes& ops) {
   add_logic_pair(ops, "s_and_not1_b32", "s_and_not1_b64", [](u64 a, u64 b) { return a & ~b; });
   add_logic_pair(ops, "s_orn2_b32", "s_orn2_b64", [](u64 a, u64 b) { return a | ~b; });
   add_logic_pair(ops, "s_or_not1_b32", "s_or_not1_b64", [](u64 a, u64 b) { return a | ~b; });
-  ops.add("s_lshl_b32", scalar2([](Wave& w, u32 a, u32 b) { u32 r = a << (b & 31); w.scc = r != 0; return r; }));
-  ops.add("s_lshr_b32", scalar2([](Wave& w, u32 a, u32 b) { u32 r = a >> (b & 31); w.scc = r != 0; return r; }));
+  ops.add("s_lshl_b32", scalar2([](Wave& w, u32 a, u32 b) {
+            u32 r = a << (b & 31);
+            w.scc = r != 0;
+            return r;
+          }));
+  ops.add("s_lshr_b32", scalar2([](Wave& w, u32 a, u32 b) {
+            u32 r = a >> (b & 31);
+            w.scc = r != 0;
+            return r;
+          }));
   ops.add("s_ashr_i32", scalar2([](Wave& w, u32 a, u32 b) {
-    u32 r = u32(i32(a) >> (b & 31));
-    w.scc = r != 0;
-    return r;
-  }));
+            u32 r = u32(i32(a) >> (b & 31));
+            w.scc = r != 0;
+            return r;
+          }));
   ops.add("s_lshl_b64", pair_shift([](u64 a, u32 b) { return a << (b & 63); }));
   ops.add("s_lshr_b64", pair_shift([](u64 a, u32 b) { return a >> (b & 63); }));
   ops.add("s_ashr_i64", pair_shift([](u64 a, u32 b) { return u64(i64(a) >> (b & 63)); }));
   // Bit fields: offset in bits 4:0 (5:0 for 64 bits), width in bits 22:16.
   ops.add("s_bfe_u32", scalar2([](Wave& w, u32 a, u32 b) {
-    u32 width = b >> 16 & 127, shifted = a >> (b & 31), r = width == 0 ? 0 : width >= 32 ? shifted : shifted & ((1u << width) - 1);
-    w.scc = r != 0;
-    return r;
-  }));
+            u32 width = b >> 16 & 127, shifted = a >> (b & 31),
+                r = width == 0    ? 0
+                    : width >= 32 ? shifted
+                                  : shifted & ((1u << width) - 1);
+            w.scc = r != 0;
+            return r;
+          }));
   ops.add("s_bfe_i32", scalar2([](Wave& w, u32 a, u32 b) {
-    u32 r = u32(signed_field(i32(a), b & 31, b >> 16 & 127));
-    w.scc = r != 0;
-    return r;
-  }));
+            u32 r = u32(signed_field(i32(a), b & 31, b >> 16 & 127));
+            w.scc = r != 0;
+            return r;
+          }));
   ops.add("s_bfe_u64", pair_shift([](u64 a, u32 b) {
-    u32 width = b >> 16 & 127;
-    u64 shifted = a >> (b & 63);
-    return width == 0 ? 0 : width >= 64 ? shifted : shifted & ((1ull << width) - 1);
-  }));
-  ops.add("s_bfe_i64", pair_shift([](u64 a, u32 b) {
-    return u64(signed_field(i64(a), b & 63, b >> 16 & 127));
-  }));
+            u32 width = b >> 16 & 127;
+            u64 shifted = a >> (b & 63);
+            return width == 0 ? 0 : width >= 64 ? shifted : shifted & ((1ull << width) - 1);
+          }));
+  ops.add("s_bfe_i64", pair_shift([](u64 a, u32 b) { return u64(signed_field(i64(a), b & 63, b >> 16 & 127)); }));
   ops.add("s_bfm_b32", scalar2([](Wave&, u32 a, u32 b) { return ((1u << (a & 31)) - 1) << (b & 31); }));
   ops.add("s_pack_ll_b32_b16", scalar2([](Wave&, u32 a, u32 b) { return (a & 0xffff) | b << 16; }));
   ops.add("s_pack_lh_b32_b16", scalar2([](Wave&, u32 a, u32 b) { return (a & 0xffff) | (b & 0xffff0000); }));
@@ -274,105 +274,10 @@ void add_bits(Opcodes& ops) {
   add_saveexec(ops, "or_not0", [](u64 a, u64 exec) { return ~a | exec; });
 }
 
-template <class F>
-void add_compare(Opcodes& ops, const char* relation, F f) {
-  std::string name(relation);
-  ops.add(("s_cmp_" + name + "_u32").c_str(), compare([](u32 a, u32 b) { return F{}(a, b); }));
-  ops.add(("s_cmp_" + name + "_i32").c_str(), compare([](u32 a, u32 b) { return F{}(i32(a), i32(b)); }));
-  ops.add(("s_cmpk_" + name + "_u32").c_str(), compare_constant<u32>(f));
-  ops.add(("s_cmpk_" + name + "_i32").c_str(), compare_constant<i32>(f));
-  ops.add(("s_cmp_" + name + "_f32").c_str(), float_compare(f));
-}
-
-void add_compares(Opcodes& ops) {
-  add_compare(ops, "eq", [](auto a, auto b) { return a == b; });
-  add_compare(ops, "lg", [](auto a, auto b) { return a < b || a > b; });
-  add_compare(ops, "gt", [](auto a, auto b) { return a > b; });
-  add_compare(ops, "ge", [](auto a, auto b) { return a >= b; });
-  add_compare(ops, "lt", [](auto a, auto b) { return a < b; });
-  add_compare(ops, "le", [](auto a, auto b) { return a <= b; });
-  ops.add("s_cmp_neq_f32", float_compare([](f32 a, f32 b) { return !(a == b); }));
-  ops.add("s_cmp_nlt_f32", float_compare([](f32 a, f32 b) { return !(a < b); }));
-  ops.add("s_cmp_ngt_f32", float_compare([](f32 a, f32 b) { return !(a > b); }));
-  ops.add("s_cmp_nge_f32", float_compare([](f32 a, f32 b) { return !(a >= b); }));
-  ops.add("s_cmp_nle_f32", float_compare([](f32 a, f32 b) { return !(a <= b); }));
-  ops.add("s_cmp_o_f32", float_compare([](f32 a, f32 b) { return a == a && b == b; }));
-  ops.add("s_cmp_u_f32", float_compare([](f32 a, f32 b) { return a != a || b != b; }));
-  ops.add("s_cmp_eq_u64", [](Wave& w, const Instruction& i) { w.scc = read_pair(w, i.src[0]) == read_pair(w, i.src[1]); });
-  ops.add("s_cmp_lg_u64", [](Wave& w, const Instruction& i) { w.scc = read_pair(w, i.src[0]) != read_pair(w, i.src[1]); });
-  ops.add("s_bitcmp0_b32", compare([](u32 a, u32 b) { return !(a >> (b & 31) & 1); }));
-  ops.add("s_bitcmp1_b32", compare([](u32 a, u32 b) { return a >> (b & 31) & 1; }));
-  ops.add("s_bitcmp0_b64", [](Wave& w, const Instruction& i) {
-    w.scc = !bit(read_pair(w, i.src[0]), read_scalar(w, i.src[1]) & 63);
-  });
-  ops.add("s_bitcmp1_b64", [](Wave& w, const Instruction& i) {
-    w.scc = bit(read_pair(w, i.src[0]), read_scalar(w, i.src[1]) & 63);
-  });
-}
-
-// RDNA 3.5 and 4 have float arithmetic on scalars; the V_S_ ones run on the transcendental unit.
-void add_floats(Opcodes& ops) {
-  ops.add("s_add_f32", float2([](f32 a, f32 b) { return a + b; }));
-  ops.add("s_sub_f32", float2([](f32 a, f32 b) { return a - b; }));
-  ops.add("s_mul_f32", float2([](f32 a, f32 b) { return a * b; }));
-  ops.add({"s_max_f32", "s_max_num_f32"}, float2([](f32 a, f32 b) { return max_number(a, b); }));
-  ops.add({"s_min_f32", "s_min_num_f32"}, float2([](f32 a, f32 b) { return min_number(a, b); }));
-  ops.add("s_fmac_f32", [](Wave& w, const Instruction& i) {
-    f32 a = bits<f32>(read_scalar(w, i.src[0])), b = bits<f32>(read_scalar(w, i.src[1]));
-    write_scalar(w, i.dst, bits<u32>(std::fma(a, b, bits<f32>(read_scalar(w, i.dst)))));
-  });
-  // FMAMK and FMAAK are written with their operands in the order of the formula: a * b + c.
-  ops.add({"s_fmamk_f32", "s_fmaak_f32"}, [](Wave& w, const Instruction& i) {
-    f32 x[3];
-    for (int k = 0; k < 3; k++) x[k] = bits<f32>(read_scalar(w, i.src[k]));
-    write_scalar(w, i.dst, bits<u32>(std::fma(x[0], x[1], x[2])));
-  });
-  ops.add("s_trunc_f32", convert([](u32 a) { return bits<u32>(std::trunc(bits<f32>(a))); }));
-  ops.add("s_floor_f32", convert([](u32 a) { return bits<u32>(std::floor(bits<f32>(a))); }));
-  ops.add("s_ceil_f32", convert([](u32 a) { return bits<u32>(std::ceil(bits<f32>(a))); }));
-  ops.add("s_rndne_f32", convert([](u32 a) { return bits<u32>(std::nearbyint(bits<f32>(a))); }));
-  ops.add("s_cvt_f32_f16", convert([](u32 a) { return bits<u32>(half_to_float(u16(a))); }));
-  ops.add("s_cvt_hi_f32_f16", convert([](u32 a) { return bits<u32>(half_to_float(u16(a >> 16))); }));
-  ops.add("s_cvt_f16_f32", convert([](u32 a) { return u32(float_to_half(bits<f32>(a))); }));
-  ops.add("s_cvt_f32_u32", convert([](u32 a) { return bits<u32>(f32(a)); }));
-  ops.add("s_cvt_f32_i32", convert([](u32 a) { return bits<u32>(f32(i32(a))); }));
-  ops.add("s_cvt_u32_f32", convert([](u32 a) { return saturate_u32(bits<f32>(a)); }));
-  ops.add("s_cvt_i32_f32", convert([](u32 a) { return u32(saturate_i32(bits<f32>(a))); }));
-  ops.add("v_s_rcp_f32", convert([](u32 a) { return bits<u32>(1.f / bits<f32>(a)); }));
-  ops.add("v_s_exp_f32", convert([](u32 a) { return bits<u32>(flush(std::exp2(bits<f32>(a)))); }));
-  ops.add("v_s_log_f32", convert([](u32 a) { return bits<u32>(std::log2(flush(bits<f32>(a)))); }));
-  ops.add("v_s_sqrt_f32", convert([](u32 a) { return bits<u32>(std::sqrt(bits<f32>(a))); }));
-}
-
 }  // namespace
 
 void add_scalar(Opcodes& ops) {
   add_moves(ops);
   add_arithmetic(ops);
   add_bits(ops);
-  add_compares(ops);
-  add_floats(ops);
-}
-
-// Branches, the end, barriers, and what has no effect that is modelled (waits, hints, caches, MODE).
-void add_scalar_control(Opcodes& ops) {
-  ops.add("s_nop", [](Wave&, const Instruction&) {});
-  ops.add("s_endpgm", [](Wave& w, const Instruction&) { w.state = kEnded; });
-  ops.add({"s_barrier", "s_barrier_wait"}, [](Wave& w, const Instruction&) {
-    w.state = kAtBarrier;
-    w.epoch++;
-  });
-  ops.add("s_branch", [](Wave& w, const Instruction& i) { w.pc = i.target; });
-  ops.add("s_cbranch_scc0", [](Wave& w, const Instruction& i) { if (!w.scc) w.pc = i.target; });
-  ops.add("s_cbranch_scc1", [](Wave& w, const Instruction& i) { if (w.scc) w.pc = i.target; });
-  ops.add("s_cbranch_vccz", [](Wave& w, const Instruction& i) { if (!w.vcc()) w.pc = i.target; });
-  ops.add("s_cbranch_vccnz", [](Wave& w, const Instruction& i) { if (w.vcc()) w.pc = i.target; });
-  ops.add("s_cbranch_execz", [](Wave& w, const Instruction& i) { if (!w.exec()) w.pc = i.target; });
-  ops.add("s_cbranch_execnz", [](Wave& w, const Instruction& i) { if (w.exec()) w.pc = i.target; });
-  ops.add("s_getpc_b64", [](Wave& w, const Instruction& i) {
-    if (!i.address) w.error(kUnsupported, i, 0, 0);  // a program from text has no addresses
-    write_pair(w, i.dst, i.address + 4);
-  });
-  ops.add("s_getreg_b32", [](Wave& w, const Instruction& i) { write_scalar(w, i.dst, 0); });
-  ops.add({"s_memtime", "s_memrealtime", "s_getreg_time"}, [](Wave& w, const Instruction& i) { write_pair(w, i.dst, w.executed); });
 }

@@ -15,7 +15,15 @@ constexpr int kLanes = 64;  // wave32 uses the lower half
 
 // Scalar register file: SGPRs, then the special registers by their number in the instruction encoding where they have
 // one (AMD CDNA3 ISA, "Scalar ALU operands"); the apertures get numbers of our own.
-enum Special : u16 { kVcc = 106, kTtmp0 = 108, kExec = 126, kM0 = 128, kSharedBase = 130, kPrivateBase = 132, kSccOperand = 138 };
+enum Special : u16 {
+  kVcc = 106,
+  kTtmp0 = 108,
+  kExec = 126,
+  kM0 = 128,
+  kSharedBase = 130,
+  kPrivateBase = 132,
+  kSccOperand = 138
+};
 constexpr int kScalars = 160;
 constexpr int kVectors = 512;  // VGPRs, and from 256 on AGPRs
 
@@ -23,8 +31,8 @@ enum Kind : u8 { kNone, kScalar, kVector, kInteger, kReal, kLiteral };
 
 // Where a value comes from or goes to.
 struct Operand {
-  u8 kind;         // Kind
-  u8 count;        // number of registers
+  u8 kind;   // Kind
+  u8 count;  // number of registers
   u8 negate, absolute;
   u8 sign_extend;  // SDWA
   u8 select;       // SDWA: 0-3 a byte, 4-5 a half, 6 all
@@ -38,17 +46,30 @@ struct Instruction;
 using Handler = void (*)(Wave&, const Instruction&);
 
 enum Dpp : u8 {
-  kNoDpp, kQuadPerm, kRowShl, kRowShr, kRowRor, kRowMirror, kRowHalfMirror, kRowBcast, kRowShare, kRowXmask,
-  kWaveShl, kWaveRol, kWaveShr, kWaveRor, kDpp8,
+  kNoDpp,
+  kQuadPerm,
+  kRowShl,
+  kRowShr,
+  kRowRor,
+  kRowMirror,
+  kRowHalfMirror,
+  kRowBcast,
+  kRowShare,
+  kRowXmask,
+  kWaveShl,
+  kWaveRol,
+  kWaveShr,
+  kWaveRor,
+  kDpp8,
 };
 
 struct Instruction {
   Handler handler;
-  u64 address;   // byte address in the code object, 0 where the program came from text
-  u32 number;    // position in the program, for reports
-  u32 target;    // branches: position of the target
-  u32 opcode;    // position in the front end's list of mnemonics
-  u32 dual;      // first half of a VOPD pair; the second follows
+  u64 address;  // byte address in the code object, 0 where the program came from text
+  u32 number;   // position in the program, for reports
+  u32 target;   // branches: position of the target
+  u32 opcode;   // position in the front end's list of mnemonics
+  u32 dual;     // first half of a VOPD pair; the second follows
   Operand dst, dst2, src[5];
   i32 offset0, offset1;
   i32 dpp_argument;
@@ -83,27 +104,27 @@ struct LdsShadow {
 struct Launch {
   const Instruction* program;
   u32 instructions, entry;
-  u32 lanes, gfx;             // 64 or 32; 0x90a, 0x942, 0x950, 0x1100, 0x1201
+  u32 lanes, gfx;  // 64 or 32; 0x90a, 0x942, 0x950, 0x1100, 0x1201
   u32 grid[3], block[3];
   u32 lds_bytes, scratch_bytes;
-  u32 user_sgprs;             // number of SGPRs in user_values
+  u32 user_sgprs;  // number of SGPRs in user_values
   u32 user_values[32];
-  u32 workgroup_ids;          // bits 0 to 2: x, y, z follow the user SGPRs; bit 3: then a scratch offset
-  u32 poison;                 // initial content of registers
+  u32 workgroup_ids;  // bits 0 to 2: x, y, z follow the user SGPRs; bit 3: then a scratch offset
+  u32 poison;         // initial content of registers
   u32 check_races, count_banks;
-  u32 quantum;                // > 0: waves take turns after this many instructions
+  u32 quantum;  // > 0: waves take turns after this many instructions
   Region* regions;
   u32 num_regions;
   u32 max_errors;
   Error* errors;
-  u64 max_instructions;       // per workgroup
-  u64* histogram;             // per instruction of the program: times executed (null: not counted)
-  u64* bank_cycles;           // per instruction of the program
+  u64 max_instructions;  // per workgroup
+  u64* histogram;        // per instruction of the program: times executed (null: not counted)
+  u64* bank_cycles;      // per instruction of the program
   u64* bank_ideal;
   // Results.
-  u32 num_errors, status;     // status: Status
-  u32 stopped_at;             // instruction at which an unfinished wave stands
-  u32 dropped;          // buffer accesses beyond the descriptor's size: these read 0 on hardware
+  u32 num_errors, status;  // status: Status
+  u32 stopped_at;          // instruction at which an unfinished wave stands
+  u32 dropped;             // buffer accesses beyond the descriptor's size: these read 0 on hardware
   u64 executed;
 };
 
@@ -122,8 +143,8 @@ struct Wave {
   u32 s[kScalars];
   u32 scc, pc, state;
   u32 lanes, id, gfx;
-  u32 epoch;           // barriers passed
-  bool clears_high;    // 16-bit results clear the register's upper half (gfx9); they keep it on RDNA
+  u32 epoch;         // barriers passed
+  bool clears_high;  // 16-bit results clear the register's upper half (gfx9); they keep it on RDNA
   Workgroup* group;
   std::vector<u8> scratch;  // lane-major
   u64 executed;
@@ -157,6 +178,7 @@ class Opcodes {
 };
 
 void add_scalar(Opcodes&);
+void add_scalar_float(Opcodes&);
 void add_scalar_control(Opcodes&);
 void add_vector(Opcodes&);
 void add_vector_special(Opcodes&);

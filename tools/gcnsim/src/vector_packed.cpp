@@ -121,11 +121,13 @@ void mixed_fma(Wave& w, const Instruction& i) {
 void add_vector_packed(Opcodes& ops) {
   ops.add("v_pk_add_f16", packed16<Half, 2>([](Half a, Half b, Half) { return Half(f32(a) + f32(b)); }));
   ops.add("v_pk_mul_f16", packed16<Half, 2>([](Half a, Half b, Half) { return Half(f32(a) * f32(b)); }));
-  ops.add({"v_pk_max_f16", "v_pk_max_num_f16"}, packed16<Half, 2>([](Half a, Half b, Half) { return Half(max_number(a, b)); }));
-  ops.add({"v_pk_min_f16", "v_pk_min_num_f16"}, packed16<Half, 2>([](Half a, Half b, Half) { return Half(min_number(a, b)); }));
+  ops.add({"v_pk_max_f16", "v_pk_max_num_f16"},
+          packed16<Half, 2>([](Half a, Half b, Half) { return Half(max_number(a, b)); }));
+  ops.add({"v_pk_min_f16", "v_pk_min_num_f16"},
+          packed16<Half, 2>([](Half a, Half b, Half) { return Half(min_number(a, b)); }));
   ops.add("v_pk_fma_f16", packed16<Half, 3>([](Half a, Half b, Half c) {
-    return bits<Half>(double_to_half(std::fma(f64(f32(a)), f64(f32(b)), f64(f32(c)))));
-  }));
+            return bits<Half>(double_to_half(std::fma(f64(f32(a)), f64(f32(b)), f64(f32(c)))));
+          }));
   ops.add({"v_pk_add_u16", "v_pk_add_i16"}, packed16<u16, 2>([](u16 a, u16 b, u16) { return u16(a + b); }));
   ops.add({"v_pk_sub_u16", "v_pk_sub_i16"}, packed16<u16, 2>([](u16 a, u16 b, u16) { return u16(a - b); }));
   ops.add("v_pk_mul_lo_u16", packed16<u16, 2>([](u16 a, u16 b, u16) { return u16(u32(a) * b); }));

@@ -1,6 +1,6 @@
 // Vector instructions with more than one result or an implied operand: selects, carries, division steps, wide products,
 // dot products. AMD CDNA3 ISA 12.8 and 12.11.
-#include "operands.h"
+#include "lanewise.h"
 
 namespace {
 
@@ -156,7 +156,8 @@ f32 dot_f16(u32 a, u32 b, f32 c) {
 }
 
 f32 dot_bf16(u32 a, u32 b, f32 c) {
-  return bfloat_to_float(a & 0xffff) * bfloat_to_float(b & 0xffff) + bfloat_to_float(a >> 16) * bfloat_to_float(b >> 16) + c;
+  return bfloat_to_float(a & 0xffff) * bfloat_to_float(b & 0xffff) +
+         bfloat_to_float(a >> 16) * bfloat_to_float(b >> 16) + c;
 }
 
 }  // namespace
@@ -164,21 +165,30 @@ f32 dot_bf16(u32 a, u32 b, f32 c) {
 void add_vector_special(Opcodes& ops) {
   ops.add("v_cndmask_b32", conditional_mask);
   ops.add("v_cndmask_b16", conditional_mask16);
-  ops.add("v_add_co_u32", carry([](u32 a, u32 b, u32, bool& out) { out = u64(a) + b >> 32; return a + b; }));
+  ops.add("v_add_co_u32", carry([](u32 a, u32 b, u32, bool& out) {
+            out = u64(a) + b >> 32;
+            return a + b;
+          }));
   ops.add({"v_addc_co_u32", "v_add_co_ci_u32"}, carry([](u32 a, u32 b, u32 in, bool& out) {
-    out = u64(a) + b + in >> 32;
-    return a + b + in;
-  }));
-  ops.add("v_sub_co_u32", carry([](u32 a, u32 b, u32, bool& out) { out = b > a; return a - b; }));
-  ops.add("v_subrev_co_u32", carry([](u32 a, u32 b, u32, bool& out) { out = a > b; return b - a; }));
+            out = u64(a) + b + in >> 32;
+            return a + b + in;
+          }));
+  ops.add("v_sub_co_u32", carry([](u32 a, u32 b, u32, bool& out) {
+            out = b > a;
+            return a - b;
+          }));
+  ops.add("v_subrev_co_u32", carry([](u32 a, u32 b, u32, bool& out) {
+            out = a > b;
+            return b - a;
+          }));
   ops.add({"v_subb_co_u32", "v_sub_co_ci_u32"}, carry([](u32 a, u32 b, u32 in, bool& out) {
-    out = u64(b) + in > a;
-    return a - b - in;
-  }));
+            out = u64(b) + in > a;
+            return a - b - in;
+          }));
   ops.add({"v_subbrev_co_u32", "v_subrev_co_ci_u32"}, carry([](u32 a, u32 b, u32 in, bool& out) {
-    out = u64(a) + in > b;
-    return b - a - in;
-  }));
+            out = u64(a) + in > b;
+            return b - a - in;
+          }));
   ops.add({"v_mad_u64_u32", "v_mad_co_u64_u32"}, multiply_add_wide<u32, u64>);
   ops.add({"v_mad_i64_i32", "v_mad_co_i64_i32"}, multiply_add_wide<i32, i64>);
   ops.add("v_div_scale_f32", divide_scale);
@@ -188,6 +198,7 @@ void add_vector_special(Opcodes& ops) {
   ops.add("v_bitop3_b16", bit_operation<u16>);
   ops.add("v_dot2_f32_f16", ternary<f32, u32, u32, f32>([](u32 a, u32 b, f32 c) { return dot_f16(a, b, c); }));
   ops.add("v_dot2_f32_bf16", ternary<f32, u32, u32, f32>([](u32 a, u32 b, f32 c) { return dot_bf16(a, b, c); }));
-  ops.add({"v_dot2acc_f32_f16", "v_dot2c_f32_f16"}, accumulate<f32, u32, u32>([](u32 a, u32 b, f32 c) { return dot_f16(a, b, c); }));
+  ops.add({"v_dot2acc_f32_f16", "v_dot2c_f32_f16"},
+          accumulate<f32, u32, u32>([](u32 a, u32 b, f32 c) { return dot_f16(a, b, c); }));
   ops.add("v_dot2c_f32_bf16", accumulate<f32, u32, u32>([](u32 a, u32 b, f32 c) { return dot_bf16(a, b, c); }));
 }
