@@ -25,7 +25,8 @@ class WeightsPath:
         values: From the softmax (included) to the operand (included).
         dropout_p: 0.0 if off.
         zeroed: How rows without keys become 0: None, "nan_to_num", or the mask Value of a masked_fill(p, mask, 0).
-        cuts_sink: The last column is sliced off.
+        zeroed_at: The result of that masked_fill, whose axes the mask is aligned with.
+        cuts_sink: The last column is sliced off, by `cut_at`.
     """
 
     contraction: Value
@@ -33,7 +34,9 @@ class WeightsPath:
     values: list[Value] = field(default_factory=list)
     dropout_p: float = 0.0
     zeroed: object = None
+    zeroed_at: Value | None = None
     cuts_sink: bool = False
+    cut_at: Value | None = None
 
 
 def follow_weights(anchor: SoftmaxAnchor, live: LiveUsers) -> WeightsPath:
@@ -78,12 +81,14 @@ def _step(path: WeightsPath, anchor: SoftmaxAnchor, value: Value, user: Value) -
             path.zeroed = "nan_to_num"
             return
         if user.name == "masked_fill" and user.args[0] is value and number_of(user.args[2]) == 0:
-            path.zeroed = user.args[1]
+            if path.zeroed is not None:
+                raise Refusal("weights_changed", "the attention weights are set to 0 twice")
+            path.zeroed, path.zeroed_at = user.args[1], user
             return
         if user.name == "slice" and user.args[0] is value and _cuts_last(value, user):
             if path.cuts_sink:
                 raise Refusal("weights_changed", "the attention weights are sliced twice")
-            path.cuts_sink = True
+            path.cuts_sink, path.cut_at = True, user
             return
         if user.name == "detach":
             raise Refusal("weights_detached", "the attention weights are detached from autograd before they meet V")

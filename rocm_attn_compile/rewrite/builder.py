@@ -36,9 +36,12 @@ class GraphBuilder:
     Attributes:
         time: Position of the anchor: values are read as they are right after it ran.
         emitted: Nodes added so far, in order; `discard` removes them again.
+        sources: The nodes that are read, and what they hold.
+
+    With `saves`, tensors are those that autograd keeps for the backward: what is written later is copied.
     """
 
-    def __init__(self, trace: Trace, anchor: fx.Node, replaced: dict[fx.Node, fx.Node]) -> None:
+    def __init__(self, trace: Trace, anchor: fx.Node, replaced: dict[fx.Node, fx.Node], saves: bool = False) -> None:
         self.trace = trace
         self.graph = trace.graph_module.graph
         self.anchor = anchor
@@ -49,6 +52,8 @@ class GraphBuilder:
         self._records_gradient = anchor not in trace.tensors or trace.tensors[anchor].value.grad_mode
         self._cursor = anchor
         self._replaced = replaced
+        self._saves = saves
+        self.sources: dict[fx.Node, Value] = {}
         self._values: dict[int, fx.Node] = {}
         self._sizes: dict[sympy.Expr, Any] = {}
 
@@ -84,9 +89,21 @@ class GraphBuilder:
             return self._values[value.id]
         holders = self.trace.nodes_holding(value, self.time)
         node = self._replaced.get(holders[0], holders[0]) if holders else None
-        node = node or self._snapshot(value) or self._emit_again(value)
+        if node is None:
+            node = self._snapshot(value)
+        if node is None:
+            node = self._emit_again(value)
+        else:
+            self.sources[node] = value
+        if self._saves and self.is_written_later(node):
+            node = self.call(aten.clone.default, node)
         self._values[value.id] = node
         return node
+
+    def is_written_later(self, node: fx.Node) -> bool:
+        """True if the memory of a Dynamo node is written after this place: autograd must not have saved it."""
+        known = self.trace.tensors.get(node)
+        return known is not None and any(time > self.time for time in known.storage.write_times)
 
     def size(self, size: Size) -> Any:
         """An int, or a node that holds the symbolic size."""
