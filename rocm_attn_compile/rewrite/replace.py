@@ -38,6 +38,7 @@ class Rewriter:
         self._check = check
         self.replaced: dict[fx.Node, fx.Node] = {}
         self._regions: list[Region] = []
+        self._examples: dict[Any, Any] = {}
 
     def apply(self, region: Region, impl: str) -> fx.Node:
         """Emit the op for `region` and make every later reader use it.
@@ -46,7 +47,9 @@ class Rewriter:
             Refusal: A tensor the op needs is not available where the result is; the graph is unchanged.
         """
         target, value = self._output_node(region)
-        builder = GraphBuilder(self.trace, target, self.replaced, saves=region.spec.requires_grad)
+        builder = GraphBuilder(
+            self.trace, target, self.replaced, saves=region.spec.requires_grad, examples=self._examples
+        )
         try:
             result = self._emit(builder, region, target, value, impl)
             if self._check is not None:
