@@ -32,6 +32,8 @@ class Options:
         verify: Run every site both ways at compile time, on random tensors of the real shapes and strides and on
             adversarial masks, and leave it alone if the results or gradients differ. For debugging: it takes the
             memory and the time of the old code.
+        inline: Let Inductor see what the op does on the device, where that can be written down, and call it directly.
+            False keeps every attention one opaque call of `rocm_attn::attention` in the compiled program.
     """
 
     attention_backend: str | None = None
@@ -42,6 +44,7 @@ class Options:
     dump_dir: str | None = None
     disable: bool = False
     verify: bool = False
+    inline: bool = True
 
 
 OPTION_VARIABLES = {
@@ -189,4 +192,5 @@ _PARSERS: dict[str, Callable[[Any, str], Any]] = {
     "dump_dir": _path,
     "disable": _flag,
     "verify": _flag,
+    "inline": _flag,
 }

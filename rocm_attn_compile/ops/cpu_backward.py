@@ -12,9 +12,11 @@ from rocm_attn_compile.ops.cpu import (
     fold_groups,
     pad_heads,
     simple_band,
+    takes_fused,
     unfused_is_faster,
 )
 from rocm_attn_compile.ops.cpu_mask import fused_mask
+from rocm_attn_compile.ops.cpu_unfused import may_be_true
 from rocm_attn_compile.ops.reference import NEG_INF
 from rocm_attn_compile.ops.schemas import check_backward_inputs, check_inputs, empty_grad, lse_dtype
 
@@ -86,15 +88,15 @@ def backward(
     with _torch_private.below_autograd_and_views():
         check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, dropout_p, empty_rows)
         check_backward_inputs(grad_out, q, v, out, lse)
-        can_be_fused = logits_soft_cap is None and not dropout_p and not wants_dbias
-        if q.numel() and k.numel() and can_be_fused and not unfused_is_faster(q, k, v, skips_blocks=False):
+        is_empty_input = not (q.numel() and k.numel())
+        if not is_empty_input and not wants_dbias and takes_fused(q, k, v, logits_soft_cap, dropout_p, False):
             is_causal, mask = fused_mask(q, k, attn_bias, *masks, softmax_scale, band_lower, band_upper)
             grads = _fused_backward(
                 grad_out, q, k, v, attn_bias, sinks, out, lse, is_causal, mask, softmax_scale, empty_rows
             )
             if grads is not None:
                 return _wanted(grads, (q, k, v, attn_bias, sinks), output_mask)
-        if q.numel() and k.numel():
+        if not is_empty_input:
             numbers = (softmax_scale, logits_soft_cap, dropout_p)
             all_masks = (*masks, band_lower, band_upper)
             grads = cpu_unfused.backward(
@@ -128,7 +130,7 @@ def _fused_backward(
     is_empty = None
     if mask is not None:
         is_empty = lse == NEG_INF
-        if is_empty.any():
+        if may_be_true(is_empty):
             if empty_rows == "mean_added" and sinks is None:
                 return None
             # The kernel computes exp(scores - lse): with 0, what is masked keeps weight exp(-inf) = 0.

@@ -35,6 +35,7 @@ class MaskStep:
     fill: float
     is_followed_by_bias: bool = False
     biases_before: int = 0
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(eq=False)
@@ -61,8 +62,9 @@ def compose(proof: Proof, roles: Roles) -> Logits:
         if logits.sinks is not None and step.kind not in ("row_shift", "cast"):
             raise Refusal("after_sinks", f"a {step.kind} follows the concatenation of the sinks")
         _FOLD[step.kind](logits, step, proof, roles)
-    if logits.sinks is not None and not proof.cuts_sink:
-        raise Refusal("sink_axis", "the sink column is not cut off before the product with V")
+    for step in proof.steps:
+        if step.kind == "sinks" and proof.cuts_sink != ("first" if step.invert else "last"):
+            raise Refusal("sink_axis", "the sink column is not cut off before the product with V")
     if proof.cuts_sink and logits.sinks is None:
         raise Refusal("weights_changed", "the attention weights are sliced along the keys")
     return logits
@@ -138,6 +140,7 @@ def _bias(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
         mask.is_followed_by_bias = True
     bias = _operand(proof, step)
     bias.factor = step.factor
+    bias.added_in = step.at.dtype if step.at.op != "sdpa" else None
     _round_bias(bias, value.dtype, step.at.dtype)  # 0-d, or added in place
     logits.biases.append(bias)
 
@@ -154,6 +157,7 @@ def _mask(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
             step.keeps,
             rounded(float(step.fill), step.at.dtype),
             biases_before=len(logits.biases),
+            dtype=step.at.dtype,
         )
     )
 

@@ -239,6 +239,12 @@ def scaled_source_of(value: Value) -> tuple[Value, Any]:
     return value, factor
 
 
+def aligned(dims: list[Dim], value: Value) -> list[Dim]:
+    """The axes of `value`, broadcast against a tensor with the axes `dims` (aligned right)."""
+    offset = len(dims) - value.ndim
+    return [() if is_one(size) else dims[offset + i] for i, size in enumerate(value.shape)]
+
+
 def operands_of(contraction: Value) -> tuple[Value, Value]:
     """The two factors of a contraction, in the order of its call."""
     if contraction.name in ("baddbmm", "addmm"):

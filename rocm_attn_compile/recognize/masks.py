@@ -27,12 +27,14 @@ from ..symbolic import is_one, product
 from . import mask as prover
 from .axes import Atom, Dim, resolve
 from .compose import Logits, MaskStep
-from .empty_rows import Term, account_for_zeroed, aligned, empty_rows, score_dtype
+from .empty_rows import Term, empty_rows, score_dtype
+from .labels import aligned
 from .live import LiveUsers
 from .mask.integers import FloorDiv, modulo
 from .moderate import is_moderate
 from .proof import Proof
 from .region import MaskTerm, Operand, Roles
+from .zeroed import account_for_zeroed
 
 _LARGEST_FACTOR = 1e4
 """A bias is scaled by no more than this, or it may be as low as a fill."""
@@ -108,8 +110,8 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool,
     symbols = Symbols(roles)
     notes: list[Reason] = []
     replaced = [_boolean(symbols, step, notes) for step in logits.masks]
-    for term in replaced:
-        if not prover.is_hard(term.fills[0], score_dtype(proof)):
+    for step, term in zip(logits.masks, replaced):
+        if not prover.is_hard(term.fills[0], step.dtype):
             raise Refusal(
                 "finite_fill", f"masked scores become {term.fills[0]:g}, which is not low enough to count as masked"
             )
@@ -125,9 +127,9 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool,
     if low and any(t.is_finite for t in replaced):
         return _filled_biases(proof, logits, symbols, replaced, requires_grad, notes)
     closed, mode = found
-    mode = account_for_zeroed(proof, mode, closed, requires_grad, replaced)
     if logits.sinks is not None and mode is not EmptyRows.IMPOSSIBLE:
         mode = EmptyRows.ZERO  # the sink takes all the weight
+    mode = account_for_zeroed(proof, symbols, mode, closed, [*replaced, *added], requires_grad, low)
     dense = [MaskTerm(t.operand, t.keeps) for t in replaced if t.stays_dense]
     masks = {id(t.operand) for t in added}
     biases: list[Operand | MaskTerm] = [bias for bias in logits.biases if id(bias) not in masks]
@@ -159,13 +161,13 @@ def _filled_biases(
     proof: Proof, logits: Logits, symbols: Symbols, replaced: list[Term], requires_grad: bool, notes: list[Reason]
 ) -> ProvedMasks:
     """All masks as numbers in the bias: the op then adds up what eager adds up, and no row is empty."""
-    if requires_grad or proof.zeroed is not None:
+    if requires_grad or proof.zeroed:
         raise Refusal(
             "bias_beside_finite_fill",
             "a finite fill masks scores to which a float tensor is added that may mask the rest of a row; "
             "fill with -inf, or combine both masks",
         )
-    if not all(prover.absorbs(fill, score_dtype(proof)) for t in replaced for fill in t.fills):
+    if not all(prover.absorbs(step.fill, step.dtype) for step in logits.masks):
         raise Refusal(
             "bias_beside_finite_fill",
             "a fill that is not the lowest number masks scores to which a float tensor is added; fill with -inf",
@@ -198,7 +200,7 @@ def _additive(proof: Proof, symbols: Symbols, bias: Operand, notes: list[Reason]
         notes.append(found.reason)
         return None
     fills = tuple(fill for fill, _ in found.fills)
-    if found.keep.residual or not all(prover.is_hard(fill, score_dtype(proof)) for fill in fills):
+    if found.keep.residual or not all(prover.is_hard(fill, bias.added_in or score_dtype(proof)) for fill in fills):
         return None
     return Term(found.keep, fills, True, bias, True)
 

@@ -9,6 +9,7 @@ from ..capture.trace import Value
 from .axes import Dim
 from .labels import Labels
 from .scores import Step
+from .weights import Zeroing
 
 
 @dataclass(eq=False)
@@ -38,7 +39,7 @@ class Proof:
         shifted: The softmax subtracts the row maximum (else underflow makes empty rows NaN).
         normalized: See SoftmaxAnchor.
         safe: Rows of -inf give 0.
-        zeroed, zeroed_at: See WeightsPath.
+        zeroed: See WeightsPath.
         dropout_p: Dropout of the weights.
         values: All values of the site.
     """
@@ -59,10 +60,9 @@ class Proof:
     shifted: bool = True
     normalized: bool = True
     safe: bool = False
-    zeroed: Any = None
-    zeroed_at: Value | None = None
+    zeroed: list[Zeroing] = field(default_factory=list)
     dropout_p: float = 0.0
-    cuts_sink: bool = False
+    cuts_sink: str | None = None
     values: list[Value] = field(default_factory=list)
 
     def factors(self) -> list[Factor]:

@@ -24,6 +24,7 @@ class Operand:
         dims: One tuple of atoms for each of its dimensions.
         factors: Tensors to multiply it with before the op, (Operand, divide) pairs; gradients flow through them.
         factor: Number to multiply it with, or 1.
+        added_in: Of a bias: the dtype of the sum with the scores.
         rounded_to: Narrower dtype it is cast to after that, where what it holds may become infinite; or None.
     """
 
@@ -32,6 +33,7 @@ class Operand:
     factors: list[tuple[Operand, bool]] = field(default_factory=list)
     factor: Any = 1
     rounded_to: torch.dtype | None = None
+    added_in: torch.dtype | None = None
 
 
 @dataclass(eq=False)

@@ -15,6 +15,8 @@ scale, cap, bias, mask
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from ..capture.trace import Value
 from ..normalize.softmax import SoftmaxAnchor
 from ..reasons import Refusal
@@ -45,7 +47,7 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
     v = Factor(_other_factor(weights), Labels())
     contracted = _label_weights(labels, weights, v)
     if weights.cut_at is not None and resolve(labels.of(weights.cut_at)[-1]) != resolve(key):
-        raise Refusal("weights_changed", "the attention weights are sliced along another axis than the keys")
+        raise Refusal("sink_axis", "the attention weights are sliced along another axis than the keys")
     if resolve(contracted) != resolve(key):
         raise Refusal(
             "softmax_axis",
@@ -82,7 +84,6 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
         normalized=anchor.normalized,
         safe=anchor.safe,
         zeroed=weights.zeroed,
-        zeroed_at=weights.zeroed_at,
         dropout_p=weights.dropout_p,
         cuts_sink=weights.cuts_sink,
         values=values,
@@ -157,11 +158,10 @@ def _direct_factor(path: ScorePath):
 
 def _label_weights(labels: Labels, path: WeightsPath, v: Factor) -> Dim:
     """Label the weights up to the product with V; returns the axis that product sums over."""
-    for value in path.values[1:]:
+    for source, value in pairwise(path.values):
         if is_view(value) or is_cast(value):
             labels.of(value)
             continue
-        source = value.args[0]
         if value.name != "slice" and not all(same_size(a, b) for a, b in zip(value.shape, source.shape)):
             raise Refusal("weights_changed", f"{value.name} broadcasts the attention weights")
         labels.set(value, labels.of(source))

@@ -168,7 +168,16 @@ class Rewriter:
             if bias.rounded_to is not None:
                 node = builder.call(aten._to_copy.default, node, dtype=bias.rounded_to)
             total = node if total is None else builder.call(aten.add.Tensor, total, node)
-        return total
+        in_half = any(isinstance(bias, MaskTerm) or bias.added_in == torch.float16 for bias in region.biases)
+        return self._lowest(builder, total) if in_half and total is not None else total
+
+    def _lowest(self, builder: GraphBuilder, bias: fx.Node) -> fx.Node:
+        """float16's lowest number absorbs the scores in float16; the op adds in float32, where another one does."""
+        if builder.look(bias).dtype != torch.float16:
+            return bias
+        wide = builder.call(aten._to_copy.default, bias, dtype=torch.float32)
+        is_lowest = builder.call(aten.eq.Scalar, bias, torch.finfo(torch.float16).min)
+        return builder.call(aten.masked_fill.Scalar, wide, is_lowest, torch.finfo(torch.float32).min)
 
     def _fill(self, builder: GraphBuilder, region: Region, total: Any, mask: fx.Node, term: MaskTerm) -> fx.Node:
         """The bias with a number in the place of what a mask drops; the number is one of the scores' dtype."""

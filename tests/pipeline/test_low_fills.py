@@ -144,3 +144,21 @@ def write_repeated_keys(q, k, v):
 @pytest.mark.parametrize("function", [write_result, write_repeated_keys])
 def test_what_autograd_saves_is_copied_if_it_is_written_later(function):
     check(function, square, calls=1, trains=True)
+
+
+def float16_additive(q, k, v, keep):
+    q, k, v = q.half(), k.half(), v.half()
+    bias = torch.zeros(keep.shape, dtype=q.dtype).masked_fill(~keep, torch.finfo(q.dtype).min)
+    return F.softmax(q @ k.mT * SCALE + bias, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def float16_float_mask(q, k, v, keep):
+    """Two masks: the first stays a tensor, and the op adds it in float32, where -65504 absorbs nothing."""
+    q, k, v = q.half(), k.half(), v.half()
+    bias = torch.zeros(keep.shape, dtype=q.dtype).masked_fill(~keep, torch.finfo(q.dtype).min)
+    return (q @ k.mT * SCALE + bias).masked_fill(~causal(M), -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("function", [float16_additive, float16_float_mask])
+def test_the_lowest_float16_makes_rows_uniform(function):
+    check(function, lambda: (*square(), ~dropped()), calls=1)

@@ -328,3 +328,58 @@ def negated_after_mask(q, k, v):
 @look_alike("scale_after_shift", lambda: (*square(), rand(B, 1, 1, M)))
 def shifted_then_scaled_per_key(q, k, v, per_key):  # 1.5 * per_key differs from key to key
     return ((q @ k.mT + 1.5) * per_key).softmax(-1) @ v
+
+
+# --- weights changed where no row is empty ---
+
+
+@look_alike("weights_changed", lambda: (*square(), torch.rand(M, M) < 0.5))
+def weights_masked_after_causal_softmax(q, k, v, drop):  # no row is empty, so only the mask itself tells
+    s = (q @ k.mT * SCALE).masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), -math.inf)
+    return s.softmax(-1).masked_fill(drop, 0.0) @ v
+
+
+@look_alike("weights_changed", lambda: (*square(), torch.rand(M, M) < 0.5))
+def weights_masked_after_plain_softmax(q, k, v, drop):
+    return (q @ k.mT * SCALE).softmax(-1).masked_fill(drop, 0.0) @ v
+
+
+@look_alike("weights_changed")
+def weights_causally_zeroed_not_renormalised(q, k, v):
+    return (q @ k.mT * SCALE).softmax(-1).masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), 0.0) @ v
+
+
+@look_alike("weights_changed")
+def weights_multiplied_by_narrower_mask(q, k, v):
+    s = (q @ k.mT * SCALE).masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), -math.inf)
+    return (s.softmax(-1) * torch.ones(M, M).tril(-1)) @ v
+
+
+@look_alike("weights_changed", lambda: (*square(), torch.rand(M, M) < 0.5))
+def mask_after_softmax_on_other_axes(q, k, v, drop):  # the same tensor, but transposed weights
+    s = (q @ k.mT * SCALE).masked_fill(drop, torch.finfo(q.dtype).min)
+    return s.softmax(-1).mT.masked_fill(drop, 0.0).mT @ v
+
+
+@look_alike("weights_changed", lambda: (*square(), torch.rand(M, M) < 0.5))
+def nan_to_num_before_another_mask(q, k, v, drop):
+    s = (q @ k.mT * SCALE).masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), -math.inf)
+    return torch.nan_to_num(s.softmax(-1)).masked_fill(drop, 0.0) @ v
+
+
+@look_alike("weights_changed", lambda: (*square(), rand(H)))
+def gated_heads(q, k, v, gate):
+    return ((q @ k.mT * SCALE).softmax(-1) * gate[:, None, None]) @ v
+
+
+@look_alike("sink_axis", lambda: (*square(), rand(H)))
+def other_column_than_the_sinks_cut_off(q, k, v, sinks):
+    s = torch.cat([sinks.reshape(1, -1, 1, 1).expand(B, -1, M, -1), q @ k.mT * SCALE], dim=-1)
+    return s.softmax(-1)[..., :-1] @ v
+
+
+@look_alike("weights_changed", lambda: (*square(), rand(H)))
+def weights_masked_before_sinks_are_cut_off(q, k, v, sinks):
+    drop = torch.ones(M, M + 1, dtype=torch.bool).triu(1)
+    s = torch.cat([sinks.reshape(1, -1, 1, 1).expand(B, -1, M, -1), q @ k.mT * SCALE], dim=-1)
+    return s.softmax(-1).masked_fill(drop, 0.0)[..., 1:] @ v
