@@ -230,6 +230,47 @@ cpu_flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attentio
 below_autograd_and_views = torch._C._AutoDispatchBelowADInplaceOrView
 
 
+# --- What a trace sees of the op (ops/inline.py) ---
+
+
+def register_trace_rule(library: Any, op: Any, find: Callable[[tuple, dict], Callable[[], Any] | None]) -> None:
+    """Let AOTAutograd record something else than a call of `op` in the graph that it traces.
+
+    Args:
+        library: The `torch.library.Library` that defined the op.
+        op: The overload.
+        find: From the arguments of a call to what is traced instead, or to None, which records the call.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+
+    plain = (torch.Tensor, FakeTensor, FunctionalTensor)
+
+    def rule(mode: Any, _op: Any, types: Sequence[type], args: tuple, kwargs: dict | None) -> Any:
+        # Any other subclass, such as DTensor, has to see the op itself.
+        body = find(args, kwargs or {}) if all(kind in plain for kind in types) else None
+        if body is None:
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return body()
+
+    library._register_torch_dispatch_rule(op._schema.name.partition("::")[2], FunctionalTensorMode, rule)
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """True for a tensor of AOTAutograd's trace, whose values are not known."""
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(tensor, FunctionalTensor)
+
+
+def is_recomputed() -> bool:
+    """True while AOTAutograd traces a region of activation checkpointing."""
+    from torch.fx import traceback
+
+    return "recompute" in traceback.current_meta
+
+
 # --- Arguments of ATen calls (recognize/mask) ---
 
 
@@ -276,6 +317,20 @@ def is_fake(tensor: torch.Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(tensor, FakeTensor)
+
+
+def hint(number: Any) -> Any:
+    """The value a symbolic number has in the call that is being compiled, without a guard; a plain one as it is.
+
+    Raises:
+        ValueError: There is none: it depends on data.
+    """
+    if not isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return number
+    value = number.node.hint
+    if value is None:
+        raise ValueError(f"{number} depends on data")
+    return value
 
 
 def is_wrapper_subclass(tensor: torch.Tensor) -> bool:

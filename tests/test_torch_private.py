@@ -514,3 +514,64 @@ def test_same_if_known_does_not_guard_on_data():
     assert not _torch_private.same_if_known(rows.shape, (3, 1))
     assert _torch_private.same_if_known((3, 1), (3, 1))
     assert not _torch_private.same_if_known((3, 2), (3, 1))
+
+
+def test_hint_of_a_size_adds_no_guard():
+    import pytest
+
+    sizes, guards = [], []
+
+    def backend(graph_module, inputs):
+        shape_env = _torch_private.current_shape_env()
+        before = len(shape_env.guards)
+        sizes.extend(_torch_private.hint(x) for x in inputs if isinstance(x, torch.SymInt))
+        guards.append(len(shape_env.guards) - before)
+        return graph_module.forward
+
+    torch.compile(lambda x: x + 1, backend=backend, dynamic=True)(torch.ones(5, 7))
+    assert sorted(sizes) == [5, 7] and guards == [0]
+    assert _torch_private.hint(3) == 3 and _torch_private.hint(None) is None
+    with _torch_private.only_fakes(torch.fx.experimental.symbolic_shapes.ShapeEnv()):
+        rows = torch.ones(3).nonzero()
+    with pytest.raises(ValueError, match="depends on data"):
+        _torch_private.hint(rows.shape[0])
+
+
+def test_trace_rule_replaces_a_call_in_aotautograds_trace_and_nowhere_else():
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    from rocm_attn_compile.testing import count_calls
+
+    library = torch.library.Library("rocm_attn_test_rule", "FRAGMENT")
+    library.define("double(Tensor x, bool inline) -> Tensor")
+    library.impl("double", lambda x, inline: x * 2, "CPU")
+    library.impl("double", lambda x, inline: torch.empty_like(x), "Meta")
+    op = torch.ops.rocm_attn_test_rule.double.default
+    seen = []
+
+    def find(args, kwargs):
+        seen.append((_torch_private.is_traced(args[0]), _torch_private.is_recomputed()))
+        return (lambda: args[0] + args[0]) if args[1] else None
+
+    _torch_private.register_trace_rule(library, op, find)
+    graphs = []
+
+    def keep(graph_module, _):
+        graphs.append(count_calls(graph_module))
+        return make_boxed_func(graph_module.forward)
+
+    def checkpointed(x):
+        return torch.utils.checkpoint.checkpoint(lambda x: op(x, True), x, use_reentrant=False)
+
+    x = torch.randn(3, requires_grad=True)
+    torch.testing.assert_close(op(x.detach(), True), x.detach() * 2)
+    assert not seen and not _torch_private.is_traced(x)
+    for function, inlined in ((lambda x: op(x, True), 1), (lambda x: op(x, False), 0), (checkpointed, 1)):
+        seen.clear()
+        graphs.clear()
+        with torch.set_grad_enabled(function is checkpointed):
+            compiled = torch.compile(function, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+            torch.testing.assert_close(compiled(x), x * 2)
+        assert graphs[0]["aten.add"] == inlined and graphs[0]["rocm_attn_test_rule.double"] == 1 - inlined
+        assert seen[-1] == (True, function is checkpointed)  # after a first pass that only looks for aliases

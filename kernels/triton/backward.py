@@ -22,7 +22,6 @@ from .common import (
     EMPTY_NAN,
     EMPTY_NAN_ADDED,
     EMPTY_ZERO,
-    INF,
     LOG2E,
     dropout_keep,
     exponent,
@@ -47,7 +46,7 @@ def load_row_statistics(shift, delta, correction, first_row, row_ok, HAS_BIAS: t
     """
     offs_m = tl.arange(0, BLOCK_M)
     if CHECK_ROWS:
-        m = tl.load(shift + first_row + offs_m, mask=row_ok, other=INF)
+        m = tl.load(shift + first_row + offs_m, mask=row_ok, other=float("inf"))
         d = tl.load(delta + first_row + offs_m, mask=row_ok, other=0.0)
     else:
         m = tl.load(shift + first_row + offs_m)
@@ -61,7 +60,7 @@ def load_row_statistics(shift, delta, correction, first_row, row_ok, HAS_BIAS: t
 @triton.jit
 def load_empty(lse, row_base, q_pos, row_ok):
     """Which rows have no key."""
-    return (tl.load(lse + row_base + q_pos) == -INF) & row_ok
+    return (tl.load(lse + row_base + q_pos) == float("-inf")) & row_ok
 
 
 @triton.jit
@@ -161,12 +160,12 @@ def backward_rows_kernel(
     o_tile = load_tile(out, q_first, stride_om, stride_oe, q_len, 0, V_HEAD_DIM, BLOCK_M, BLOCK_E, True, WIDE)
     g_tile = load_tile(grad_out, q_first, stride_gm, stride_ge, q_len, 0, V_HEAD_DIM, BLOCK_M, BLOCK_E, True, WIDE)
     row_lse = tl.load(lse + row_base + q_pos)
-    empty = row_lse == -INF
+    empty = row_lse == float("-inf")
     d = tl.sum(o_tile.to(tl.float32) * g_tile.to(tl.float32), 1)
     if EMPTY_ROWS != EMPTY_MEAN_ADDED:
         d = tl.where(empty, 0.0, d)
     tl.store(delta + row_base + row_store, d, mask=row_ok)
-    m = tl.where(empty, INF, row_lse)
+    m = tl.where(empty, row_lse)
     if not HAS_BIAS:
         m = m * LOG2E
     tl.store(shift + row_base + row_store, m, mask=row_ok)
@@ -175,7 +174,7 @@ def backward_rows_kernel(
             tl.atomic_max(any_empty + head_index, 1)
 
     if HAS_BIAS:
-        inexact = (tl.abs(row_lse) > 256.0) & (tl.abs(row_lse) < INF)
+        inexact = (tl.abs(row_lse) > 256.0) & (tl.abs(row_lse) < float("inf"))
         total = tl.full((BLOCK_M,), 1.0, tl.float32)
         if tl.max(tl.where(inexact, 1, 0)) != 0:
             total = tl.zeros((BLOCK_M,), tl.float32)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..env import Environment, package_version
+from ..ops.inline import MARK
 
 HASHED_PACKAGES = ("rocm_attn_compile.ops", "rocm_attn_compile.kernels")
 """Packages whose sources decide what the op computes without being visible in the graph."""
@@ -20,12 +21,13 @@ HASHED_PACKAGES = ("rocm_attn_compile.ops", "rocm_attn_compile.kernels")
 _SUFFIXES = {".py", ".json", ".hip", ".h"}
 
 
-def implementation_tag(name: str, env: Environment) -> str:
+def implementation_tag(name: str, env: Environment, inline: bool) -> str:
     """`"<name>@<hash>"`, equal only if backend, sources, target and every flag are equal.
 
     Args:
         name: Of the chosen backend.
         env: Of this compilation.
+        inline: Marks the op as one that compilers see through where they can: `"<name>@<hash>+inline"`.
     """
     parts = (
         name,
@@ -37,7 +39,7 @@ def implementation_tag(name: str, env: Environment) -> str:
         str(env.aiter),
         astuple(env.flags),
     )
-    return f"{name}@{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+    return f"{name}@{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}" + (MARK if inline else "")
 
 
 @lru_cache(maxsize=1)

@@ -72,7 +72,7 @@ class Choice:
 
     Attributes:
         backend: Its name.
-        impl: The op's `impl` argument, "<backend>@<hash>".
+        impl: The op's `impl` argument, "<backend>@<hash>" or "<backend>@<hash>+inline".
         preferred: What the rules chose; differs from `backend` after a fallback.
         sentences: How it came to this, in order.
         rejected: Every other declared backend -> its reasons; "lower_priority" is one that could.
@@ -101,8 +101,8 @@ def select(spec: AttentionSpec, env: Environment, options: Options) -> Choice | 
     Args:
         spec: The proved attention.
         env: Of this compilation; warns through it once per graph and message.
-        options: `attention_backend` is used. `strict` is not: the caller collects all sites first, then raises
-            `StrictError` for those that fell back or were rejected.
+        options: `attention_backend` and `inline` are used. `strict` is not: the caller collects all sites first, then
+            raises `StrictError` for those that fell back or were rejected.
 
     Raises:
         ValueError, RuntimeError: An explicit choice that breaks the documented rules, see `rules.documented_choice`.
@@ -121,7 +121,7 @@ def select(spec: AttentionSpec, env: Environment, options: Options) -> Choice | 
 
     chosen = next((name for name in order if not reasons[name]), None)
     if chosen == preferred:
-        return _choice(chosen, preferred, (sentence,), reasons, env)
+        return _choice(chosen, preferred, (sentence,), reasons, env, options)
     why = f"{preferred} cannot take it ({'; '.join(map(str, reasons[preferred]))})"
     if chosen is None:
         log.debug("no backend takes the site: %s", reasons)
@@ -130,7 +130,7 @@ def select(spec: AttentionSpec, env: Environment, options: Options) -> Choice | 
         )
         return Rejected(preferred, (sentence, why, f"tried {', '.join(order)}: none can"), reasons)
     env.warn(f"attention runs on {chosen} instead of {preferred}: {why}")
-    return _choice(chosen, preferred, (sentence, why, f"{chosen}: the next in order that can"), reasons, env)
+    return _choice(chosen, preferred, (sentence, why, f"{chosen}: the next in order that can"), reasons, env, options)
 
 
 def _choice(
@@ -139,10 +139,11 @@ def _choice(
     sentences: tuple[str, ...],
     reasons: Mapping[str, tuple[Reason, ...]],
     env: Environment,
+    options: Options,
 ) -> Choice:
     could = (Reason("lower_priority", f"could take it; {chosen} comes first"),)
     rejected = {name: found or could for name, found in reasons.items() if name != chosen}
-    return Choice(chosen, implementation_tag(chosen, env), preferred, sentences, rejected)
+    return Choice(chosen, implementation_tag(chosen, env, options.inline), preferred, sentences, rejected)
 
 
 def _requested(env: Environment, options: Options) -> tuple[Flags, str]:

@@ -3,13 +3,13 @@
 Importing this registers the ops once, needs torch only, and imports no kernel: see dispatch.py.
 """
 
-from rocm_attn_compile.ops import autocast, autograd, dispatch, dropout, vmap
+from rocm_attn_compile.ops import autocast, autograd, dispatch, dropout, inline, vmap
 from rocm_attn_compile.ops.dispatch import Implementation, implementation
 from rocm_attn_compile.ops.schemas import attention, attention_backward
 
 __all__ = ["Implementation", "attention", "attention_backward", "implementation", "register"]
 
-_PARTS = (autocast, autograd, dispatch, dropout, vmap)
+_PARTS = (autocast, autograd, dispatch, dropout, inline, vmap)
 
 
 def register() -> None:

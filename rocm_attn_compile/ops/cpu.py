@@ -13,7 +13,7 @@ from torch import Tensor
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import cpu_unfused
 from rocm_attn_compile.ops.cpu_mask import empty_rows_of, fused_mask
-from rocm_attn_compile.ops.cpu_unfused import sink_share
+from rocm_attn_compile.ops.cpu_unfused import may_be_true, sink_share
 from rocm_attn_compile.ops.reference import NEG_INF
 from rocm_attn_compile.ops.reference import forward as reference_forward
 from rocm_attn_compile.ops.schemas import (
@@ -83,11 +83,7 @@ def forward(
             out, lse = reference_forward(
                 q, k, v, attn_bias, *masks, sinks, softmax_scale=softmax_scale, empty_rows=empty_rows
             )
-        elif (
-            logits_soft_cap is not None
-            or dropout_p > 0.0
-            or unfused_is_faster(q, k, v, band_upper == 0 and q.shape[2] > 1)
-        ):
+        elif not takes_fused(q, k, v, logits_soft_cap, dropout_p, band_upper == 0 and q.shape[2] > 1):
             numbers = (softmax_scale, logits_soft_cap, dropout_p)
             bands = (band_lower, band_upper)
             out, lse = cpu_unfused.forward(
@@ -96,17 +92,26 @@ def forward(
         else:
             is_causal, mask = fused_mask(q, k, attn_bias, *masks, softmax_scale, band_lower, band_upper)
             out, lse = fused_forward(q, k, v, is_causal, mask, softmax_scale)
-            is_empty = None
             # The kernel gives an empty row lse 0; only then is the mask itself looked at.
-            if mask is not None and (empty_rows != "impossible" or sinks is not None) and not lse.all():
+            if mask is not None and (empty_rows != "impossible" or sinks is not None) and not known_full(lse):
                 is_empty = empty_rows_of(mask, is_causal, q.shape[2], k.shape[2]).expand(lse.shape)
-                if is_empty.any():
+                if may_be_true(is_empty):
                     lse.masked_fill_(is_empty, NEG_INF)
                     _fill_empty(out, v, is_empty, empty_rows, has_sinks=sinks is not None)
             if sinks is not None:
                 share, lse = sink_share(lse, sinks)
                 out.mul_(share[..., None])
         return with_layout(out, out_layout), lse.contiguous()
+
+
+def takes_fused(
+    q: Tensor, k: Tensor, v: Tensor, logits_soft_cap: float | None, dropout_p: float, skips_blocks: bool
+) -> bool:
+    """True if ATen's kernel is to be used for inputs that are not empty: it has no soft cap and no dropout.
+
+    `skips_blocks` as for `unfused_is_faster`.
+    """
+    return logits_soft_cap is None and dropout_p == 0.0 and not unfused_is_faster(q, k, v, skips_blocks)
 
 
 def unfused_is_faster(q: Tensor, k: Tensor, v: Tensor, skips_blocks: bool) -> bool:
@@ -211,6 +216,11 @@ def with_layout(out: Tensor, out_layout: str) -> Tensor:
     B, H, M, E = out.shape
     strides = (M * H * E, E, H * E, 1)
     return out if out.stride() == strides else out.new_empty_strided(out.shape, strides).copy_(out)
+
+
+def known_full(lse: Tensor) -> bool:
+    """True if no row is empty, by ATen's lse of 0 for such rows; False in a trace, where no value is known yet."""
+    return not _torch_private.is_traced(lse) and bool(lse.all())
 
 
 def _fill_empty(out: Tensor, v: Tensor, is_empty: Tensor, empty_rows: str, has_sinks: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops.reference import NEG_INF, keep_mask
 from rocm_attn_compile.ops.schemas import DTYPES, lse_dtype
 
@@ -46,7 +47,9 @@ def fused_mask(
     # The kernel reads the mask in the dtype of q or, for half precision, in float32; -inf exists in all of them.
     if attn_bias is None:
         assert keep is not None
-        mask = torch.where(keep, *_KEPT_DROPPED[q.dtype])
+        # In a trace without constant tensors, which it would have to keep.
+        traced = _torch_private.is_traced(keep)
+        mask = torch.where(keep, 0.0, NEG_INF).to(q.dtype) if traced else torch.where(keep, *_KEPT_DROPPED[q.dtype])
     else:
         mask = attn_bias if attn_bias.dtype == q.dtype else attn_bias.to(lse_dtype(q.dtype))
         if keep is not None:

@@ -49,7 +49,7 @@ def _softmax(
     is_empty = None
     if attn_bias is not None or keep is not None:
         is_empty = largest == NEG_INF
-        if is_empty.any():
+        if may_be_true(is_empty):
             lse.masked_fill_(is_empty, NEG_INF)
             fill = float("nan")
             if sinks is not None or empty_rows == "zero":
@@ -63,6 +63,11 @@ def _softmax(
         share, lse = sink_share(lse, sinks)
         p.mul_(share[..., None])
     return p, lse, is_empty, tanh
+
+
+def may_be_true(flags: Tensor) -> bool:
+    """`flags.any()`; True in a trace, where no value is known yet."""
+    return _torch_private.is_traced(flags) or bool(flags.any())
 
 
 def sink_share(lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

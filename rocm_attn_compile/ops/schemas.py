@@ -263,3 +263,10 @@ torch.library.register_fake(f"{NAMESPACE}::dropout_keep_mask", _dropout_keep_mas
 attention = torch.ops.rocm_attn.attention.default
 attention_backward = torch.ops.rocm_attn.attention_backward.default
 dropout_keep_mask = torch.ops.rocm_attn.dropout_keep_mask.default
+
+
+def named_arguments(op: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Every argument of a call of one of the ops above by name, defaults included."""
+    schema = _torch_private.schema_arguments(op)
+    given = dict(zip((name for name, _ in schema), args))
+    return {name: given.get(name, kwargs.get(name, default)) for name, default in schema}

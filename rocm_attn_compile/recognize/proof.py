@@ -9,6 +9,7 @@ from ..capture.trace import Value
 from .axes import Dim
 from .labels import Labels
 from .scores import Step
+from .weights import Zeroing
 
 
 @dataclass(eq=False)
@@ -36,8 +37,9 @@ class Proof:
         steps: What is done to the scores, inner to outer.
         operand_labels: id(step) -> labels of the step's tensor for this use.
         shifted: The softmax subtracts the row maximum (else underflow makes empty rows NaN).
+        normalized: See SoftmaxAnchor.
         safe: Rows of -inf give 0.
-        zeroed: See WeightsPath.zeroed.
+        zeroed: See WeightsPath.
         dropout_p: Dropout of the weights.
         values: All values of the site.
     """
@@ -56,10 +58,11 @@ class Proof:
     steps: list[Step] = field(default_factory=list)
     operand_labels: dict[int, Labels] = field(default_factory=dict)
     shifted: bool = True
+    normalized: bool = True
     safe: bool = False
-    zeroed: Any = None
+    zeroed: list[Zeroing] = field(default_factory=list)
     dropout_p: float = 0.0
-    cuts_sink: bool = False
+    cuts_sink: str | None = None
     values: list[Value] = field(default_factory=list)
 
     def factors(self) -> list[Factor]:

@@ -20,8 +20,9 @@ from .labels import cuts_gradient, is_cast, is_contraction, is_view, number_of
 class Step:
     """One thing done to the scores; `at` is the value after it (masks and biases are aligned with its shape).
 
-    kind: "scale" (number), "tensor_scale" (Value; `invert` divides), "tanh", "bias" (Value, `factor`),
-    "mask" (Value, `keeps` polarity, number fill), "shift" (number), "row_shift", "sinks" (Value), "second" (ScorePath).
+    kind: "cast", "scale" (number), "tensor_scale" (Value; `invert` divides), "tanh", "bias" (Value, `factor`),
+    "mask" (Value, `keeps` polarity, number fill), "shift" (number), "row_shift", "second" (ScorePath),
+    "sinks" (Value; `factor` is the axis along which it is one column, the first one if `invert`, else the last).
     """
 
     kind: str
@@ -50,7 +51,7 @@ class ScorePath:
     @property
     def is_direct(self) -> bool:
         """Only views, casts and scalar factors lie on the path."""
-        return all(step.kind == "scale" for step in self.steps)
+        return all(step.kind in ("scale", "cast") for step in self.steps)
 
 
 class ScoreWalk:
@@ -94,11 +95,15 @@ class ScoreWalk:
         if isinstance(value.op, str):
             if value.op == "dropout" and (value.args[1] == 0 or not value.args[2]):
                 return self._through(value, value.args[0])
+            hint = "; if that is q k^T, a graph break has cut it off" if value.op == "input" else ""
             raise Refusal(
-                "no_contraction", f"the softmax input comes from {value.name!r} at {_where(value)}, not from q k^T"
+                "no_contraction",
+                f"the softmax input comes from {value.name!r} at {_where(value)}, not from q k^T{hint}",
             )
-        if is_view(value) or is_cast(value):
+        if is_view(value):
             return self._through(value, value.args[0])
+        if is_cast(value):
+            return self._through(value, value.args[0], Step("cast", value))
         handler = getattr(self, f"_{value.name}", None)
         if handler is None:
             raise Refusal("score_op", f"{value.name} between q k^T and softmax has no equal in the attention op")
@@ -208,9 +213,11 @@ class ScoreWalk:
     def _cat(self, value: Value) -> ScorePath:
         pieces, dim = value.args[0], (value.args[1] if len(value.args) > 1 else 0) % value.ndim
         scores = [p for p in pieces if self.reaches(p)]
-        if len(pieces) == 2 and len(scores) == 1 and pieces[0] is scores[0] and is_one(pieces[1].shape[dim]):
-            step = Step("sinks", value, pieces[1], factor=dim)
-            return self._through(value, scores[0], step)
+        if len(pieces) == 2 and len(scores) == 1:
+            first = pieces[1] is scores[0]
+            column = pieces[0 if first else 1]
+            if is_one(column.shape[dim]):
+                return self._through(value, scores[0], Step("sinks", value, column, factor=dim, invert=first))
         raise Refusal("score_op", f"scores are concatenated with other scores along dimension {dim}")
 
 

@@ -15,6 +15,22 @@ from .labels import is_cast, is_contraction, is_view, number_of, product_under_s
 from .live import LiveUsers
 
 
+@dataclass(frozen=True, eq=False)
+class Zeroing:
+    """Weights set to 0; `at` is the value after it.
+
+    Attributes:
+        mask: Where; None is nan_to_num.
+        keeps: The mask is True (nonzero) where weights are kept.
+        is_factor: The weights are multiplied with the mask, a number that must be 0 or 1.
+    """
+
+    at: Value
+    mask: Value | None = None
+    keeps: bool = False
+    is_factor: bool = False
+
+
 @dataclass(eq=False)
 class WeightsPath:
     """The way of the weights to their product with V.
@@ -24,16 +40,17 @@ class WeightsPath:
         operand: The factor of the contraction that is the weights.
         values: From the softmax (included) to the operand (included).
         dropout_p: 0.0 if off.
-        zeroed: How rows without keys become 0: None, "nan_to_num", or the mask Value of a masked_fill(p, mask, 0).
-        cuts_sink: The last column is sliced off.
+        zeroed: All that sets weights to 0, in order.
+        cuts_sink: The column that is sliced off, by `cut_at`: "first", "last" or None.
     """
 
     contraction: Value
     operand: Value
     values: list[Value] = field(default_factory=list)
     dropout_p: float = 0.0
-    zeroed: object = None
-    cuts_sink: bool = False
+    zeroed: list[Zeroing] = field(default_factory=list)
+    cuts_sink: str | None = None
+    cut_at: Value | None = None
 
 
 def follow_weights(anchor: SoftmaxAnchor, live: LiveUsers) -> WeightsPath:
@@ -75,15 +92,23 @@ def _step(path: WeightsPath, anchor: SoftmaxAnchor, value: Value, user: Value) -
         if user.args[0] is value and (is_view(user) or user.name in ("clone", "contiguous")):
             return
         if user.name == "nan_to_num" and user.args[0] is value and _nan_becomes_zero(user):
-            path.zeroed = "nan_to_num"
+            path.zeroed.append(Zeroing(user))
             return
         if user.name == "masked_fill" and user.args[0] is value and number_of(user.args[2]) == 0:
-            path.zeroed = user.args[1]
+            path.zeroed.append(Zeroing(user, user.args[1]))
             return
-        if user.name == "slice" and user.args[0] is value and _cuts_last(value, user):
+        if user.name == "where" and (zeroing := _where_zero(value, user)) is not None:
+            path.zeroed.append(zeroing)
+            return
+        if user.name == "mul" and (other := _other_of_two(value, user)) is not None:
+            path.zeroed.append(Zeroing(user, other, keeps=True, is_factor=True))
+            return
+        if user.name == "slice" and user.args[0] is value and (column := _cut_column(value, user)) is not None:
             if path.cuts_sink:
                 raise Refusal("weights_changed", "the attention weights are sliced twice")
-            path.cuts_sink = True
+            if any(zeroing.mask is not None for zeroing in path.zeroed):
+                raise Refusal("weights_changed", "the attention weights are masked together with a column of sinks")
+            path.cuts_sink, path.cut_at = column, user
             return
         if user.name == "detach":
             raise Refusal("weights_detached", "the attention weights are detached from autograd before they meet V")
@@ -92,16 +117,37 @@ def _step(path: WeightsPath, anchor: SoftmaxAnchor, value: Value, user: Value) -
     raise Refusal("weights_changed", f"{user.name} changes the attention weights after the softmax")
 
 
+def _where_zero(value: Value, user: Value) -> Zeroing | None:
+    """`where(mask, p, 0)` or `where(mask, 0, p)`."""
+    if len(user.args) != 3:
+        return None
+    mask, left, right = user.args
+    if left is value and number_of(right) == 0:
+        return Zeroing(user, mask, keeps=True)
+    if right is value and number_of(left) == 0:
+        return Zeroing(user, mask, keeps=False)
+    return None
+
+
+def _other_of_two(value: Value, user: Value) -> Value | None:
+    """The other factor of a product, if it is a tensor of several numbers."""
+    left, right = user.args[:2]
+    other = right if left is value else left
+    return other if isinstance(other, Value) and other is not value and number_of(other) is None else None
+
+
 def _nan_becomes_zero(value: Value) -> bool:
     nan = value.args[1] if len(value.args) > 1 else value.kwargs.get("nan")
     return nan is None or nan == 0
 
 
-def _cuts_last(source: Value, value: Value) -> bool:
-    """True if `value = source[..., :-1]` along the last dimension."""
+def _cut_column(source: Value, value: Value) -> str | None:
+    """ "last" if `value = source[..., :-1]` along the last dimension, "first" if `source[..., 1:]`."""
     dim = (value.args[1] if len(value.args) > 1 else 0) % source.ndim
     start = value.args[2] if len(value.args) > 2 else None
     step = value.args[4] if len(value.args) > 4 else 1
-    if dim != source.ndim - 1 or step != 1 or not (start is None or same_size(start, 0)):
-        return False
-    return same_size(to_expr(value.shape[dim]) + 1, source.shape[dim])
+    if dim != source.ndim - 1 or step != 1 or not same_size(to_expr(value.shape[dim]) + 1, source.shape[dim]):
+        return None
+    if start is None or same_size(start, 0):
+        return "last"
+    return "first" if same_size(start, 1) else None

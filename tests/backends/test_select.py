@@ -114,7 +114,7 @@ def independent_order(flags, arch, name):
 
 def test_the_first_in_order_that_can_is_chosen(monkeypatch, quiet):
     general = NAMES[:5]
-    monkeypatch.setattr(select_module, "implementation_tag", lambda name, env: f"{name}@0")
+    monkeypatch.setattr(select_module, "implementation_tag", lambda name, env, inline: f"{name}@0")
     tried = 0
     for able in itertools.product((False, True), repeat=len(general)):
         stand_ins = {name: StandIn(name, can) for name, can in zip(general, able)}

@@ -25,6 +25,8 @@ from rocm_attn_compile.backends import fingerprint
 HIT = {"autograd_cache_hit": 1, "fxgraph_cache_hit": 2}
 MISS = {"autograd_cache_miss": 1, "fxgraph_cache_miss": 2}
 """One training graph: one entry of AOTAutograd, and of Inductor one for the forward and one for the backward."""
+SAME_PROGRAM = {"autograd_cache_miss": 1, "fxgraph_cache_hit": 2}
+"""The graph with our op is another, but written out it is the same program, which has no code of ours in it."""
 
 
 def new_inputs():
@@ -49,9 +51,9 @@ def cache_counts() -> dict[str, int]:
 
 
 def compiled_anew(**options):
-    """As in a new process: Dynamo has forgotten everything, the disk has not."""
+    """As in a new process: Dynamo has forgotten everything, the disk has not. The op is one call, as on a GPU."""
     torch._dynamo.reset()
-    return torch.compile(attend, backend="rocm_attn", fullgraph=True, options=options or None)
+    return torch.compile(attend, backend="rocm_attn", fullgraph=True, options={"inline": False, **options})
 
 
 @pytest.fixture
@@ -105,6 +107,15 @@ def test_our_code_is_in_the_key_on_disk(monkeypatch):
         patch.setattr(fingerprint, "sources_digest", lambda: "of another version")
         assert step(compiled_anew()) == MISS
     assert step(compiled_anew()) == HIT
+
+
+@pytest.mark.usefixtures("empty_caches")
+def test_written_out_it_is_traced_again_whenever_our_code_changes(monkeypatch):
+    assert step(compiled_anew(inline=True)) == MISS
+    assert step(compiled_anew(inline=True)) == HIT
+    assert step(compiled_anew()) == MISS, "one opaque call is another program"
+    monkeypatch.setattr(fingerprint, "sources_digest", lambda: "of another version")
+    assert step(compiled_anew(inline=True)) == SAME_PROGRAM
 
 
 @pytest.mark.filterwarnings("ignore:attention runs on")

@@ -152,8 +152,26 @@ def zeroed_after_lowest(q, k, v, keep):
     return replaced_weights(q, k, drop, lowest(q)).masked_fill(drop, 0.0) @ v
 
 
+def zeroed_by_a_mask_computed_again(q, k, v, keep):
+    return replaced_weights(q, k, keep.eq(False), -INF).masked_fill(keep.eq(False), 0.0) @ v
+
+
+def zeroed_by_where(q, k, v, keep):
+    return torch.where(keep, replaced_weights(q, k, ~keep, -INF), 0.0) @ v
+
+
 @pytest.mark.parametrize("make", [padded, holed])
-@pytest.mark.parametrize("function", [nan_to_num, zeroed_after_inf, zeroed_in_place, zeroed_after_lowest])
+@pytest.mark.parametrize(
+    "function",
+    [
+        nan_to_num,
+        zeroed_after_inf,
+        zeroed_in_place,
+        zeroed_after_lowest,
+        zeroed_by_a_mask_computed_again,
+        zeroed_by_where,
+    ],
+)
 def test_zeroed_rows_are_zero(function, make):
     check(function, make, calls=1)
     (site,) = sites()
@@ -178,13 +196,31 @@ def zeroed_by_part_of_the_masks(q, k, v, keep):
     return s.masked_fill(drop, -INF).softmax(-1).masked_fill(drop, 0.0) @ v
 
 
-def multiplied_by_mask(q, k, v, keep):
-    return (replaced_weights(q, k, ~keep, lowest(q)) * keep) @ v
+def multiplied_by_another_mask(q, k, v, keep):
+    return (replaced_weights(q, k, ~keep, lowest(q)) * keep.flip(-1)) @ v
 
 
-@pytest.mark.parametrize("function", [zeroed_by_another_mask, zeroed_by_part_of_the_masks, multiplied_by_mask])
+def multiplied_by_factors(q, k, v, keep):
+    return (replaced_weights(q, k, ~keep, lowest(q)) * torch.where(keep, 0.5, 0.0)) @ v
+
+
+@pytest.mark.parametrize(
+    "function",
+    [zeroed_by_another_mask, zeroed_by_part_of_the_masks, multiplied_by_another_mask, multiplied_by_factors],
+)
 def test_weights_changed_by_more_than_empty_rows(function):
     check(function, padded, calls=0, refused="weights_changed")
+
+
+def multiplied_by_mask(q, k, v, keep):
+    return (replaced_weights(q, k, ~keep, lowest(q)) * keep.to(q.dtype)) @ v
+
+
+def test_weights_multiplied_by_their_mask():
+    """A proved mask, 0 or 1: rows without keys become 0."""
+    check(multiplied_by_mask, padded, calls=1)
+    (site,) = sites()
+    assert site.data["mask"]["empty_rows"] == "zero"
 
 
 # --- several masks ---

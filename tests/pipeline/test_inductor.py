@@ -30,9 +30,13 @@ class Code:
         return [line for line in self.lines if f"{name}(" in line or f"{name}.default(" in line]
 
 
-def code_of(function, *inputs) -> Code:
-    """The inference code, neither compiled nor run."""
-    compiled = torch.compile(function, backend="rocm_attn", fullgraph=True)
+OPAQUE = "torch.ops.rocm_attn.attention"
+INLINED = "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"
+
+
+def code_of(function, *inputs, inline: bool = False) -> Code:
+    """The inference code, neither compiled nor run; with the op as one call, as on a GPU, or written out."""
+    compiled = torch.compile(function, backend="rocm_attn", fullgraph=True, options={"inline": inline})
     with torch.no_grad():
         _, texts = _torch_private.generated_code(compiled, *inputs, runs=False)
     return Code(texts[0])
@@ -54,9 +58,10 @@ def block(x, weight):
     return F.gelu(join(attend(q, k, v, causal(M)))) + x
 
 
-def test_pointwise_work_is_fused_into_one_kernel_before_and_one_after():
+@pytest.mark.parametrize(("inline", "call"), [(False, OPAQUE), (True, INLINED)], ids=["call", "inlined"])
+def test_pointwise_work_is_fused_into_one_kernel_before_and_one_after(inline, call):
     x = rand(B, M, H * D)
-    compiled = torch.compile(block, backend="rocm_attn", fullgraph=True)
+    compiled = torch.compile(block, backend="rocm_attn", fullgraph=True, options={"inline": inline})
     with torch.no_grad():
         result, (text,) = _torch_private.generated_code(compiled, x, WEIGHT)
         assert_as_accurate_as_eager(result, block(x, WEIGHT), block(x.double(), WEIGHT.double()))
@@ -64,7 +69,7 @@ def test_pointwise_work_is_fused_into_one_kernel_before_and_one_after():
     assert len(code.kernels) == 2
     assert "tanh" in code.kernels[0] and "mul" in code.kernels[0]
     assert "gelu" in code.kernels[1] and "add" in code.kernels[1]
-    assert len(code.calls("extern_kernels.mm")) == len(code.calls("torch.ops.rocm_attn.attention")) == 1
+    assert len(code.calls("extern_kernels.mm")) == len(code.calls(call)) == 1
     # tanh(x) * 2 and the projection; the result of the last kernel overwrites that of the attention
     assert code.buffers == [f"({B}, {M}, {H * D})", f"({B * M}, {3 * H * D})"]
 
@@ -116,12 +121,14 @@ def packed_in_half_softmax(x):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_packed_projection_goes_in_and_the_joined_heads_come_out_without_a_copy(function, dtype):
-    code = code_of(function, rand(B, M, 3 * H * D).to(dtype))
-    assert code.kernels == code.buffers == []
-    (call,) = code.calls("torch.ops.rocm_attn.attention")
     stride = (M * 3 * H * D, D, 3 * H * D, 1)
-    for part in range(3):
-        assert f"reinterpret_tensor(arg0_1, {(B, H, M, D)}, {stride}, {part * H * D})" in call
+    # Written out, small attentions in half precision are matrix products, as in eager code.
+    for inline, name in ((False, OPAQUE), (True, INLINED)) if dtype == torch.float32 else ((False, OPAQUE),):
+        code = code_of(function, rand(B, M, 3 * H * D).to(dtype), inline=inline)
+        assert code.kernels == code.buffers == []
+        (call,) = code.calls(name)
+        for part in range(3):
+            assert f"reinterpret_tensor(arg0_1, {(B, H, M, D)}, {stride}, {part * H * D})" in call
 
 
 def test_video_windows_in_five_dimensions():
@@ -129,8 +136,9 @@ def test_video_windows_in_five_dimensions():
         q, k, v = x.view(B, 2, M // 2, 3, H, D).permute(3, 0, 1, 4, 2, 5)
         return ((q @ k.mT * SCALE).softmax(-1) @ v).permute(0, 1, 3, 2, 4).reshape(B, 2, M // 2, -1)
 
-    code = code_of(function, rand(B, M, 3 * H * D))
-    assert code.kernels == code.buffers == []
+    for inline in (False, True):
+        code = code_of(function, rand(B, M, 3 * H * D), inline=inline)
+        assert code.kernels == code.buffers == []
 
 
 def expanded_heads(k, groups):
@@ -150,7 +158,7 @@ def test_grouped_heads_are_not_repeated(widen):
 
     code = code_of(function, rand(B, M, 8 * D))
     assert code.kernels == code.buffers == []
-    (call,) = code.calls("torch.ops.rocm_attn.attention")
+    (call,) = code.calls(OPAQUE)
     assert call.count(f"reinterpret_tensor(arg0_1, {(B, 2, M, D)}") == 2
 
 
@@ -160,7 +168,7 @@ def test_transposed_key_cache_is_not_transposed_back():
 
     code = code_of(function, rand(B, H, M, D), rand(B, H, D, N), rand(B, H, N, D))
     assert code.kernels == code.buffers == []
-    (call,) = code.calls("torch.ops.rocm_attn.attention")
+    (call,) = code.calls(OPAQUE)
     assert f"reinterpret_tensor(arg1_1, {(B, H, N, D)}, {(H * D * N, D * N, 1, N)}, 0)" in call
 
 
@@ -180,7 +188,7 @@ def test_proved_mask_is_not_materialised():
     code = code_of(function, rand(B, M, 3 * H * D), torch.ones(B, M, dtype=torch.long))
     assert code.buffers == [f"({B}, {M})"]
     assert len(code.kernels) == 1
-    (call,) = code.calls("torch.ops.rocm_attn.attention")
+    (call,) = code.calls(OPAQUE)
     assert "band_upper=0" in call
 
 

@@ -550,6 +550,12 @@ def gpt_oss_sinks(q, k, v, sinks):
     return F.softmax(s, dim=-1, dtype=s.dtype)[..., :-1] @ v
 
 
+@spelling(lambda: (*bhsd(), rand(H)))
+def x_transformers_sinks_first(q, k, v, sinks):
+    s = torch.cat([sinks.reshape(1, -1, 1, 1).expand(B, -1, M, -1), q @ k.mT * SCALE], dim=-1)
+    return s.softmax(-1)[..., 1:] @ v
+
+
 @spelling(square)
 def zero_dropout(q, k, v):
     return F.dropout((q @ k.mT * SCALE).softmax(-1), 0.0, training=True) @ v
@@ -640,3 +646,32 @@ def results_of(function, inputs: list, trains: bool) -> tuple[Tensor, ...]:
     weight = torch.randn(out.shape).to(torch.bfloat16).to(out.dtype)
     leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
     return (out, *(g for g in torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True) if g is not None))
+
+
+# --- weights that are masked once more after the softmax ---
+
+
+@spelling(square)
+def causal_masked_before_and_after(q, k, v):
+    drop = torch.ones(M, M, dtype=torch.bool).triu(1)
+    return (q @ k.mT * SCALE).masked_fill(drop, -math.inf).softmax(-1).masked_fill(drop, 0.0) @ v
+
+
+@spelling(square)
+def causal_masked_after_by_where(q, k, v):
+    keep = torch.ones(M, M, dtype=torch.bool).tril()
+    return torch.where(keep, torch.where(keep, q @ k.mT * SCALE, -math.inf).softmax(-1), 0.0) @ v
+
+
+@spelling(square)
+def causal_multiplied_after(q, k, v):
+    keep = torch.ones(M, M, dtype=q.dtype).tril()
+    return (((q @ k.mT * SCALE) + (1.0 - keep) * torch.finfo(q.dtype).min).softmax(-1) * keep) @ v
+
+
+@spelling(lambda: (*square(), rand(H, M, M), torch.rand(B, M, M) < 0.8))
+def cpmant_masked_before_and_after(q, k, v, position_bias, mask):
+    mask = mask | torch.eye(M, dtype=torch.bool)
+    s = q @ k.mT / math.sqrt(D) + position_bias
+    s = torch.masked_fill(s, mask.view(B, 1, M, M) == torch.tensor(False), torch.finfo(s.dtype).min)
+    return torch.masked_fill(s.softmax(-1), mask.view(B, 1, M, M) == torch.tensor(False), 0.0) @ v

@@ -1,0 +1,174 @@
+"""Attention in models that nobody here wrote: which sites are replaced, and are the results right?
+
+    python benchmarks/zoo.py run --results FILE [--attention eager] [--padded] [--gradients] [--only NAME ...]
+    python benchmarks/zoo.py table --results FILE ...
+
+`run` builds a tiny random model of every architecture, each in a process of its own, counts its attention sites by
+watching it run, and compares what the package and Inductor's matcher make of it. Finished cases in FILE, one JSON
+object a line, are skipped, so an interrupted run goes on where it was. `table` merges the files into
+results/zoo.jsonl, which is kept, and writes docs/coverage.md from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from zoo_lib.rows import compact, read
+
+ROOT = Path(__file__).resolve().parent
+KEPT = ROOT / "results" / "zoo.jsonl"
+PAGE = ROOT.parent / "docs" / "coverage.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--results", type=Path, required=True)
+    run.add_argument("--source", default="huggingface", choices=("huggingface", "vision", "others"))
+    run.add_argument("--attention", default="eager", choices=("eager", "sdpa"))
+    run.add_argument("--padded", action="store_true")
+    run.add_argument("--gradients", action="store_true")
+    run.add_argument("--no-peer", action="store_true")
+    run.add_argument("--lowering", default="eager", choices=("eager", "aot_eager", "inductor"))
+    run.add_argument("--only", nargs="*", default=[], help="patterns of names")
+    run.add_argument("--again", action="store_true", help="also what FILE has")
+    run.add_argument("--timeout", type=float, default=120.0, help="seconds per model")
+    table = commands.add_parser("table")
+    table.add_argument("--results", type=Path, nargs="+", default=[KEPT])
+    options = parser.parse_args()
+    if options.command == "run":
+        run_all(options)
+    else:
+        write_table(options.results)
+
+
+def write_table(paths: list[Path]) -> None:
+    """Merge the files into the kept one and write the page."""
+    import torch
+    import transformers
+    from zoo_lib.judge import FACTOR
+    from zoo_lib.rows import newest
+    from zoo_lib.table import page
+
+    rows = newest([row for path in paths for row in read(path)])
+    KEPT.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["name"])))
+    versions = f"PyTorch {torch.__version__}, transformers {transformers.__version__}."
+    PAGE.write_text(page(rows, FACTOR, versions))
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """All cases, one after the other; progress on stderr."""
+    prepare()
+    source = importlib.import_module(f"zoo_lib.{options.source}")
+    setting = {"attention": options.attention, "padded": options.padded, "gradients": options.gradients}
+    setting["lowering"] = options.lowering
+    names = [n for n in source.names() if not options.only or any(fnmatch.fnmatch(n, p) for p in options.only)]
+    done = set() if options.again else finished(options.results, setting)
+    seen = {row["name"] for row in read(options.results)}
+    todo = sorted((name for name in names if name not in done), key=lambda name: name in seen)  # what is new first
+    for number, name in enumerate(todo, 1):
+        start = time.perf_counter()
+        result = in_child(lambda name=name: one(source, name, setting, not options.no_peer), options.timeout)
+        result = {"name": name, **setting, **result, "wall": round(time.perf_counter() - start, 1)}
+        with options.results.open("a") as file:
+            file.write(json.dumps(compact(result)) + "\n")
+        print(f"[{number}/{len(todo)}] {name:32s} {in_words(result)}", file=sys.stderr, flush=True)
+
+
+def finished(path: Path, setting: dict[str, Any]) -> set[str]:
+    """Models that ran in this setting; those that could not be built are tried again."""
+    rows = read(path)
+    return {row["name"] for row in rows if row["status"] == "run" and all(row[k] == v for k, v in setting.items())}
+
+
+def prepare() -> None:
+    """Import what every child needs, once: a child is a fork of this process."""
+    import types
+    import warnings
+
+    # Its compiled ops fit one exact torch and do not load beside others; no model here needs them.
+    sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
+    import torch
+    import transformers
+    from zoo_lib import judge, peer
+
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused op that no compiler sees: it is eager's alone
+    peer.prepare()
+    from zoo_lib import huggingface
+
+    for gradients in (False, True):  # what Dynamo imports and caches when it first compiles, children then have
+        case, _ = huggingface.case("llama", "eager", True, gradients)
+        judge.judge(case)
+    torch._dynamo.reset()
+
+
+def one(source: Any, name: str, setting: dict[str, Any], with_peer: bool) -> dict[str, Any]:
+    from zoo_lib.judge import judge
+
+    try:
+        case, about = source.case(name, setting["attention"], setting["padded"], setting["gradients"])
+    except Exception as error:
+        return {"status": "not built", "error": str(error)[:1500]}
+    return {"status": "run", **about, **judge(case, with_peer=with_peer, lowering=setting["lowering"])}
+
+
+def in_child(function: Any, timeout: float) -> dict[str, Any]:
+    """The function's result, computed in a forked process that is ended after `timeout` seconds."""
+    read, write = os.pipe()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        os.dup2(devnull, 2)
+        try:
+            text = json.dumps(function())
+        except BaseException as error:
+            text = json.dumps({"status": "harness error", "error": repr(error)[:1500]})
+        with os.fdopen(write, "w") as pipe:
+            pipe.write(text)
+        os._exit(0)
+    os.close(write)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, timeout)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if text:
+        return json.loads(text)
+    return {"status": "timeout" if status == signal.SIGKILL else "died", "error": f"wait status {status}"}
+
+
+def in_words(result: dict[str, Any]) -> str:
+    if result["status"] != "run":
+        return f"{result['status']}: {result.get('error', '')[:150]}"
+    errors = [f"{k} {v[:150]}" for k, v in result.items() if k.endswith("_error")]
+    sites = sum(result["softmax"].values()) + sum(result["sdpa"].values())
+    replaced = sum(result.get("replaced", {}).values())
+    accurate = result.get("accuracy", {})
+    refused = ", ".join(sorted({r[1] for r in result.get("refused", [])}))
+    return (
+        f"{replaced}/{sites} sites, Inductor {result.get('peer_fused')}, "
+        f"graphs {result.get('graphs')}/{result.get('peer_graphs')}, "
+        f"{'right' if accurate.get('ok') else 'WRONG ' + accurate.get('text', '')[:150]} {accurate.get('worst')} "
+        f"{refused} {' '.join(errors)} {result['wall']} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

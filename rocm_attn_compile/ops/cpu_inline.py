@@ -1,0 +1,57 @@
+"""When the op on CPU tensors can be written out in a trace: `ops/cpu.py` without its looks at values.
+
+The code that is traced is that of cpu.py and cpu_backward.py itself; there, what only spares work for some values is
+skipped for traced tensors. Here is decided whether that code comes out right without those looks.
+
+Not inside a checkpointed region: ATen's kernel counts as random, since it has an argument for dropout, and what is
+random is not computed again there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from rocm_attn_compile import _torch_private
+from rocm_attn_compile.ops import cpu, cpu_backward
+
+
+def forward(_name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
+    """The forward to trace with the op's arguments by name, or None if the call must stay opaque."""
+    if _torch_private.is_recomputed():
+        return None
+    q, k, v = (arguments[name] for name in ("q", "k", "v"))
+    is_decode = q.shape[2] == 1
+    skips_blocks = arguments["band_upper"] == 0 and not is_decode
+    is_fused = cpu.takes_fused(q, k, v, arguments["logits_soft_cap"], arguments["dropout_p"], skips_blocks)
+    # The fused kernel takes the heads of a group as rows of one query, but only in a decode step.
+    if _has_groups(q, k) and is_fused != is_decode:
+        return None
+    return partial(cpu.forward, **arguments)
+
+
+def backward(_name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
+    """The same for the backward. Its fused kernel reads lse, and whether that is exact depends on values:
+
+    * a bias of finfo.min leaves an lse that has lost log N;
+    * an empty row whose fill was added has gradients that only the unfused code computes.
+    """
+    if _torch_private.is_recomputed():
+        return None
+    q, k, v, attn_bias = (arguments[name] for name in ("q", "k", "v", "attn_bias"))
+    wants_dbias = attn_bias is not None and arguments["output_mask"][3]
+    numbers = (arguments["logits_soft_cap"], arguments["dropout_p"])
+    if not wants_dbias and cpu_backward.takes_fused_backward(q, k, v, *numbers):
+        fill_was_added = arguments["empty_rows"] == "mean_added" and arguments["sinks"] is None
+        if attn_bias is not None or fill_was_added or _has_groups(q, k):
+            return None
+    return partial(cpu_backward.backward, **arguments)
+
+
+def _has_groups(q: Tensor, k: Tensor) -> bool:
+    """Heads share k and v: for the fused kernel by a stride of 0, which Inductor would write out in memory; and its
+    products in half precision with the few rows of a decode step are slow."""
+    return q.shape[1] != k.shape[1]

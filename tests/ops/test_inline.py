@@ -1,0 +1,146 @@
+"""The op written out in AOTAutograd's trace computes what the op computes, and stays a call where it cannot be."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+import rocm_attn_compile.ops as ops
+from rocm_attn_compile.testing import assert_as_accurate_as_eager, count_calls
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cases import CASES, EMPTY_CASES, make, randn, seeded
+from oracle import Call, attend, grads_of, keep_of
+
+MODES = ["nan", "nan_added", "zero", "mean", "mean_added"]
+FUSED = "aten._scaled_dot_product_flash_attention_for_cpu"
+
+
+class Traced:
+    """The op under AOTAutograd, and what its forward and backward graphs call."""
+
+    def __init__(self, dynamic: bool = False) -> None:
+        self.forward: dict[str, int] = {}
+        self.backward: dict[str, int] = {}
+        keep = lambda name: lambda gm, _: (setattr(self, name, count_calls(gm)), make_boxed_func(gm.forward))[1]  # noqa: E731
+        backend = aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward"))
+        self.run = torch.compile(self._attention, backend=backend, fullgraph=True, dynamic=dynamic)
+
+    @staticmethod
+    def _attention(q, k, v, kwargs):
+        return ops.attention(q, k, v, **kwargs, impl="TRITON_ATTN@0+inline")
+
+    def __call__(self, call: Call, **settings):
+        return self.run(call.q, call.k, call.v, {**call.kwargs, **settings})
+
+    @property
+    def is_forward_inlined(self) -> bool:
+        return "rocm_attn.attention" not in self.forward
+
+    @property
+    def is_backward_inlined(self) -> bool:
+        return "rocm_attn.attention_backward" not in self.backward
+
+
+def check(call: Call, dtype: torch.dtype, out_layout: str = "bhsd") -> Traced:
+    rounded = call.to(dtype)
+    exact = rounded.to(torch.float64)
+    traced = Traced()
+    out, lse = traced(rounded, out_layout=out_layout)
+    grad_out = torch.randn(out.shape).to(dtype)
+    got = (out, lse, *grads_of(out, rounded, grad_out))
+    eager, eager_lse = attend(rounded)
+    truth, truth_lse = attend(exact)
+    want = (truth, truth_lse, *grads_of(truth, exact, grad_out.double()))
+    if dtype == torch.float64:
+        torch.testing.assert_close(got, want, equal_nan=True)
+    else:
+        in_eager = (eager, eager_lse, *grads_of(eager, rounded, grad_out))
+        assert_as_accurate_as_eager(got, in_eager, want, factor=8.0 if dtype == torch.float32 else 3.0)
+    op_out, _ = ops.attention(rounded.q, rounded.k, rounded.v, **rounded.kwargs, out_layout=out_layout)
+    assert out.stride() == op_out.stride() and lse.is_contiguous()
+    return traced
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_gradients(name):
+    call = seeded(CASES[name])
+    call.settings["empty_rows"] = "impossible"
+    traced = check(call, torch.float64, "bshd")
+    is_inlined = call.q.shape[1] == call.k.shape[1] or "logits_soft_cap" in call.settings
+    is_fused_decode = call.q.shape[2] == 1 and call.q.shape[3] == call.v.shape[3]
+    assert traced.is_forward_inlined == (is_inlined or is_fused_decode)
+    # The unfused code, in which groups cost nothing, computes the gradients of a bias and of a single query.
+    is_unfused = "attn_bias" in call.tensors or call.q.shape[2] == 1
+    assert traced.is_backward_inlined == (is_inlined or is_unfused)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["causal-square", "key-mask-causal", "soft-cap-gqa-window", "bias", "sinks"])
+def test_half_precision_and_float32(name, dtype):
+    call = seeded(CASES[name])
+    call.settings["empty_rows"] = "impossible"
+    traced = check(call, dtype)
+    assert traced.is_forward_inlined and traced.is_backward_inlined
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", EMPTY_CASES)
+def test_empty_rows(name, mode):
+    call = seeded(EMPTY_CASES[name], empty_rows=mode)
+    assert bool((~keep_of(call).any(-1)).any())
+    traced = check(call, torch.float64)
+    has_cap, has_groups = "logits_soft_cap" in call.settings, call.q.shape[1] != call.k.shape[1]
+    assert traced.is_forward_inlined == (has_cap or not has_groups or call.q.shape[2] == 1)
+    is_unfused = has_cap or call.q.shape[2] == 1
+    assert traced.is_backward_inlined == (is_unfused or not (has_groups or mode == "mean_added"))
+
+
+def test_what_is_called_instead():
+    traced = Traced()
+    call = seeded(lambda: make(M=9, band_upper=0, empty_rows="impossible")).to(torch.float32)
+    out, _ = traced(call)
+    assert traced.forward[FUSED] == 1
+    torch.autograd.grad(out.sum(), call.q)
+    assert traced.backward[f"{FUSED}_backward"] == 1
+    assert not [name for name in (*traced.forward, *traced.backward) if name.startswith("rocm_attn")]
+
+
+def test_gradients_that_depend_on_values_stay_a_call():
+    """A bias without a gradient: ATen's backward is exact unless lse has lost its logarithm."""
+    call = seeded(lambda: make({"attn_bias": randn(2, 2, 7, 9)}, empty_rows="impossible")).to(torch.float32)
+    call.tensors["attn_bias"] = call.tensors["attn_bias"].detach()
+    traced = Traced()
+    out, _ = traced(call)
+    got = torch.autograd.grad(out.sum(), (call.q, call.k, call.v))
+    exact = call.to(torch.float64)
+    want = torch.autograd.grad(attend(exact)[0].sum(), (exact.q, exact.k, exact.v))
+    eager = torch.autograd.grad(attend(call)[0].sum(), (call.q, call.k, call.v))
+    assert_as_accurate_as_eager(got, eager, want, factor=8.0)
+    assert traced.is_forward_inlined and not traced.is_backward_inlined
+
+
+@pytest.mark.parametrize(
+    ("impl", "dynamic"), [("TRITON_ATTN@0", False), ("REFERENCE@0+inline", False), ("TRITON_ATTN@0+inline", True)]
+)
+def test_stays_a_call(impl, dynamic):
+    """Where it is not asked for, has to be the reference, or has sizes that are not numbers."""
+    graphs = []
+
+    def keep(gm, _):
+        graphs.append(count_calls(gm))
+        return make_boxed_func(gm.forward)
+
+    def function(q, k, v):
+        return ops.attention(q, k, v, softmax_scale=0.37, empty_rows="impossible", impl=impl)[0]
+
+    compiled = torch.compile(function, backend=aot_autograd(fw_compiler=keep), fullgraph=True, dynamic=dynamic)
+    call = seeded(make).to(torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(call.q, call.k, call.v), attend(call)[0])
+    assert [graph["rocm_attn.attention"] for graph in graphs] == [1]
