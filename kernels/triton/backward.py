@@ -165,7 +165,7 @@ def backward_rows_kernel(
     if EMPTY_ROWS != EMPTY_MEAN_ADDED:
         d = tl.where(empty, 0.0, d)
     tl.store(delta + row_base + row_store, d, mask=row_ok)
-    m = tl.where(empty, row_lse)
+    m = tl.where(empty, float("inf"), row_lse)
     if not HAS_BIAS:
         m = m * LOG2E
     tl.store(shift + row_base + row_store, m, mask=row_ok)

@@ -20,7 +20,7 @@ def finish_rows(acc, m, total, sink, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.const
         m = m * LN2
     if HAS_SINKS:
         top = tl.maximum(m, sink)
-        top = tl.where(top == -0.0, top)
+        top = tl.where(top == float("-inf"), 0.0, top)
         shrink = tl.exp2((m - top) * LOG2E)
         total = total * shrink + tl.exp2((sink - top) * LOG2E)
         acc = acc * shrink[:, None]
@@ -30,7 +30,7 @@ def finish_rows(acc, m, total, sink, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.const
     out = acc / total[:, None]
     if EMPTY_ROWS == EMPTY_NAN or EMPTY_ROWS == EMPTY_NAN_ADDED:
         out = tl.where(empty[:, None], float("nan"), out)
-    lse = tl.where(empty, -m + tl.log2(total) * LN2)
+    lse = tl.where(empty, float("-inf"), m + tl.log2(total) * LN2)
     return out, lse
 
 
@@ -62,7 +62,7 @@ def attention_combine_kernel(
     l_part = tl.load(partial_stats + split * 2 + 1, mask=ok, other=0.0)
     offs_s = tl.arange(0, BLOCK_S)
     m = tl.max(tl.load(partial_stats + offs_s * 2, mask=offs_s < num_splits, other=float("-inf")), 0)
-    m_safe = tl.where(m == -0.0, m)
+    m_safe = tl.where(m == float("-inf"), 0.0, m)
     weight = tl.exp2((m_part - m_safe) * LOG2E) if HAS_BIAS else tl.exp2(m_part - m_safe)
     total = tl.sum(l_part * weight, 0)
     acc = tl.sum(shares * weight[:, None], 0)

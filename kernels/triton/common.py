@@ -69,7 +69,7 @@ def load_bias(ptrs, ok):
     """Load a bias tile as float32; a float64 bias below the float32 range becomes the smallest float32, not -inf."""
     bias = tl.load(ptrs, mask=ok, other=0.0)
     if bias.dtype == tl.float64:
-        bias = tl.where(bias == -bias, tl.maximum(bias, FLOAT32_MIN))
+        bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias, FLOAT32_MIN))
     return bias.to(tl.float32)
 
 

@@ -171,7 +171,7 @@ def attention_forward_kernel(
         full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
 
     scale_log2 = softmax_scale * LOG2E
-    m_i = tl.full((BLOCK_M,), -tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for phase in tl.static_range(1 if MERGED else 2):
@@ -228,7 +228,7 @@ def attention_forward_kernel(
                 top = top * scale_log2
             m_new = tl.maximum(m_i, top)
             # A row that has seen no key yet: subtract 0 instead of -inf, which would give NaN.
-            m_safe = tl.where(m_new == -0.0, m_new)
+            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
             p = tl.exp2(exponent(s, m_safe[:, None], scale_log2, RAW, HAS_BIAS))
             alpha = tl.exp2((m_i - m_safe) * LOG2E) if HAS_BIAS else tl.exp2(m_i - m_safe)
             l_i = l_i * alpha + tl.sum(p, 1)
