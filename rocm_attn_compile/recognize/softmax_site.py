@@ -46,6 +46,8 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
     labels.set(anchor.weights, score_dims)
     v = Factor(_other_factor(weights), Labels())
     contracted = _label_weights(labels, weights, v)
+    if weights.cut_at is not None and resolve(labels.of(weights.cut_at)[-1]) != resolve(key):
+        raise Refusal("sink_axis", "the attention weights are sliced along another axis than the keys")
     if resolve(contracted) != resolve(key):
         raise Refusal(
             "softmax_axis",
@@ -79,6 +81,7 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
         steps=path.steps,
         operand_labels=operand_labels,
         shifted=anchor.shifted,
+        normalized=anchor.normalized,
         safe=anchor.safe,
         zeroed=weights.zeroed,
         dropout_p=weights.dropout_p,
@@ -148,7 +151,8 @@ def _label_seconds(labels: Labels, path: ScorePath) -> list[tuple[ScorePath, tup
 def _direct_factor(path: ScorePath):
     factor = 1
     for step in path.steps:
-        factor = factor * step.operand
+        if step.kind == "scale":
+            factor = factor * step.operand
     return factor
 
 
@@ -206,7 +210,7 @@ def _check_scores_stay_inside(path: ScorePath, anchor: SoftmaxAnchor, weights: W
             raise Refusal("scores_used_elsewhere", f"the scores are also read by {outside[0].name}")
     site = [path.contraction, *path.values, *weights.values, weights.contraction]
     # What is subtracted from all scores of a row has no influence on the gradient, so it may be made under no_grad.
-    site += [v for v in anchor.internals if v.name not in ("amax", "max")]
+    site += [v for v in anchor.internals if v.name not in ("amax", "max", "detach", "alias", "unsqueeze")]
     for step in path.steps:
         if step.kind == "second":
             site += [step.operand.contraction, *step.operand.values]
