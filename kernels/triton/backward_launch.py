@@ -154,7 +154,7 @@ def backward_launches(
         config = faster or tuning.config or configs.select(arch, direction, head_block, itemsize)
         found = {
             **arguments, **extra, "q_rest": None, "k_rest": None, "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n, "TMA": bool(faster), "MERGED": config.merged,
+            "BLOCK_N": config.block_n, "TMA": bool(faster), "MERGED": config.merged, "batch_size": batch,
             "KV_HEADS_FIRST": configs.kv_heads_first(arch), "ROUND_BITS": configs.rounds_bits(arch),
         }  # fmt: skip
         if faster:

@@ -215,6 +215,7 @@ def forward_plan(
     num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, programs) if scalars[-1] == 0.0 else 1)
     arguments.update(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out_strides))
     arguments.update(
+        batch_size=batch,
         num_splits=num_splits,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
