@@ -2,7 +2,7 @@
 
 Every tensor that a run makes is marked with what it stems from:
 
-    score    a product of two activations, and what is computed from it element by element
+    score    a product of two activations, and what is computed from it element by element or by mixing heads
     weights  a softmax over scores, and what is computed from it element by element or by views
 
 A site is a softmax over scores whose weights are then a factor of a matrix product that sums over the axis of the
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "addmv", "matmul", "linear"}
-_CUTS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "convolution", "embedding", "_softmax"}
+_CUTS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "embedding", "_softmax"}
 _VIEWS = {"slice", "select", "split", "split_with_sizes", "unbind", "chunk", "narrow", "cat", "index", "index_select"}
 _FUSED_SDPA = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable"}
 
@@ -80,9 +80,11 @@ class SiteWatch(TorchDispatchMode):
                 if not site["is_site"] and site["scored"]:
                     site["is_site"] = _sums_to_one(weights, axis)
         is_linear = any(getattr(t, "_zoo_is_parameter", False) for t in (left, right))
+        of_weights = any(getattr(t, "_zoo_weights", ()) for t in (left, right))
+        of_scores = any(getattr(t, "_zoo_score", False) for t in (left, right))
         weights_of = [site for t in (left, right) for site in getattr(t, "_zoo_weights", ()) if not site["is_site"]]
         output._zoo_weights = tuple(weights_of) if is_linear else ()  # type: ignore[attr-defined]  # heads mixed
-        output._zoo_score = not is_linear  # type: ignore[attr-defined]
+        output._zoo_score = of_scores if is_linear else not of_weights  # type: ignore[attr-defined]
 
     def _softmax(self, scores: Tensor, weights: Tensor, dim: int | None) -> None:
         is_scored = getattr(scores, "_zoo_score", False) and (
@@ -119,7 +121,7 @@ class SiteWatch(TorchDispatchMode):
             output._zoo_score = any(  # type: ignore[attr-defined]
                 getattr(t, "_zoo_score", False) for t in sources if output.numel() >= t.numel() or name in _VIEWS
             )
-            if name in ("t", "transpose", "view", "expand", "_to_copy", "permute", "unsqueeze", "detach", "alias"):
+            if name in ("t", "transpose", "view", "expand", "_to_copy", "permute", "unsqueeze", "detach", "alias", "slice"):
                 output._zoo_is_parameter = getattr(inputs[0], "_zoo_is_parameter", False)  # type: ignore[attr-defined]
 
     @contextmanager
