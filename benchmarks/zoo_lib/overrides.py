@@ -6,9 +6,20 @@ from typing import Any
 
 _DISENTANGLED = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
 
+
+def _sections(*sizes: int) -> dict[str, Any]:
+    """Multimodal rotary sections, in the model itself or in its text part."""
+    return {"rope_parameters.mrope_section": list(sizes), "text_config.rope_parameters.mrope_section": list(sizes)}
+
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     "deberta": {**_DISENTANGLED, "max_relative_positions": 8},
     "deberta-v2": {**_DISENTANGLED, "position_buckets": 4, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
+    "glm4v": _sections(4, 2, 2),
+    "glm4v_text": _sections(4, 2, 2),
+    "glm46v": _sections(4, 2, 2),
+    "glm4v_moe": _sections(2, 1, 1),
+    "glm4v_moe_text": _sections(2, 1, 1),
     "mamba2": {"num_heads": 8},
     "esm": {"vocab_size": 99, "pad_token_id": 0, "mask_token_id": 32},
     "glm5_next_text": {"num_key_value_heads": 4},

@@ -121,7 +121,18 @@ class SiteWatch(TorchDispatchMode):
             output._zoo_score = any(  # type: ignore[attr-defined]
                 getattr(t, "_zoo_score", False) for t in sources if output.numel() >= t.numel() or name in _VIEWS
             )
-            if name in ("t", "transpose", "view", "expand", "_to_copy", "permute", "unsqueeze", "detach", "alias", "slice"):
+            if name in (
+                "t",
+                "transpose",
+                "view",
+                "expand",
+                "_to_copy",
+                "permute",
+                "unsqueeze",
+                "detach",
+                "alias",
+                "slice",
+            ):
                 output._zoo_is_parameter = getattr(inputs[0], "_zoo_is_parameter", False)  # type: ignore[attr-defined]
 
     @contextmanager

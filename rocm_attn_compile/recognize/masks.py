@@ -173,9 +173,10 @@ def _boolean(symbols: Symbols, step: MaskStep, notes: list[Reason]) -> Term:
 
 def _additive(proof: Proof, symbols: Symbols, bias: Operand, notes: list[Reason]) -> Term | None:
     """A bias that is a mask as a whole, with a closed form; None if it is (also) something else."""
-    if bias.factor != 1:
+    if bias.factor not in (1, -1):
         return None
-    found = prover.prove_additive(bias.value, [symbols.of(dim) for dim in bias.dims], symbols.context)
+    index = [symbols.of(dim) for dim in bias.dims]
+    found = prover.prove_additive(bias.value, index, symbols.context, subtracted=bias.factor == -1)
     if isinstance(found, prover.OpaqueMask):
         notes.append(found.reason)
         return None

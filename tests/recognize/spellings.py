@@ -675,3 +675,10 @@ def cpmant_masked_before_and_after(q, k, v, position_bias, mask):
     s = q @ k.mT / math.sqrt(D) + position_bias
     s = torch.masked_fill(s, mask.view(B, 1, M, M) == torch.tensor(False), torch.finfo(s.dtype).min)
     return torch.masked_fill(s.softmax(-1), mask.view(B, 1, M, M) == torch.tensor(False), 0.0) @ v
+
+
+@spelling(lambda: (rand(M, B, H, D), rand(M, B, H, D), rand(M, B, H, D)))
+def xlnet_mask_subtracted(q, k, v):
+    drop = torch.triu(torch.ones(M, M, dtype=q.dtype), 1)[:, :, None, None]
+    s = torch.einsum("ibnd,jbnd->bnij", q, k) * SCALE - 1e30 * torch.einsum("ijbn->bnij", drop)
+    return torch.einsum("bnij,jbnd->ibnd", s.softmax(dim=3), v)
