@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "addmv", "matmul", "linear"}
 _CUTS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "embedding", "_softmax"}
 _VIEWS = {"slice", "select", "split", "split_with_sizes", "unbind", "chunk", "narrow", "cat", "index", "index_select"}
+_MOST_HEADS = 32
+"""A matrix of parameters that is no larger mixes heads; a larger one mixes channels."""
 _FUSED_SDPA = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable"}
 
 
@@ -79,12 +81,14 @@ class SiteWatch(TorchDispatchMode):
             for site in getattr(weights, "_zoo_weights", ()):
                 if not site["is_site"] and site["scored"]:
                     site["is_site"] = _sums_to_one(weights, axis)
-        is_linear = any(getattr(t, "_zoo_is_parameter", False) for t in (left, right))
+        parameters = [t for t in (left, right) if getattr(t, "_zoo_is_parameter", False)]
+        is_linear = bool(parameters)
+        mixes_heads = is_linear and all(size <= _MOST_HEADS for size in parameters[0].shape)
         of_weights = any(getattr(t, "_zoo_weights", ()) for t in (left, right))
         of_scores = any(getattr(t, "_zoo_score", False) for t in (left, right))
         weights_of = [site for t in (left, right) for site in getattr(t, "_zoo_weights", ()) if not site["is_site"]]
-        output._zoo_weights = tuple(weights_of) if is_linear else ()  # type: ignore[attr-defined]  # heads mixed
-        output._zoo_score = of_scores if is_linear else not of_weights  # type: ignore[attr-defined]
+        output._zoo_weights = tuple(weights_of) if mixes_heads else ()  # type: ignore[attr-defined]  # heads mixed
+        output._zoo_score = of_scores and mixes_heads if is_linear else not of_weights  # type: ignore[attr-defined]
 
     def _softmax(self, scores: Tensor, weights: Tensor, dim: int | None) -> None:
         is_scored = getattr(scores, "_zoo_score", False) and (

@@ -138,6 +138,10 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool)
         raise Refusal("mixed_fills", "masks with different fills meet, and a row may keep no key")
     closed, mode = found
     if logits.sinks is not None and mode is not EmptyRows.IMPOSSIBLE:
+        if logits.sinks_rescale and mode in (EmptyRows.NAN, EmptyRows.NAN_ADDED):
+            raise Refusal(
+                "sinks_after_nan", "a row may keep no key, and its NaN is rescaled by the sinks, not replaced"
+            )
         mode = EmptyRows.ZERO  # the sink takes all the weight
     mode = account_for_zeroed(proof, symbols, mode, closed, [*replaced, *added], requires_grad)
     dense = [MaskTerm(t.operand, t.keeps) for t in replaced if t.stays_dense]
