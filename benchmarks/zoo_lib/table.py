@@ -20,8 +20,9 @@ products of activations whose weights then meet a matrix product over the axis o
 `F.scaled_dot_product_attention`. The same model then goes through our stages, and through Inductor's joint-graph
 passes, whose matcher is the peer. Neither generates code here: what is compared is the program that they make.
 
-*Right* means that no result and no gradient is further from float64 than {factor:g} times what eager is, or one
-rounding.
+
+*Right* means that no result and no gradient is further from float64 than {factor:g} times what eager is, or what one
+more rounding of the result or of the parameters would make.
 *Inductor* counts sites of softmax that its matcher makes SDPA, on the cases that were run with it.
 """
 
