@@ -84,7 +84,7 @@ class SiteWatch(TorchDispatchMode):
         parameters = [t for t in (left, right) if getattr(t, "_zoo_is_parameter", False)]
         is_linear = bool(parameters)
         mixes_heads = is_linear and all(size <= _MOST_HEADS for size in parameters[0].shape)
-        of_weights = any(getattr(t, "_zoo_weights", ()) for t in (left, right))
+        of_weights = any(site["scored"] for t in (left, right) for site in getattr(t, "_zoo_weights", ()))
         of_scores = any(getattr(t, "_zoo_score", False) for t in (left, right))
         weights_of = [site for t in (left, right) for site in getattr(t, "_zoo_weights", ()) if not site["is_site"]]
         output._zoo_weights = tuple(weights_of) if mixes_heads else ()  # type: ignore[attr-defined]  # heads mixed
