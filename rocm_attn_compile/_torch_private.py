@@ -319,6 +319,20 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def hint(number: Any) -> Any:
+    """The value a symbolic number has in the call that is being compiled, without a guard; a plain one as it is.
+
+    Raises:
+        ValueError: There is none: it depends on data.
+    """
+    if not isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return number
+    value = number.node.hint
+    if value is None:
+        raise ValueError(f"{number} depends on data")
+    return value
+
+
 def is_wrapper_subclass(tensor: torch.Tensor) -> bool:
     """True for DTensor and its like, whose calls are not plain ATen calls."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass

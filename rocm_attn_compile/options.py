@@ -29,6 +29,9 @@ class Options:
         fuel: Replace at most this many sites per graph, to find the one that makes a difference; None is no limit.
         dump_dir: Folder for the graphs before and after and the report of every compilation; None writes nothing.
         disable: Replace nothing: every graph goes to Inductor as it is.
+        verify: Run every site both ways at compile time, on random tensors of the real shapes and strides and on
+            adversarial masks, and leave it alone if the results or gradients differ. For debugging: it takes the
+            memory and the time of the old code.
         inline: Let Inductor see what the op does on the device, where that can be written down, and call it directly.
             False keeps every attention one opaque call of `rocm_attn::attention` in the compiled program.
     """
@@ -40,6 +43,7 @@ class Options:
     fuel: int | None = None
     dump_dir: str | None = None
     disable: bool = False
+    verify: bool = False
     inline: bool = True
 
 
@@ -48,6 +52,7 @@ OPTION_VARIABLES = {
     "fuel": "ROCM_ATTN_FUEL",
     "dump_dir": "ROCM_ATTN_DUMP_DIR",
     "disable": "ROCM_ATTN_DISABLE",
+    "verify": "ROCM_ATTN_VERIFY",
 }
 """Options a variable sets from outside the program; set and not empty, the variable wins. `ROCM_ATTN_ARCH` and
 `VLLM_ATTENTION_BACKEND` are read with the environment (env.py), because reports say where their value came from."""
@@ -142,7 +147,7 @@ def _unknown(key: str, inductor_names: list[str]) -> str:
 
 def _from_text(name: str, text: str) -> Any:
     """A variable's text as the value its option would have; text that is no such value is left to the parser."""
-    if name in ("strict", "disable"):
+    if name in ("strict", "disable", "verify"):
         return {"1": True, "true": True, "0": False, "false": False}.get(text.lower(), text)
     return int(text) if name == "fuel" and text.isdigit() else text
 
@@ -186,5 +191,6 @@ _PARSERS: dict[str, Callable[[Any, str], Any]] = {
     "fuel": _count(0),
     "dump_dir": _path,
     "disable": _flag,
+    "verify": _flag,
     "inline": _flag,
 }

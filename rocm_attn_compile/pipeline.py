@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from .reasons import INTERNAL_ERROR, Reason, Refusal
 from .recognize import recognize
 from .recognize.region import LookAlike, Region
 from .report import Report, Site, publish, source_of, withdraw
-from .rewrite import Rewriter
+from .rewrite import Rewriter, verify
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ def replace_attention(
     choices = {region: select(region.spec, env, options) for f in found for region in f.regions}
     with _undone_on_error(backup, options, env, report), _timed(report, "rewrite"):
         for f in found:
-            rewriter = Rewriter(f.trace)
+            inputs = example_inputs if f is found[0] else ()  # what comes into a nested graph is not known
+            rewriter = Rewriter(f.trace, _verification(f.trace, inputs) if options.verify else None)
             items: list[Region | LookAlike] = [*f.regions, *f.others]
             for item in sorted(items, key=lambda item: item.anchor.id):
                 if isinstance(item, LookAlike):
@@ -150,6 +152,12 @@ def _replace_site(
         _warn_internal(env, f"while rewriting {site.source}, left as it is", error)
         return _not_replaced(site, Reason(INTERNAL_ERROR, repr(error)))
     return site
+
+
+def _verification(trace: Trace, example_inputs: Sequence[Any]) -> Callable[..., None]:
+    """`options={"verify": True}`: what the rewriter asks before it uses what it emitted."""
+    placeholders = [node for node in trace.graph_module.graph.nodes if node.op == "placeholder"]
+    return partial(verify, inputs=dict(zip(placeholders, example_inputs)))
 
 
 def _graphs(graph_module: fx.GraphModule) -> dict[fx.GraphModule, fx.Graph]:

@@ -20,6 +20,7 @@ GIVEN = {
     "fuel": 0,
     "dump_dir": "/somewhere",
     "disable": True,
+    "verify": True,
     "inline": False,
 }
 
@@ -132,6 +133,7 @@ def test_given_twice():
         ("strict", "TRUE", True),
         ("disable", "1", True),
         ("disable", "0", False),
+        ("verify", "1", True),
         ("fuel", "3", 3),
         ("fuel", "0", 0),
         ("dump_dir", "/x", "/x"),

@@ -516,6 +516,27 @@ def test_same_if_known_does_not_guard_on_data():
     assert not _torch_private.same_if_known((3, 2), (3, 1))
 
 
+def test_hint_of_a_size_adds_no_guard():
+    import pytest
+
+    sizes, guards = [], []
+
+    def backend(graph_module, inputs):
+        shape_env = _torch_private.current_shape_env()
+        before = len(shape_env.guards)
+        sizes.extend(_torch_private.hint(x) for x in inputs if isinstance(x, torch.SymInt))
+        guards.append(len(shape_env.guards) - before)
+        return graph_module.forward
+
+    torch.compile(lambda x: x + 1, backend=backend, dynamic=True)(torch.ones(5, 7))
+    assert sorted(sizes) == [5, 7] and guards == [0]
+    assert _torch_private.hint(3) == 3 and _torch_private.hint(None) is None
+    with _torch_private.only_fakes(torch.fx.experimental.symbolic_shapes.ShapeEnv()):
+        rows = torch.ones(3).nonzero()
+    with pytest.raises(ValueError, match="depends on data"):
+        _torch_private.hint(rows.shape[0])
+
+
 def test_trace_rule_replaces_a_call_in_aotautograds_trace_and_nowhere_else():
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd

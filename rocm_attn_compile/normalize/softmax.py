@@ -23,6 +23,8 @@ class SoftmaxAnchor:
         dim: Non-negative dimension index.
         safe: A row of -inf gives 0 instead of NaN.
         shifted: The maximum is subtracted, so a row of equal finite fills is uniform (it underflows to NaN otherwise).
+        normalized: A row of equal finite fills sums to 1. `exp(x - logsumexp(x))` does not: the logarithm of the number
+            of keys is lost beside the fill, and every weight is 1.
         internals: Values between scores and weights, both excluded.
     """
 
@@ -31,6 +33,7 @@ class SoftmaxAnchor:
     dim: int
     safe: bool = False
     shifted: bool = True
+    normalized: bool = True
     internals: tuple[Value, ...] = ()
 
 
@@ -66,7 +69,8 @@ def _from_log(value: Value) -> SoftmaxAnchor | None:
     if source.name == "sub" and isinstance(source.args[1], Value) and source.kwargs.get("alpha", 1) == 1:
         norm = source.args[1]
         if norm.name == "logsumexp" and norm.args[0] is source.args[0] and _keepdim(norm) and len(norm.args[1]) == 1:
-            return SoftmaxAnchor(value, source.args[0], norm.args[1][0] % source.ndim, internals=(source, norm))
+            dim = norm.args[1][0] % source.ndim
+            return SoftmaxAnchor(value, source.args[0], dim, normalized=False, internals=(source, norm))
     return None
 
 
@@ -97,24 +101,37 @@ def _from_quotient(value: Value) -> SoftmaxAnchor | None:
     dim = denominator.args[1][0] % numerator.ndim
     shifted = numerator.args[0]
     if not isinstance(shifted.op, str) and shifted.name == "sub" and shifted.kwargs.get("alpha", 1) == 1:
-        maximum = shifted.args[1]
-        if isinstance(maximum, Value) and _is_row_maximum(maximum, shifted.args[0], dim):
-            internals += [shifted, maximum]
-            return SoftmaxAnchor(value, shifted.args[0], dim, internals=tuple(internals))
+        maximum = _row_maximum(shifted.args[1], shifted.args[0], dim)
+        if maximum:
+            return SoftmaxAnchor(value, shifted.args[0], dim, internals=(*internals, shifted, *maximum))
     return SoftmaxAnchor(value, shifted, dim, shifted=False, internals=tuple(internals))
 
 
-def _is_row_maximum(maximum: Value, scores: Value, dim: int) -> bool:
-    while maximum.name in ("detach", "alias", "unsqueeze"):
+def _row_maximum(maximum: object, scores: Value, dim: int) -> tuple[Value, ...]:
+    """The values from `maximum` to the reduction, if it is the maximum of the row in which it is subtracted.
+
+    Without a dimension of size 1 at `dim` it is aligned with other axes, and no error says so where sizes are equal.
+    """
+    values: list[Value] = []
+    restored = 0
+    while isinstance(maximum, Value) and maximum.name in ("detach", "alias", "unsqueeze"):
+        if maximum.name == "unsqueeze":
+            if maximum.args[1] % maximum.ndim != dim:
+                return ()
+            restored += 1
+        values.append(maximum)
         maximum = maximum.args[0]
-    if isinstance(maximum.op, str) or not maximum.args or maximum.args[0] is not scores:
-        return False
+    if not isinstance(maximum, Value) or isinstance(maximum.op, str) or not maximum.args:
+        return ()
+    if maximum.args[0] is not scores or restored + _keepdim(maximum) != 1:
+        return ()
     if maximum.name == "amax":
         dims = maximum.args[1] if len(maximum.args) > 1 else []
-        return [d % scores.ndim for d in dims] == [dim]
-    if maximum.name == "max" and len(maximum.args) > 1 and maximum.output_index == 0:
-        return maximum.args[1] % scores.ndim == dim
-    return False
+    elif maximum.name == "max" and len(maximum.args) > 1 and maximum.output_index == 0:
+        dims = [maximum.args[1]]
+    else:
+        return ()
+    return (*values, maximum) if [d % scores.ndim for d in dims] == [dim] else ()
 
 
 def _keepdim(value: Value) -> bool:

@@ -8,6 +8,7 @@ Whatever fails raises Refusal inside and becomes a LookAlike with its reason.
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 
@@ -90,10 +91,12 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
     cap = logits.cap
     if cap is not None:
         cap, scale = float(cap), float(scale) * float(cap)
+        if cap == 0 or not math.isfinite(cap):
+            raise Refusal("cap_not_finite", f"the scores are {cap} * tanh(...)")
         if cap < 0:
             cap = -cap  # c tanh(s / c) is even in c; the product above already carries the sign
     requires_grad = _requires_grad(proof, live)
-    masks = prove_masks(proof, roles, logits, requires_grad)
+    masks = prove_masks(proof, roles, logits, requires_grad, live)
     spec = AttentionSpec(
         batch=_size(roles.batch),
         num_heads=_size(roles.heads),
@@ -108,7 +111,8 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         logits_soft_cap=cap,
         mask=masks.spec,
         has_bias=bool(masks.biases),
-        bias_requires_grad=requires_grad and any(_value_requires_grad(b.value, live) for b in masks.biases),
+        bias_requires_grad=requires_grad
+        and any(_value_requires_grad(b.value, live) for b in logits.biases if b in masks.biases),
         has_sinks=logits.sinks is not None,
         dropout_p=proof.dropout_p,
         requires_grad=requires_grad,

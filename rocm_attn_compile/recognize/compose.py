@@ -18,6 +18,7 @@ from ..capture.trace import Value
 from ..reasons import Refusal
 from .axes import Atom, Dim, atoms_of, resolve, unify
 from .labels import source_of
+from .numbers import narrows, rounded
 from .proof import Proof
 from .region import Operand, Roles
 from .scores import Step
@@ -33,6 +34,8 @@ class MaskStep:
     keeps: bool
     fill: float
     is_followed_by_bias: bool = False
+    biases_before: int = 0
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(eq=False)
@@ -57,7 +60,7 @@ def compose(proof: Proof, roles: Roles) -> Logits:
     """Fold all steps; raises Refusal where the order or kind of a step cannot be expressed."""
     logits = Logits()
     for step in proof.steps:
-        if logits.sinks is not None and step.kind not in ("row_shift",):
+        if logits.sinks is not None and step.kind not in ("row_shift", "cast"):
             raise Refusal("after_sinks", f"a {step.kind} follows the concatenation of the sinks")
         _FOLD[step.kind](logits, step, proof, roles)
     for step in proof.steps:
@@ -73,22 +76,39 @@ def _scale(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
     factor = step.operand
     if isinstance(factor, (int, float)) and not math.isfinite(factor):
         raise Refusal("scale_not_finite", f"the scores are scaled by {factor}")
+    if isinstance(factor, (int, float)) and factor == 1:
+        return
     if logits.masks or logits.is_causal:
         for mask in logits.masks:
             if not (isinstance(factor, (int, float)) and factor > 0):
                 raise Refusal(
                     "scale_after_mask", f"masked scores are scaled by {factor}, which is not known to be positive"
                 )
-            mask.fill *= factor
+            mask.fill = rounded(mask.fill * factor, step.at.dtype)
     if logits.biases:
         if logits.cap is not None:
             raise Refusal("scale_after_bias", "scores with soft cap and bias are scaled")
         for bias in logits.biases:
+            if bias.rounded_to is not None and factor != 1:
+                raise Refusal("scale_after_cast", f"scores with a bias are scaled after a cast to {bias.rounded_to}")
             bias.factor = bias.factor * factor
     if logits.cap is not None:
         logits.cap = logits.cap * factor
         return
     logits.scale = logits.scale * factor
+
+
+def _cast(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
+    """A cast rounds the scores, which only costs accuracy; a fill or a bias may become -inf."""
+    for mask in logits.masks:
+        mask.fill = rounded(mask.fill, step.at.dtype)
+    for bias in logits.biases:
+        _round_bias(bias, bias.rounded_to or bias.value.dtype, step.at.dtype)
+
+
+def _round_bias(bias: Operand, source: torch.dtype, target: torch.dtype) -> None:
+    if narrows(source, target):
+        bias.rounded_to = target
 
 
 def _tensor_scale(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
@@ -122,6 +142,8 @@ def _bias(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
         mask.is_followed_by_bias = True
     bias = _operand(proof, step)
     bias.factor = step.factor
+    bias.added_in = step.at.dtype if step.at.op != "sdpa" else None
+    _round_bias(bias, value.dtype, step.at.dtype)  # 0-d, or added in place
     logits.biases.append(bias)
 
 
@@ -135,7 +157,9 @@ def _mask(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
             proof.score_dims if step.at.op == "sdpa" else proof.labels.of(step.at),
             step.at.shape if step.at.op != "sdpa" else _score_shape(proof),
             step.keeps,
-            float(step.fill),
+            rounded(float(step.fill), step.at.dtype),
+            biases_before=len(logits.biases),
+            dtype=step.at.dtype,
         )
     )
 
@@ -148,6 +172,9 @@ def _score_shape(proof: Proof) -> tuple:
 def _shift(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
     if not (isinstance(step.operand, (int, float)) and math.isfinite(step.operand)):
         raise Refusal("shift_not_finite", f"{step.operand} is added to the scores")
+    for mask in logits.masks:
+        if math.isinf(rounded(mask.fill + step.operand, step.at.dtype)):
+            mask.fill = -math.inf
     logits.is_shifted = True
 
 
@@ -169,8 +196,9 @@ def _sinks(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
         raise Refusal(
             "shift_before_sinks", "scores are shifted before the sinks join them, which changes the sinks' weight"
         )
-    if step.factor is not None and step.factor != len(proof.score_dims) - 1:
-        raise Refusal("sink_axis", "the sinks are not the last column")
+    last = len(proof.score_dims) - 1
+    if step.factor is not None and (step.factor != last or resolve(proof.score_dims[-1]) != resolve(proof.key)):
+        raise Refusal("sink_axis", "the sinks are not a column of the softmax axis, the last one of the scores")
     logits.sinks = _operand(proof, step)
     logits.sinks_rescale = step.factor is None
 
@@ -186,6 +214,7 @@ def _causal(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
 
 
 _FOLD = {
+    "cast": _cast,
     "scale": _scale,
     "tensor_scale": _tensor_scale,
     "tanh": _tanh,

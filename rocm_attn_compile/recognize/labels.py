@@ -10,6 +10,7 @@ from ..capture.trace import Value
 from ..reasons import Refusal
 from ..symbolic import is_one, same_size
 from .axes import Atom, Dim, broadcast, check_distinct, fresh_dims, regroup, resolve, unify
+from .numbers import rounded
 
 VIEW_NAMES = frozenset(
     [
@@ -57,6 +58,8 @@ def is_view(value: Value) -> bool:
         return False
     if value.name in VIEW_NAMES:
         return True
+    if value.name == "select":
+        return is_one(value.args[0].shape[value.args[1]])
     if value.name == "slice":
         source = value.args[0]
         return all(same_size(a, b) for a, b in zip(value.shape, source.shape)) and _unit_step(value)
@@ -89,17 +92,18 @@ def number_of(value: Any) -> Any:
         return value
     if not isinstance(value, Value):
         return None
+    number = None
     if value.op == "constant":
-        return value.kwargs.get("value")
-    if isinstance(value.op, str):
+        number = value.kwargs.get("value")
+    elif isinstance(value.op, str):
         return None
-    if value.name == "full":
-        return value.args[1] if all(is_one(s) for s in value.shape) else None
-    if value.name == "scalar_tensor":
-        return value.args[0]
-    if is_view(value) or is_cast(value):
-        return number_of(value.args[0])
-    return None
+    elif value.name == "full":
+        number = value.args[1] if all(is_one(s) for s in value.shape) else None
+    elif value.name == "scalar_tensor":
+        number = value.args[0]
+    elif is_view(value) or is_cast(value):
+        number = number_of(value.args[0])
+    return rounded(number, value.dtype)
 
 
 def scaled(value: Value) -> tuple[Value, Any] | None:
@@ -176,6 +180,8 @@ class Labels:
             if ndim >= 2:
                 dims[-1], dims[-2] = dims[-2], dims[-1]
             return dims
+        if name == "select":
+            return [d for i, d in enumerate(dims) if i != value.args[1] % source.ndim]
         if name in ("unsqueeze", "unsqueeze_copy"):
             dims.insert(value.args[1] % ndim, ())
             return dims

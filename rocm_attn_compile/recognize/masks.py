@@ -5,9 +5,8 @@ that exp underflows); a row that keeps no key is NaN for -inf, uniform for a fin
 empty and eager's result for them is none of these, the mask stays what it was: a bias tensor (exact), or the site is
 refused.
 
-One assumption is made of biases that stay tensors: where a finite fill masks keys, the bias does not put -inf on every
-key that the mask keeps (eager would then spread the row over the masked keys, or, where masked weights are set to 0
-after the softmax, give NaN).
+Where a finite fill masks keys and a bias puts as low a number on every key that is left, eager spreads the row over the
+masked keys too. If a bias that stays a tensor can do that (`is_moderate`), the fill is put into the bias, as a tensor.
 
 A row of -inf is NaN either way, but its scores have no gradient where -inf took their place and a gradient of NaN where
 it was added. Where both kinds meet in a site, or a bias stays a tensor that may hold -inf, every score of such a row
@@ -16,12 +15,10 @@ gets NaN, also those that eager gives none.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
-import torch
 
 from ..capture.trace import Value
 from ..reasons import Reason, Refusal
@@ -30,11 +27,17 @@ from ..symbolic import is_one, product
 from . import mask as prover
 from .axes import Atom, Dim, resolve
 from .compose import Logits, MaskStep
+from .empty_rows import Term, empty_rows, score_dtype
 from .labels import aligned
+from .live import LiveUsers
 from .mask.integers import FloorDiv, modulo
+from .moderate import is_moderate
 from .proof import Proof
 from .region import MaskTerm, Operand, Roles
 from .zeroed import account_for_zeroed
+
+_LARGEST_FACTOR = 1e4
+"""A bias is scaled by no more than this, or it may be as low as a fill."""
 
 
 @dataclass(eq=False)
@@ -45,24 +48,8 @@ class ProvedMasks:
     closed: Any
     context: Any
     terms: list[MaskTerm]
-    biases: list[Operand]
+    biases: list[Operand | MaskTerm]
     notes: list[Reason] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Term:
-    """One mask: its closed form (None if opaque), how it fills, and the tensor it came from."""
-
-    form: prover.ClosedForm | None
-    fills: tuple[float, ...]
-    added: bool
-    operand: Operand
-    keeps: bool
-    moved: bool = False
-
-    @property
-    def stays_dense(self) -> bool:
-        return self.form is None or bool(self.form.residual)
 
 
 class Symbols:
@@ -118,40 +105,38 @@ class Symbols:
         return total
 
 
-def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool) -> ProvedMasks:
+def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool, live: LiveUsers) -> ProvedMasks:
     """Prove all masks of a site; raises Refusal where eager's meaning cannot be kept."""
     symbols = Symbols(roles)
     notes: list[Reason] = []
     replaced = [_boolean(symbols, step, notes) for step in logits.masks]
-    for term in replaced:
-        if not prover.is_hard(term.fills[0], _score_dtype(proof)):
+    for step, term in zip(logits.masks, replaced):
+        if not prover.is_hard(term.fills[0], step.dtype):
             raise Refusal(
                 "finite_fill", f"masked scores become {term.fills[0]:g}, which is not low enough to count as masked"
             )
     added = [mask for bias in logits.biases if (mask := _additive(proof, symbols, bias, notes)) is not None]
-    found = _together(proof, logits, symbols, replaced, added)
+    low = _low_biases(logits, added, live)
+    found = None if low and any(t.is_finite for t in added) else _together(proof, logits, symbols, replaced, added, low)
     if found is None and added:  # the additive masks stay the tensors they are, which is always exact
         notes.append(Reason("mask_kept_as_bias", "a row may keep no key, and finite masks would not make it uniform"))
-        added = []
-        found = _together(proof, logits, symbols, replaced, added)
+        added, low = [], True
+        found = _together(proof, logits, symbols, replaced, added, low)
     if found is None:
         raise Refusal("mixed_fills", "masks with different fills meet, and a row may keep no key")
+    if low and any(t.is_finite for t in replaced):
+        return _filled_biases(proof, logits, symbols, replaced, requires_grad, notes)
     closed, mode = found
-    if logits.sinks is not None and mode is not EmptyRows.IMPOSSIBLE:
-        if logits.sinks_rescale and mode in (EmptyRows.NAN, EmptyRows.NAN_ADDED):
-            raise Refusal(
-                "sinks_after_nan", "a row may keep no key, and its NaN is rescaled by the sinks, not replaced"
-            )
-        mode = EmptyRows.ZERO  # the sink takes all the weight
-    mode = account_for_zeroed(proof, symbols, mode, closed, [*replaced, *added], requires_grad)
+    mode = _with_sinks(logits, mode)
+    mode = account_for_zeroed(proof, symbols, mode, closed, [*replaced, *added], requires_grad, low)
     dense = [MaskTerm(t.operand, t.keeps) for t in replaced if t.stays_dense]
     masks = {id(t.operand) for t in added}
-    biases = [bias for bias in logits.biases if id(bias) not in masks]
+    biases: list[Operand | MaskTerm] = [bias for bias in logits.biases if id(bias) not in masks]
     return ProvedMasks(_spec(closed, bool(dense), mode), closed, symbols.context, dense, biases, notes)
 
 
 def _together(
-    proof: Proof, logits: Logits, symbols: Symbols, replaced: list[Term], added: list[Term]
+    proof: Proof, logits: Logits, symbols: Symbols, replaced: list[Term], added: list[Term], low_biases: bool
 ) -> tuple[prover.ClosedForm, EmptyRows] | None:
     """The conjunction of all closed forms and what empty rows give; None if that is nothing the op knows."""
     forms = [t.form for t in (*replaced, *added) if t.form is not None]
@@ -160,9 +145,49 @@ def _together(
     if logits.is_causal:
         predicates.append(evaluator.logic.le(symbols.context.k - symbols.context.q))
     closed = prover.classify(evaluator, evaluator.logic.all_of(predicates), symbols.context)
-    opaque_biases = len(logits.biases) - len(added)
-    mode = _empty_rows(proof, replaced, added, closed, opaque_biases)
+    mode = empty_rows(proof, replaced, added, closed, len(logits.biases) > len(added), low_biases)
     return None if mode is None else (closed, mode)
+
+
+def _low_biases(logits: Logits, added: list[Term], live: LiveUsers) -> bool:
+    """True if a bias that stays a tensor may be as low as a fill."""
+    masks = {id(t.operand) for t in added}
+    biases = [bias for bias in logits.biases if id(bias) not in masks]
+    return any(abs(b.factor) > _LARGEST_FACTOR or not is_moderate(b.value, live) for b in biases)
+
+
+def _filled_biases(
+    proof: Proof, logits: Logits, symbols: Symbols, replaced: list[Term], requires_grad: bool, notes: list[Reason]
+) -> ProvedMasks:
+    """All masks as numbers in the bias: the op then adds up what eager adds up, and no row is empty."""
+    if requires_grad or proof.zeroed:
+        raise Refusal(
+            "bias_beside_finite_fill",
+            "a finite fill masks scores to which a float tensor is added that may mask the rest of a row; "
+            "fill with -inf, or combine both masks",
+        )
+    if not all(prover.absorbs(step.fill, step.dtype) for step in logits.masks):
+        raise Refusal(
+            "bias_beside_finite_fill",
+            "a fill that is not the lowest number masks scores to which a float tensor is added; fill with -inf",
+        )
+    notes.append(Reason("mask_in_bias", "a float tensor beside a finite fill may mask the rest of a row"))
+    biases: list[Operand | MaskTerm] = list(logits.biases)
+    for step, term in reversed(list(zip(logits.masks, replaced))):
+        biases.insert(step.biases_before, MaskTerm(term.operand, term.keeps, step.fill))
+    evaluator = prover.make_evaluator(symbols.context)
+    closed = prover.classify(evaluator, True, symbols.context)
+    mode = _with_sinks(logits, EmptyRows.NAN_ADDED)
+    return ProvedMasks(_spec(closed, False, mode), closed, symbols.context, [], biases, notes)
+
+
+def _with_sinks(logits: Logits, mode: EmptyRows) -> EmptyRows:
+    """What empty rows give where sinks take all the weight; raises Refusal where those only rescale NaN."""
+    if logits.sinks is None or mode is EmptyRows.IMPOSSIBLE:
+        return mode
+    if logits.sinks_rescale and mode in (EmptyRows.NAN, EmptyRows.NAN_ADDED):
+        raise Refusal("sinks_after_nan", "a row may keep no key, and its NaN is rescaled by the sinks, not replaced")
+    return EmptyRows.ZERO
 
 
 def _boolean(symbols: Symbols, step: MaskStep, notes: list[Reason]) -> Term:
@@ -177,7 +202,7 @@ def _boolean(symbols: Symbols, step: MaskStep, notes: list[Reason]) -> Term:
 
 def _additive(proof: Proof, symbols: Symbols, bias: Operand, notes: list[Reason]) -> Term | None:
     """A bias that is a mask as a whole, with a closed form; None if it is (also) something else."""
-    if bias.factor not in (1, -1):
+    if bias.factor not in (1, -1) or bias.rounded_to is not None:
         return None
     index = [symbols.of(dim) for dim in bias.dims]
     found = prover.prove_additive(bias.value, index, symbols.context, subtracted=bias.factor == -1)
@@ -185,39 +210,9 @@ def _additive(proof: Proof, symbols: Symbols, bias: Operand, notes: list[Reason]
         notes.append(found.reason)
         return None
     fills = tuple(fill for fill, _ in found.fills)
-    if found.keep.residual or not all(prover.is_hard(fill, _score_dtype(proof)) for fill in fills):
+    if found.keep.residual or not all(prover.is_hard(fill, bias.added_in or score_dtype(proof)) for fill in fills):
         return None
     return Term(found.keep, fills, True, bias, True)
-
-
-def _score_dtype(proof: Proof) -> torch.dtype:
-    return proof.anchor.args[0].dtype if proof.anchor.op != "sdpa" else proof.q.value.dtype
-
-
-def _empty_rows(
-    proof: Proof, replaced: list[Term], added: list[Term], closed: prover.ClosedForm, opaque_biases: int
-) -> EmptyRows | None:
-    """What a row without keys gives; None if it is nothing the op knows."""
-    if not proof.shifted and opaque_biases:
-        raise Refusal("unshifted_softmax", "exp / sum without the maximum subtracted is NaN where a bias is very low")
-    terms = [*replaced, *added]
-    never_empty = closed.every_row_keeps_a_key() and not any(t.form is None for t in terms)
-    if proof.safe:
-        return EmptyRows.IMPOSSIBLE if never_empty and not opaque_biases else EmptyRows.ZERO
-    if never_empty:
-        return EmptyRows.NAN_ADDED if opaque_biases else EmptyRows.IMPOSSIBLE
-    fills = {fill for t in terms for fill in t.fills}
-    if all(math.isinf(fill) for fill in fills) or not proof.shifted:
-        # Without the maximum subtracted, exp underflows to 0 everywhere and 0 / 0 is NaN.
-        return EmptyRows.NAN_ADDED if added or opaque_biases else EmptyRows.NAN
-    if len(fills) > 1 or (added and len(terms) > 1):
-        return None  # the row is uniform over some of its keys only, or two fills were added up
-    (fill,) = fills
-    if added:
-        absorbed = prover.absorbs(fill, _score_dtype(proof)) and not opaque_biases
-        return EmptyRows.MEAN_ADDED if absorbed else None
-    # A bias added to the fill gets a gradient that the scores do not: no mode says that.
-    return None if any(term.moved for term in terms) else EmptyRows.MEAN
 
 
 def _spec(closed: prover.ClosedForm, has_residual: bool, mode: EmptyRows) -> MaskSpec:
@@ -231,7 +226,7 @@ def _spec(closed: prover.ClosedForm, has_residual: bool, mode: EmptyRows) -> Mas
         has_kv_end=bool(closed.kv_end),
         has_key_mask=bool(closed.key_masks),
         has_segment_ids=bool(closed.segment_ids),
-        has_attn_mask=has_residual,
+        has_attn_mask=has_residual or len(closed.segment_ids) > 1,
         empty_rows=mode,
         text=prover.mask_in_words(closed),
     )

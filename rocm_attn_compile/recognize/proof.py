@@ -37,8 +37,9 @@ class Proof:
         steps: What is done to the scores, inner to outer.
         operand_labels: id(step) -> labels of the step's tensor for this use.
         shifted: The softmax subtracts the row maximum (else underflow makes empty rows NaN).
+        normalized: See SoftmaxAnchor.
         safe: Rows of -inf give 0.
-        zeroed: See WeightsPath.zeroed.
+        zeroed: See WeightsPath.
         dropout_p: Dropout of the weights.
         values: All values of the site.
     """
@@ -57,6 +58,7 @@ class Proof:
     steps: list[Step] = field(default_factory=list)
     operand_labels: dict[int, Labels] = field(default_factory=dict)
     shifted: bool = True
+    normalized: bool = True
     safe: bool = False
     zeroed: list[Zeroing] = field(default_factory=list)
     dropout_p: float = 0.0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from ..capture.trace import Value
 from ..reasons import Reason
@@ -21,20 +24,25 @@ class Operand:
         dims: One tuple of atoms for each of its dimensions.
         factors: Tensors to multiply it with before the op, (Operand, divide) pairs; gradients flow through them.
         factor: Number to multiply it with, or 1.
+        added_in: Of a bias: the dtype of the sum with the scores.
+        rounded_to: Narrower dtype it is cast to after that, where what it holds may become infinite; or None.
     """
 
     value: Value
     dims: list[Dim]
     factors: list[tuple[Operand, bool]] = field(default_factory=list)
     factor: Any = 1
+    rounded_to: torch.dtype | None = None
+    added_in: torch.dtype | None = None
 
 
 @dataclass(eq=False)
 class MaskTerm:
-    """A mask that stays a tensor: `keeps` says whether True means attend."""
+    """A mask that stays a tensor: `keeps` says whether True means attend; `fill` is what dropped scores become."""
 
     operand: Operand
     keeps: bool
+    fill: float = -math.inf
 
 
 @dataclass(eq=False)
@@ -62,7 +70,7 @@ class Region:
         spec: What it computes.
         roles: Its axes.
         q, k, v: Operands; `second` holds further (q, k, depth) whose scores are added (concatenated along head_dim).
-        biases: Float tensors added to the scores.
+        biases: Float tensors added to the scores, in order; a mask among them replaces what was added before it.
         masks: Masks without closed form.
         closed_mask: The proved closed form (recognize.mask.ClosedForm) or None.
         symbols: The sympy symbols of the proof: atom -> expression.
@@ -83,7 +91,7 @@ class Region:
     anchor: Value
     labels: Labels
     second: list[tuple[Operand, Operand, list[Atom]]] = field(default_factory=list)
-    biases: list[Operand] = field(default_factory=list)
+    biases: list[Operand | MaskTerm] = field(default_factory=list)
     masks: list[MaskTerm] = field(default_factory=list)
     closed_mask: Any = None
     mask_context: Any = None

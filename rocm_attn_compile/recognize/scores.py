@@ -20,7 +20,7 @@ from .labels import cuts_gradient, is_cast, is_contraction, is_view, number_of
 class Step:
     """One thing done to the scores; `at` is the value after it (masks and biases are aligned with its shape).
 
-    kind: "scale" (number), "tensor_scale" (Value; `invert` divides), "tanh", "bias" (Value, `factor`),
+    kind: "cast", "scale" (number), "tensor_scale" (Value; `invert` divides), "tanh", "bias" (Value, `factor`),
     "mask" (Value, `keeps` polarity, number fill), "shift" (number), "row_shift", "second" (ScorePath),
     "sinks" (Value; `factor` is the axis along which it is one column, the first one if `invert`, else the last; None
     if it rescales the output instead: see `rescale`).
@@ -52,7 +52,7 @@ class ScorePath:
     @property
     def is_direct(self) -> bool:
         """Only views, casts and scalar factors lie on the path."""
-        return all(step.kind == "scale" for step in self.steps)
+        return all(step.kind in ("scale", "cast") for step in self.steps)
 
 
 class ScoreWalk:
@@ -101,8 +101,10 @@ class ScoreWalk:
                 "no_contraction",
                 f"the softmax input comes from {value.name!r} at {_where(value)}, not from q k^T{hint}",
             )
-        if is_view(value) or is_cast(value):
+        if is_view(value):
             return self._through(value, value.args[0])
+        if is_cast(value):
+            return self._through(value, value.args[0], Step("cast", value))
         handler = getattr(self, f"_{value.name}", None)
         if handler is None:
             raise Refusal("score_op", f"{value.name} between q k^T and softmax has no equal in the attention op")

@@ -48,6 +48,8 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
     labels.set(anchor.weights, score_dims)
     v = Factor(_other_factor(weights), Labels())
     contracted = _label_weights(labels, weights, v)
+    if weights.cut_at is not None and resolve(labels.of(weights.cut_at)[-1]) != resolve(key):
+        raise Refusal("sink_axis", "the attention weights are sliced along another axis than the keys")
     if resolve(contracted) != resolve(key):
         raise Refusal(
             "softmax_axis",
@@ -84,6 +86,7 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
         steps=path.steps if rescale is None else [*path.steps, rescale.step],
         operand_labels=operand_labels,
         shifted=anchor.shifted,
+        normalized=anchor.normalized,
         safe=anchor.safe,
         zeroed=weights.zeroed,
         dropout_p=weights.dropout_p,
@@ -153,7 +156,8 @@ def _label_seconds(labels: Labels, path: ScorePath) -> list[tuple[ScorePath, tup
 def _direct_factor(path: ScorePath):
     factor = 1
     for step in path.steps:
-        factor = factor * step.operand
+        if step.kind == "scale":
+            factor = factor * step.operand
     return factor
 
 
@@ -216,7 +220,7 @@ def _check_scores_stay_inside(
     site = [path.contraction, *path.values, *weights.values, weights.contraction]
     site += rescale.values if rescale is not None else []
     # What is subtracted from all scores of a row has no influence on the gradient, so it may be made under no_grad.
-    site += [v for v in anchor.internals if v.name not in ("amax", "max")]
+    site += [v for v in anchor.internals if v.name not in ("amax", "max", "detach", "alias", "unsqueeze")]
     for step in path.steps:
         if step.kind == "second":
             site += [step.operand.contraction, *step.operand.values]

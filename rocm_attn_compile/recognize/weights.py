@@ -41,7 +41,7 @@ class WeightsPath:
         values: From the softmax (included) to the operand (included).
         dropout_p: 0.0 if off.
         zeroed: All that sets weights to 0, in order.
-        cuts_sink: The column that is sliced off: "first", "last" or None.
+        cuts_sink: The column that is sliced off, by `cut_at`: "first", "last" or None.
     """
 
     contraction: Value
@@ -50,6 +50,7 @@ class WeightsPath:
     dropout_p: float = 0.0
     zeroed: list[Zeroing] = field(default_factory=list)
     cuts_sink: str | None = None
+    cut_at: Value | None = None
 
 
 def follow_weights(anchor: SoftmaxAnchor, live: LiveUsers) -> WeightsPath:
@@ -107,7 +108,7 @@ def _step(path: WeightsPath, anchor: SoftmaxAnchor, value: Value, user: Value) -
                 raise Refusal("weights_changed", "the attention weights are sliced twice")
             if any(zeroing.mask is not None for zeroing in path.zeroed):
                 raise Refusal("weights_changed", "the attention weights are masked together with a column of sinks")
-            path.cuts_sink = column
+            path.cuts_sink, path.cut_at = column, user
             return
         if user.name == "detach":
             raise Refusal("weights_detached", "the attention weights are detached from autograd before they meet V")

@@ -23,7 +23,8 @@ from .proof import Proof
 from .weights import Zeroing
 
 if TYPE_CHECKING:
-    from .masks import Symbols, Term
+    from .empty_rows import Term
+    from .masks import Symbols
 
 
 def account_for_zeroed(
@@ -33,6 +34,7 @@ def account_for_zeroed(
     closed: prover.ClosedForm,
     terms: list[Term],
     requires_grad: bool,
+    low_biases: bool,
 ) -> EmptyRows:
     """What empty rows give after everything that sets weights to 0.
 
@@ -40,6 +42,7 @@ def account_for_zeroed(
         mode: What they give right after the softmax.
         closed: The conjunction of the closed forms of `terms`, the scores' masks.
         requires_grad: A gradient flows through the site.
+        low_biases: A tensor that stays a bias may mask as well.
 
     Raises:
         Refusal: More than empty rows may change, or an empty row's gradient would.
@@ -57,6 +60,8 @@ def account_for_zeroed(
         is_nan = mode in (EmptyRows.NAN, EmptyRows.NAN_ADDED)
         if is_nan and (zeroing.is_factor or (closed.every_row_keeps_a_key() and not _opaque(terms))):
             continue  # 0 times NaN is NaN; NaN that is not a mask's but a bias's is also on keys that stay
+        if is_nan and low_biases:
+            raise Refusal("weights_changed", "a mask after the softmax does not cover what a float tensor masks")
         if not drops_all:
             raise Refusal("weights_changed", "a mask after the softmax covers only part of the masks before it")
         if is_nan and requires_grad:

@@ -1,5 +1,6 @@
 """Put the canonical op in the place of recognised attentions, in Dynamo's own graph."""
 
 from .replace import Rewriter
+from .verify import verify
 
-__all__ = ["Rewriter"]
+__all__ = ["Rewriter", "verify"]

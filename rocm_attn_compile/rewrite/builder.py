@@ -36,9 +36,20 @@ class GraphBuilder:
     Attributes:
         time: Position of the anchor: values are read as they are right after it ran.
         emitted: Nodes added so far, in order; `discard` removes them again.
+        sources: The nodes that are read, and what they hold.
+
+    With `saves`, tensors are those that autograd keeps for the backward: what is written later is copied. `examples`
+    are remembered from call to call: the layers of a model emit the same.
     """
 
-    def __init__(self, trace: Trace, anchor: fx.Node, replaced: dict[fx.Node, fx.Node]) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        anchor: fx.Node,
+        replaced: dict[fx.Node, fx.Node],
+        saves: bool = False,
+        examples: dict[Any, Any] | None = None,
+    ) -> None:
         self.trace = trace
         self.graph = trace.graph_module.graph
         self.anchor = anchor
@@ -49,6 +60,9 @@ class GraphBuilder:
         self._records_gradient = anchor not in trace.tensors or trace.tensors[anchor].value.grad_mode
         self._cursor = anchor
         self._replaced = replaced
+        self._saves = saves
+        self._examples = {} if examples is None else examples
+        self.sources: dict[fx.Node, Value] = {}
         self._values: dict[int, fx.Node] = {}
         self._sizes: dict[sympy.Expr, Any] = {}
 
@@ -84,9 +98,21 @@ class GraphBuilder:
             return self._values[value.id]
         holders = self.trace.nodes_holding(value, self.time)
         node = self._replaced.get(holders[0], holders[0]) if holders else None
-        node = node or self._snapshot(value) or self._emit_again(value)
+        if node is None:
+            node = self._snapshot(value)
+        if node is None:
+            node = self._emit_again(value)
+        else:
+            self.sources[node] = value
+        if self._saves and self.is_written_later(node):
+            node = self.call(aten.clone.default, node)
         self._values[value.id] = node
         return node
+
+    def is_written_later(self, node: fx.Node) -> bool:
+        """True if the memory of a Dynamo node is written after this place: autograd must not have saved it."""
+        known = self.trace.tensors.get(node)
+        return known is not None and any(time > self.time for time in known.storage.write_times)
 
     def size(self, size: Size) -> Any:
         """An int, or a node that holds the symbolic size."""
@@ -100,6 +126,15 @@ class GraphBuilder:
     def _example(self, op: Any, args: Any, kwargs: Any) -> Any:
         """Computed on fakes of our own: Dynamo's have several modes, and those inside vmap a level that is gone."""
         args, kwargs = pytree.tree_map_only(fx.Node, self.example, (args, kwargs))
+        key = _key_of(op, args, kwargs, self._records_gradient)
+        if key is not None and key in self._examples:
+            return self._examples[key]
+        example = self._compute_example(op, args, kwargs)
+        if key is not None:
+            self._examples[key] = example
+        return example
+
+    def _compute_example(self, op: Any, args: Any, kwargs: Any) -> Any:
         with _torch_private.only_fakes(self._shape_env), torch.set_grad_enabled(self._records_gradient):
             args, kwargs = pytree.tree_map_only(torch.Tensor, _look_alike, (args, kwargs))
             return op(*args, **kwargs)
@@ -186,6 +221,23 @@ _COMBINES: dict[str, Any] = {
     "Min": torch.sym_min,
 }
 """Sympy node -> function of two sizes; floor division is torch's class or that of the masks."""
+
+
+def _key_of(op: Any, args: Any, kwargs: Any, records_gradient: bool) -> Any:
+    """Two calls with one key have equal examples; None where a size is a symbol."""
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    parts: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            look = Look.of(leaf)
+            if not all(type(number) is int for number in (*look.shape, *look.stride)):
+                return None
+            parts.append((look.shape, look.stride, look.dtype, look.device, leaf.requires_grad))
+        elif isinstance(leaf, (torch.SymInt, torch.SymFloat)):
+            return None
+        else:
+            parts.append((type(leaf), leaf))
+    return op, str(structure), tuple(parts), records_gradient
 
 
 def _look_alike(tensor: torch.Tensor) -> torch.Tensor:

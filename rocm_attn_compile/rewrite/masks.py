@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..reasons import Refusal
 from ..recognize import mask as prover
 from ..recognize.region import Region
 from .builder import GraphBuilder
@@ -49,8 +48,13 @@ def emit_masks(builder: GraphBuilder, region: Region) -> MaskArguments:
     emitter = prover.MaskEmitter(builder, closed)
     out.kv_start, out.kv_end = emitter.rows(closed.kv_start, "max"), emitter.rows(closed.kv_end, "min")
     out.key_mask = emitter.key_mask(closed.key_masks)
-    if len(closed.segment_ids) > 1:
-        raise Refusal("segment_ids", "more than one pair of segment ids")
     for pair in closed.segment_ids:
-        out.q_ids, out.kv_ids = emitter.ids(pair)
+        if out.q_ids is None:
+            out.q_ids, out.kv_ids = emitter.ids(pair)
+            continue
+        of_query, of_key = emitter.ids(pair)  # the op takes one pair
+        of_query = builder.call(aten.unsqueeze.default, builder.call(aten.unsqueeze.default, of_query, 1), 3)
+        of_key = builder.call(aten.unsqueeze.default, builder.call(aten.unsqueeze.default, of_key, 1), 2)
+        node = builder.call(aten.eq.Tensor, of_query, of_key)
+        out.attn_mask = node if out.attn_mask is None else builder.call(aten.logical_and.default, out.attn_mask, node)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .. import ops
 from ..capture.trace import Trace, Value
 from ..reasons import Refusal
 from ..recognize.labels import is_cast, is_view
-from ..recognize.region import Operand, Region
+from ..recognize.region import MaskTerm, Operand, Region
 from .builder import GraphBuilder
 from .canonical import from_layout, to_layout
 from .dead_code import remove_dead
@@ -22,13 +23,22 @@ from .masks import emit_masks
 aten = torch.ops.aten
 
 
-class Rewriter:
-    """Rewrites sites of one trace. Sites are independent: each is applied whole or discarded whole."""
+Check = Callable[[GraphBuilder, Region, Value, fx.Node], None]
+"""Called with what was emitted, before it is used: builder, region, the value that is replaced, the new node."""
 
-    def __init__(self, trace: Trace) -> None:
+
+class Rewriter:
+    """Rewrites sites of one trace. Sites are independent: each is applied whole or discarded whole.
+
+    `check` may raise Refusal for a site.
+    """
+
+    def __init__(self, trace: Trace, check: Check | None = None) -> None:
         self.trace = trace
+        self._check = check
         self.replaced: dict[fx.Node, fx.Node] = {}
         self._regions: list[Region] = []
+        self._examples: dict[Any, Any] = {}
 
     def apply(self, region: Region, impl: str) -> fx.Node:
         """Emit the op for `region` and make every later reader use it.
@@ -37,9 +47,13 @@ class Rewriter:
             Refusal: A tensor the op needs is not available where the result is; the graph is unchanged.
         """
         target, value = self._output_node(region)
-        builder = GraphBuilder(self.trace, target, self.replaced)
+        builder = GraphBuilder(
+            self.trace, target, self.replaced, saves=region.spec.requires_grad, examples=self._examples
+        )
         try:
             result = self._emit(builder, region, target, value, impl)
+            if self._check is not None:
+                self._check(builder, region, value, result)
         except Exception:
             builder.discard()
             raise
@@ -65,7 +79,9 @@ class Rewriter:
             if nodes:
                 return nodes[0], value
             users = [u for u in value.users if is_view(u) or is_cast(u)]
-            if len(users) != 1 or len(value.users) != 1:
+            # A write through the view gives what it is a view of another value, which no node shows.
+            others = [u for u in value.users if u not in users and not (u.op == "view_scatter" and u.args[0] is value)]
+            if len(users) != 1 or others:
                 raise Refusal("output_hidden", "the result of the attention is inside a larger call")
             value = users[0]
 
@@ -112,6 +128,8 @@ class Rewriter:
         out = from_layout(builder, out, [roles.batch, heads, roles.query, roles.value_depth], dims, value.shape)
         if builder.example(out).dtype != value.dtype:
             out = builder.call(aten._to_copy.default, out, dtype=value.dtype)
+        if spec.requires_grad and builder.is_written_later(target):
+            out = builder.call(aten.clone.default, out)  # the op's backward reads what it gave
         return with_strides_of(builder, out, target)
 
     def _operand(self, builder: GraphBuilder, operand: Operand, groups: list, dtype: torch.dtype) -> fx.Node:
@@ -138,18 +156,40 @@ class Rewriter:
 
     def _bias(self, builder: GraphBuilder, region: Region) -> Any:
         roles, total = region.roles, None
+        groups = [roles.batch, roles.heads, roles.query, roles.key]
         for bias in region.biases:
-            node = to_layout(
-                builder,
-                builder.tensor(bias.value),
-                bias.dims,
-                [roles.batch, roles.heads, roles.query, roles.key],
-                [False] * 4,
-            )
+            operand = bias.operand if isinstance(bias, MaskTerm) else bias
+            node = to_layout(builder, builder.tensor(operand.value), operand.dims, groups, [False] * 4)
+            if isinstance(bias, MaskTerm):
+                total = self._fill(builder, region, total, node, bias)
+                continue
             if bias.factor != 1:
                 node = builder.call(aten.mul.Tensor, node, bias.factor)
+            if bias.rounded_to is not None:
+                node = builder.call(aten._to_copy.default, node, dtype=bias.rounded_to)
             total = node if total is None else builder.call(aten.add.Tensor, total, node)
-        return total
+        in_half = any(isinstance(bias, MaskTerm) or bias.added_in == torch.float16 for bias in region.biases)
+        return self._lowest(builder, total) if in_half and total is not None else total
+
+    def _lowest(self, builder: GraphBuilder, bias: fx.Node) -> fx.Node:
+        """float16's lowest number absorbs the scores in float16; the op adds in float32, where another one does."""
+        if builder.look(bias).dtype != torch.float16:
+            return bias
+        wide = builder.call(aten._to_copy.default, bias, dtype=torch.float32)
+        is_lowest = builder.call(aten.eq.Scalar, bias, torch.finfo(torch.float16).min)
+        return builder.call(aten.masked_fill.Scalar, wide, is_lowest, torch.finfo(torch.float32).min)
+
+    def _fill(self, builder: GraphBuilder, region: Region, total: Any, mask: fx.Node, term: MaskTerm) -> fx.Node:
+        """The bias with a number in the place of what a mask drops; the number is one of the scores' dtype."""
+        dtype = region.anchor.args[0].dtype
+        other = total
+        if total is None:
+            other = builder.call(aten.full.default, [], 0.0, dtype=dtype, device=builder.device)
+        elif builder.look(total).dtype != dtype:
+            dtype = torch.promote_types(dtype, builder.look(total).dtype)
+            other = builder.call(aten._to_copy.default, total, dtype=dtype)
+        fill = builder.call(aten.full.default, [], term.fill, dtype=dtype, device=builder.device)
+        return builder.call(aten.where.self, mask, *((other, fill) if term.keeps else (fill, other)))
 
     def _sinks(self, builder: GraphBuilder, region: Region) -> Any:
         if region.sinks is None:

@@ -65,7 +65,12 @@ def test_hard_fills(fill, dtype, hard):
         (-INFINITY, torch.float32, True),
         (torch.finfo(torch.float32).min, torch.float32, True),
         (torch.finfo(torch.bfloat16).min, torch.bfloat16, True),
-        (torch.finfo(torch.float16).min, torch.float16, False),  # neighbours are 32 apart: scores survive
+        (
+            torch.finfo(torch.float16).min,
+            torch.float16,
+            True,
+        ),  # neighbours are 32 apart: scores below 16 do not survive
+        (-60000.0, torch.float16, False),
         (-1e9, torch.float32, False),  # 64 apart
         (-1e9, torch.bfloat16, True),  # 4194304 apart
         (-1e30, torch.float32, True),

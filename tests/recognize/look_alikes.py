@@ -76,7 +76,7 @@ def scores_symmetrised(q, k, v):
 
 @look_alike("softmax_axis", cube)
 def key_permuted_straight(q, k, v):
-    # K lies as (b, d, h, s) here; only labels can tell, all sizes are equal
+    # a miscompile of the peer: K lies as (b, d, h, s) here; only labels can tell, all sizes are equal
     s = torch.einsum("bhqd,bhkd->bhqk", q, k.permute(0, 3, 1, 2))
     return torch.einsum("bhqk,bhqd->bhkd", s.softmax(-1), v)
 
@@ -166,6 +166,57 @@ def head_mask_after_softmax(q, k, v, head_mask):
 @look_alike("weights_changed")
 def squared_weights(q, k, v):
     return (q @ k.mT * SCALE).softmax(-1).square() @ v
+
+
+# --- axes that only equal sizes confuse, found by the fuzzer ---
+
+
+@look_alike("shift_axis", cube)
+def maximum_without_its_dimension(q, k, v):
+    # amax(-1) is aligned with (heads, queries, keys) here: another number is subtracted from each key
+    s = q @ k.mT
+    e = (s - s.amax(-1)).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@look_alike("shift_axis", cube)
+def maximum_of_another_row(q, k, v):
+    s = q @ k.mT
+    e = (s - s.amax(-1).unsqueeze(-2)).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@look_alike("weights_changed")
+def weights_zeroed_along_other_axes(q, k, v):
+    drop = torch.ones(M, M, dtype=torch.bool).triu(-1)
+    p = (q @ k.mT).masked_fill(drop, -math.inf).softmax(-1)
+    return p.mT.masked_fill(drop, 0).mT @ v
+
+
+@look_alike("weights_changed")
+def weights_zeroed_by_another_mask(q, k, v):
+    keep = torch.ones(M, M, dtype=torch.bool).tril()  # no row is empty, and yet this is no attention
+    p = (q @ k.mT).masked_fill(~keep, -math.inf).softmax(-1)
+    return p.masked_fill(torch.ones(M, M, dtype=torch.bool).triu(), 0) @ v
+
+
+@look_alike("sink_axis", lambda: (*square(), rand(H, 1, 1)))
+def sinks_joined_to_the_queries(q, k, v, sinks):
+    s = torch.cat([k @ q.mT * SCALE, sinks.expand(B, H, M, 1)], -1)
+    return (v.mT @ s.softmax(-2)[..., :-1]).mT
+
+
+@look_alike("cap_not_finite")
+def soft_cap_of_zero(q, k, v):
+    return (0.0 * torch.tanh(q @ k.mT)).softmax(-1) @ v
+
+
+@look_alike("logsumexp_of_fills", lambda: (*square(), torch.tensor([0, 4])))
+def logsumexp_of_nothing_but_fills(q, k, v, lengths):
+    # in a row of N equal fills, the logarithm of N is lost: every weight is 1, not 1/N
+    drop = torch.arange(M) >= lengths[:, None, None, None]
+    s = (q @ k.mT).masked_fill(drop, torch.finfo(q.dtype).min)
+    return (s - s.logsumexp(-1, keepdim=True)).exp() @ v
 
 
 # --- the weights or scores are needed elsewhere ---

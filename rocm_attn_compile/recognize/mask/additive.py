@@ -7,7 +7,8 @@ When is a fill as good as dropping the key? `exp(score + fill - row maximum)` mu
   as -10000 in float32 are not hard: a score can exceed them.
 * absorbing, `absorbs`: `score + fill == fill` for every score below 2**20 in magnitude, that is, half the distance
   between neighbouring floats at `fill` is at least 2**20. Then a row of nothing but fills is exactly uniform, which is
-  what `EmptyRows.MEAN_ADDED` says.
+  what `EmptyRows.MEAN_ADDED` says. The lowest number of float16 absorbs scores below 16 only; beyond them the sum
+  overflows or not, and eager means nothing by it, so it counts as absorbing.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ def is_hard(fill: float, dtype: torch.dtype) -> bool:
 
 
 def absorbs(fill: float, dtype: torch.dtype) -> bool:
-    """True if `score + fill == fill` in `dtype` for every score below 2**20 in magnitude."""
+    """True if `score + fill == fill` in `dtype` for every score below 2**20 (in float16: 16) in magnitude."""
     rounded = as_constant(round_to(fill, dtype))
     if rounded is None or math.isnan(rounded) or rounded == 0:
         return False
-    if math.isinf(rounded):
+    if math.isinf(rounded) or (dtype == torch.float16 and rounded == torch.finfo(dtype).min):
         return True
     # frexp, because log2 rounds up just below a power of two, and for finfo(float64).min there is no such power.
     mantissa, exponent = math.frexp(abs(rounded))

@@ -1,0 +1,78 @@
+"""Whether a bias can be so low somewhere that it acts as a mask.
+
+A float mask that comes into the graph as a tensor may hold -inf or finfo.min, and so may what is computed from one.
+What is computed from parameters, positions and small numbers holds nothing of the kind. That parameters are moderate is
+an assumption: nobody trains a bias of -1e9.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..capture.trace import Value
+from .live import LiveUsers
+
+_LARGEST = 1e4
+"""Numbers beyond it are taken for fills."""
+
+_UNBOUNDED = frozenset(["log", "log2", "log10", "log1p", "logit", "reciprocal", "tan", "rsqrt", "pow", "exp", "expm1"])
+"""Ops that may give a huge number for a moderate one; those of plain numbers are evaluated."""
+
+
+def is_moderate(value: Value, live: LiveUsers) -> bool:
+    """True if no element of the float tensor `value` can be as low as a mask's fill."""
+    return _is_moderate(value, live, {})
+
+
+def _is_moderate(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
+    if not value.dtype.is_floating_point:
+        return True  # positions, lengths, conditions: what they select is looked at where it is selected
+    if value.id not in known:
+        known[value.id] = _judge(value, live, known)
+    return known[value.id]
+
+
+def _judge(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
+    if value.op == "input":
+        return any(_is_learned(node.meta.get("example_value")) for node in live.holders(value))
+    if value.op == "constant":
+        number = value.kwargs.get("value")
+        return number is not None and _is_small(number)
+    if value.op == "opaque":  # a lookup in a table, or a layer
+        inputs = value.node.all_input_nodes if value.node is not None else []
+        return any(_is_learned(node.meta.get("example_value")) for node in inputs)
+    leaves = pytree.tree_leaves((list(value.args), value.kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Value)]
+    if not all(_is_small(leaf) for leaf in leaves if isinstance(leaf, float)):
+        return False
+    reads_floats = any(t.dtype.is_floating_point for t in tensors)
+    if value.name in _UNBOUNDED and reads_floats and not _is_free_of_inputs(value):
+        return False
+    if value.name == "div" and len(tensors) > 1 and not _is_free_of_inputs(value):
+        return False
+    return all(_is_moderate(t, live, known) for t in tensors)
+
+
+def _is_small(number: float) -> bool:
+    return math.isfinite(number) and abs(number) <= _LARGEST
+
+
+def _is_learned(example: object) -> bool:
+    return isinstance(example, torch.nn.Parameter)
+
+
+def _is_free_of_inputs(value: Value) -> bool:
+    """True if the value is computed from numbers and sizes alone (ALiBi's slopes are powers of two)."""
+    todo, seen = [value], set()
+    while todo:
+        value = todo.pop()
+        if value.op in ("input", "opaque"):
+            return False
+        for leaf in pytree.tree_leaves((list(value.args), value.kwargs)):
+            if isinstance(leaf, Value) and leaf.id not in seen:
+                seen.add(leaf.id)
+                todo.append(leaf)
+    return True
