@@ -226,6 +226,21 @@ def test_weights_multiplied_by_their_mask():
 # --- several masks ---
 
 
+def gpt_neo_buffer_replaced_then_mask_added(q, k, v, keep):
+    s = scores(q, k)
+    s = torch.where(keep, s, torch.full([], lowest(s), dtype=s.dtype))
+    return (s + torch.zeros(M, N, dtype=s.dtype).masked_fill(~torch.ones(M, N).tril(1).bool(), lowest(s))).softmax(
+        -1
+    ) @ v
+
+
+@pytest.mark.parametrize("make", [padded, holed])
+def test_buffer_replaced_then_mask_added(make):
+    """Both go into the bias, which adds up what eager adds up; of the gradient of an empty row that is not true."""
+    check(gpt_neo_buffer_replaced_then_mask_added, make, calls=1)
+    check(gpt_neo_buffer_replaced_then_mask_added, make, calls=0, refused="bias_beside_finite_fill", trains=True)
+
+
 def causal_and_padding_replaced(q, k, v, keep):
     s = scores(q, k)
     s = s.masked_fill(~causal(M), lowest(s)).masked_fill(~keep[..., :M], lowest(s))
