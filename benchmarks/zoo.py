@@ -7,11 +7,18 @@
 watching it run, and compares what the package and Inductor's matcher make of it. Finished cases in FILE, one JSON
 object a line, are skipped, so an interrupted run goes on where it was. `table` merges the files into
 results/zoo.jsonl, which is kept, and writes docs/coverage.md from it.
+
+Packages other than transformers are optional. They must not change the torch that is there:
+
+    pip install --no-deps --target DIR timm torchvision diffusers x-transformers einops einx loguru frozendict \\
+        torch-einops-utils vit-pytorch pillow
+    PYTHONPATH=DIR python benchmarks/zoo.py run --source vision --results FILE
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import importlib
 import json
@@ -55,16 +62,19 @@ def main() -> None:
 
 def write_table(paths: list[Path]) -> None:
     """Merge the files into the kept one and write the page."""
-    import torch
-    import transformers
+    from importlib.metadata import PackageNotFoundError, version
+
     from zoo_lib.judge import FACTOR
     from zoo_lib.rows import newest
     from zoo_lib.table import page
 
     rows = newest([row for path in paths for row in read(path)])
     KEPT.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["name"])))
-    versions = f"PyTorch {torch.__version__}, transformers {transformers.__version__}."
-    PAGE.write_text(page(rows, FACTOR, versions))
+    versions = []
+    for package in ("torch", "transformers", "timm", "diffusers", "x-transformers", "vit-pytorch"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{package} {version(package)}")
+    PAGE.write_text(page(rows, FACTOR, ", ".join(versions)))
 
 
 def run_all(options: argparse.Namespace) -> None:

@@ -25,7 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "addmv", "matmul", "linear"}
 _CUTS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "embedding", "_softmax"}
-_VIEWS = {"slice", "select", "split", "split_with_sizes", "unbind", "chunk", "narrow", "cat", "index", "index_select"}
+_VIEWS = {
+    *("slice", "select", "split", "split_with_sizes", "unbind", "chunk", "narrow", "cat", "index", "index_select"),
+    *("constant_pad_nd", "as_strided", "gather", "slice_scatter", "select_scatter", "repeat", "unfold"),
+}
 _MOST_HEADS = 32
 """A matrix of parameters that is no larger mixes heads; a larger one mixes channels."""
 _FUSED_SDPA = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable"}
@@ -44,6 +47,7 @@ class SiteWatch(TorchDispatchMode):
         self.sdpa: Counter[str] = Counter()
         self._softmaxes: list[dict] = []
         self._inside_sdpa = False
+        self._written: dict[int, torch.UntypedStorage] = {}  # storages into which scores were copied, kept alive
         for parameter in model.parameters():
             parameter._zoo_is_parameter = True  # type: ignore[attr-defined]
 
@@ -85,7 +89,7 @@ class SiteWatch(TorchDispatchMode):
         is_linear = bool(parameters)
         mixes_heads = is_linear and all(size <= _MOST_HEADS for size in parameters[0].shape)
         of_weights = any(site["scored"] for t in (left, right) for site in getattr(t, "_zoo_weights", ()))
-        of_scores = any(getattr(t, "_zoo_score", False) for t in (left, right))
+        of_scores = any(map(self._is_score, (left, right)))
         weights_of = [site for t in (left, right) for site in getattr(t, "_zoo_weights", ()) if not site["is_site"]]
         output._zoo_weights = tuple(weights_of) if mixes_heads else ()  # type: ignore[attr-defined]  # heads mixed
         output._zoo_score = of_scores and mixes_heads if is_linear else not of_weights  # type: ignore[attr-defined]
@@ -99,6 +103,9 @@ class SiteWatch(TorchDispatchMode):
         weights._zoo_weights = (found,)  # type: ignore[attr-defined]
         weights._zoo_score = False  # type: ignore[attr-defined]
 
+    def _is_score(self, tensor: Tensor) -> bool:
+        return getattr(tensor, "_zoo_score", False) or tensor.untyped_storage().data_ptr() in self._written
+
     def _is_exp_over_sum(self, inputs: list[Tensor]) -> bool:
         if len(inputs) != 2:
             return False
@@ -109,6 +116,9 @@ class SiteWatch(TorchDispatchMode):
         if name in _CUTS:
             return
         sources = inputs[1:] if name == "copy" else inputs
+        if name == "copy" and self._is_score(sources[0]):
+            storage = inputs[0].untyped_storage()
+            self._written[storage.data_ptr()] = storage
         for output in outputs:
             if not isinstance(output, Tensor):
                 continue
@@ -123,7 +133,7 @@ class SiteWatch(TorchDispatchMode):
             sites = tuple(site for t in kept for site in getattr(t, "_zoo_weights", ()))
             output._zoo_weights = sites  # type: ignore[attr-defined]
             output._zoo_score = any(  # type: ignore[attr-defined]
-                getattr(t, "_zoo_score", False) for t in sources if output.numel() >= t.numel() or name in _VIEWS
+                self._is_score(t) for t in sources if output.numel() >= t.numel() or name in _VIEWS
             )
             if name in (
                 "t",
