@@ -122,7 +122,8 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool,
         notes.append(Reason("mask_kept_as_bias", "a row may keep no key, and finite masks would not make it uniform"))
         added, low = [], True
         found = _together(proof, logits, symbols, replaced, added, low)
-    if low and any(t.is_finite for t in replaced):
+    is_filled = low and any(t.is_finite for t in replaced)
+    if is_filled and not (found is None and requires_grad):
         return _filled_biases(proof, logits, symbols, replaced, requires_grad, notes)
     if found is None:
         raise Refusal("mixed_fills", "masks with different fills meet, and a row may keep no key")
