@@ -18,6 +18,9 @@ from .live import LiveUsers
 _LARGEST = 1e4
 """Numbers beyond it are taken for fills."""
 
+_BOUNDED = frozenset(["tanh", "sigmoid", "_softmax", "sin", "cos", "erf"])
+"""Ops whose result is small whatever they read."""
+
 _UNBOUNDED = frozenset(["log", "log2", "log10", "log1p", "logit", "reciprocal", "tan", "rsqrt", "pow", "exp", "expm1"])
 """Ops that may give a huge number for a moderate one; those of plain numbers are evaluated."""
 
@@ -36,6 +39,8 @@ def _is_moderate(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
 
 
 def _judge(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
+    if value.name in _BOUNDED and not isinstance(value.op, str):
+        return True
     if value.op == "input":
         return any(_is_learned(node.meta.get("example_value")) for node in live.holders(value))
     if value.op == "constant":
