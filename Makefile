@@ -17,7 +17,7 @@ BIN   := $(VENV)/bin
 PYTEST := $(BIN)/python -c 'import sys; sys.path.remove(""); import pytest; sys.exit(pytest.console_main())'
 STAMP := $(VENV)/.made-by-make
 
-.PHONY: help venv demo test test-slow test-gpu lint format docs bench clean
+.PHONY: help venv demo test test-slow test-gpu lint format docs isa opcodes bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -52,6 +52,14 @@ format: $(STAMP)  ## let ruff fix what it can
 docs: $(STAMP)  ## write the generated pages and run the code blocks of all pages
 	$(BIN)/rocm-attn backends --markdown > docs/backends.md
 	$(PYTEST) tests/examples -k "pages or blocks" $(ARGS)
+
+isa: $(STAMP)  ## docs/amd.md and the baseline of the AMD machine code's quality: what ships, compiled
+	OMP_NUM_THREADS=1 $(BIN)/python tools/isa_baseline.py $(ARGS)
+
+opcodes: $(STAMP)  ## which instructions the simulator has, and which of them the tests execute
+	rm -rf build/opcodes
+	GCNSIM_OPCODES=$(CURDIR)/build/opcodes OMP_NUM_THREADS=1 $(PYTEST) -q -n $(JOBS) --maxprocesses 8 tests/gcnsim tests/kernels $(ARGS)
+	PYTHONPATH=tools $(BIN)/python -m gcnsim build/opcodes
 
 bench: $(STAMP)  ## what a call of the op costs on the CPU
 	$(BIN)/python benchmarks/op_overhead.py $(ARGS)

@@ -1,4 +1,4 @@
-"""`rocm-attn`: what the backends can do, what this machine is, and which backend an attention would get."""
+"""`rocm-attn`: what the backends can do, what this machine is, which backend an attention gets, its kernels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from . import cli_kernels
 from .backends import BACKENDS, tables
 from .backends.select import Choice, select
 from .backends.words import DTYPE_NAMES, mask_words, spec_data, words
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_spec_arguments(choose)
     choose.add_argument("--json", action="store_true", help="as JSON")
     choose.set_defaults(command=_select)
+    cli_kernels.add_commands(commands, _add_spec_arguments, lambda arguments: _site(arguments)[:2], _table)
     return parser
 
 
@@ -115,11 +117,16 @@ def _env(arguments: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _select(arguments: argparse.Namespace) -> str:
+def _site(arguments: argparse.Namespace) -> tuple[AttentionSpec, str | None, Environment, Options]:
+    """The attention that the options describe, the target's architecture, and what selection needs."""
     given = {"arch": arguments.arch, "attention_backend": arguments.backend, "block_size": arguments.block_size}
     options: Options = split_options({name: value for name, value in given.items() if value is not None})[0]
     env = Environment.current(options)
-    spec = _spec(arguments, env)
+    return _spec(arguments, env), env.arch, env, options
+
+
+def _select(arguments: argparse.Namespace) -> str:
+    spec, _, env, options = _site(arguments)
     outcome = select(spec, env, options)
     if arguments.json:
         data = {

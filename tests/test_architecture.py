@@ -22,7 +22,7 @@ ROWS: list[set[str]] = [
     {"backends"},
     {"rewrite", "lower"},
     {"pipeline", "report"},
-    {"compiler", "explain", "cli", "integrations", "testing", "__init__", "__main__"},
+    {"compiler", "explain", "cli", "cli_kernels", "integrations", "testing", "__init__", "__main__"},
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 

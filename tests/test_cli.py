@@ -185,3 +185,48 @@ def test_it_works_in_a_fresh_process(tmp_path):
     done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)) == 7
+
+
+def test_aot_and_isa_report(run, tmp_path):
+    """Kernels compiled for a GPU that is not here; the files it writes are measured alike by isa-report."""
+    pytest.importorskip("triton")
+    size = ("--num-heads", "8", "--num-kv-heads", "2", "--head-dim", "64", "--q-len", "256", "--causal")
+    (compiled,) = json.loads(run("aot", "--arch", "gfx942", *size, "--json", "--out", str(tmp_path)))
+    assert compiled["kernel"] == "attention_forward_kernel"
+    assert compiled["matrix_instructions"] > 0
+    assert compiled["main_loop"]["cycles"]["matrix"] > 0
+    assert (tmp_path / "attention_forward_kernel.hsaco").read_bytes()[:4] == b"\x7fELF"
+    (reported,) = json.loads(run("isa-report", str(tmp_path), "--json"))
+    launch_data = {"lds_bytes", "occupancy", "limited_by", "threads"}
+    assert {k: v for k, v in reported.items() if k not in launch_data} == {
+        k: v for k, v in compiled.items() if k not in launch_data
+    }
+    (tmp_path / "attention_forward_kernel.json").write_text(
+        json.dumps({"shared": compiled["lds_bytes"], "num_warps": compiled["threads"] // 64})
+    )
+    assert json.loads(run("isa-report", str(tmp_path), "--json")) == [compiled]
+    header, _, row = run("isa-report", str(tmp_path / "attention_forward_kernel.amdgcn")).splitlines()
+    assert header.split()[:3] == ["kernel", "arch", "VGPRs"]
+    assert row.split()[:3] == ["attention_forward_kernel", "gfx942", str(compiled["vgprs"])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["aot"], "name the GPU to compile for: --arch gfx942"),
+        (
+            ["aot", "--arch", "sm_90"],
+            "--arch must be gfx90a, gfx942, gfx950 or one of gfx11.. and gfx12..; got 'sm_90'",
+        ),
+        (["aot", "--arch", "gfx942", "--mla"], "latent attention has no kernels of ours"),
+        (["isa-report", "nowhere"], "nowhere: no such file or folder"),
+        (["isa-report", "."], "no .amdgcn file in this folder"),
+        (["isa-report", "x.s"], "this is not AMD GPU assembly"),
+    ],
+)
+def test_errors_of_the_kernel_commands(arguments, message, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.s").write_text("ret\n")
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err

@@ -22,7 +22,6 @@ from .common import (
     EMPTY_NAN,
     EMPTY_NAN_ADDED,
     EMPTY_ZERO,
-    INF,
     LOG2E,
     dropout_keep,
     exponent,
@@ -78,9 +77,9 @@ def store_tile(ptr, tile, first, stride_row, stride_col, row_end, SIZE: tl.const
 @triton.jit
 def load_row_statistics(lse, delta, correction, row_base, q_pos, row_ok, HAS_BIAS: tl.constexpr):
     """Per-row `(m, delta, correction, empty)`: m is lse in the domain's units, +inf (p = 0) for empty, absent rows."""
-    m = tl.load(lse + row_base + q_pos, mask=row_ok, other=INF)
-    empty = m == -INF
-    m = tl.where(empty, INF, m)
+    m = tl.load(lse + row_base + q_pos, mask=row_ok, other=float("inf"))
+    empty = m == float("-inf")
+    m = tl.where(empty, float("inf"), m)
     if not HAS_BIAS:
         m = m * LOG2E
     d = tl.load(delta + row_base + q_pos, mask=row_ok, other=0.0)
@@ -191,7 +190,7 @@ def backward_rows_kernel(
     o_tile = load_tile(out, q_first, stride_om, stride_oe, q_len, V_HEAD_DIM, BLOCK_M, BLOCK_E, True, WIDE)
     g_tile = load_tile(grad_out, q_first, stride_gm, stride_ge, q_len, V_HEAD_DIM, BLOCK_M, BLOCK_E, True, WIDE)
     row_lse = tl.load(lse + row_base + q_pos)
-    empty = row_lse == -INF
+    empty = row_lse == float("-inf")
     d = tl.sum(o_tile.to(tl.float32) * g_tile.to(tl.float32), 1)
     if EMPTY_ROWS != EMPTY_MEAN_ADDED:
         d = tl.where(empty, 0.0, d)
@@ -201,7 +200,7 @@ def backward_rows_kernel(
             tl.atomic_max(any_empty + head_index, 1)
 
     if HAS_BIAS:
-        inexact = (tl.abs(row_lse) > 256.0) & (tl.abs(row_lse) < INF)
+        inexact = (tl.abs(row_lse) > 256.0) & (tl.abs(row_lse) < float("inf"))
         total = tl.full((BLOCK_M,), 1.0, tl.float32)
         if tl.max(tl.where(inexact, 1, 0)) != 0:
             total = tl.zeros((BLOCK_M,), tl.float32)

@@ -21,7 +21,6 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-INF = tl.constexpr(float("inf"))
 FLOAT32_MIN = tl.constexpr(-3.4028234663852886e38)
 
 # Values of the kernels' EMPTY_ROWS argument; see rocm_attn_compile.spec.EmptyRows. "zero" and "impossible" share code.
@@ -54,7 +53,7 @@ def load_bias(ptrs, ok):
     """Load a bias tile as float32; a float64 bias below the float32 range becomes the smallest float32, not -inf."""
     bias = tl.load(ptrs, mask=ok, other=0.0)
     if bias.dtype == tl.float64:
-        bias = tl.where(bias == -INF, bias, tl.maximum(bias, FLOAT32_MIN))
+        bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias, FLOAT32_MIN))
     return bias.to(tl.float32)
 
 
@@ -116,13 +115,13 @@ def mask_scores(s, q_pos, kv_pos, kv_len, starts, ends, q_ids, kv_ids, key_keep,
             keep &= kv_pos >= starts
         if HAS_END:
             keep &= kv_pos < ends
-        s = tl.where(keep, s, -INF)
+        s = tl.where(keep, s, float("-inf"))
     if HAS_IDS:
-        s = tl.where(q_ids == kv_ids, s, -INF)
+        s = tl.where(q_ids == kv_ids, s, float("-inf"))
     if HAS_KEY_MASK:
-        s = tl.where(key_keep, s, -INF)
+        s = tl.where(key_keep, s, float("-inf"))
     if HAS_ATTN_MASK:
-        s = tl.where(mask_keep, s, -INF)
+        s = tl.where(mask_keep, s, float("-inf"))
     return s
 
 

@@ -19,7 +19,6 @@ from .common import (
     EMPTY_MEAN_ADDED,
     EMPTY_NAN,
     EMPTY_NAN_ADDED,
-    INF,
     LN2,
     LOG2E,
     dropout_keep,
@@ -50,7 +49,7 @@ def finish_rows(acc, m, total, sink, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.const
         m = m * LN2
     if HAS_SINKS:
         top = tl.maximum(m, sink)
-        top = tl.where(top == -INF, 0.0, top)
+        top = tl.where(top == float("-inf"), 0.0, top)
         shrink = tl.exp2((m - top) * LOG2E)
         total = total * shrink + tl.exp2((sink - top) * LOG2E)
         acc = acc * shrink[:, None]
@@ -60,7 +59,7 @@ def finish_rows(acc, m, total, sink, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.const
     out = acc / total[:, None]
     if EMPTY_ROWS == EMPTY_NAN or EMPTY_ROWS == EMPTY_NAN_ADDED:
         out = tl.where(empty[:, None], float("nan"), out)
-    lse = tl.where(empty, -INF, m + tl.log2(total) * LN2)
+    lse = tl.where(empty, float("-inf"), m + tl.log2(total) * LN2)
     return out, lse
 
 
@@ -169,7 +168,7 @@ def attention_forward_kernel(
         full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
 
     scale_log2 = softmax_scale * LOG2E
-    m_i = tl.full((BLOCK_M,), -INF, tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for phase in tl.static_range(2):
@@ -222,7 +221,7 @@ def attention_forward_kernel(
                 top = top * scale_log2
             m_new = tl.maximum(m_i, top)
             # A row that has seen no key yet: subtract 0 instead of -inf, which would give NaN.
-            m_safe = tl.where(m_new == -INF, 0.0, m_new)
+            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
             p = tl.exp2(exponent(s, m_safe[:, None], scale_log2, RAW, HAS_BIAS))
             alpha = tl.exp2((m_i - m_safe) * LOG2E) if HAS_BIAS else tl.exp2(m_i - m_safe)
             l_i = l_i * alpha + tl.sum(p, 1)
@@ -293,9 +292,9 @@ def attention_combine_kernel(
     e_ok = offs_e < V_HEAD_DIM
     partial += row_flat * num_splits * (V_HEAD_DIM + 2)
 
-    m_all = tl.load(partial + offs_s * (V_HEAD_DIM + 2) + V_HEAD_DIM, mask=offs_s < num_splits, other=-INF)
+    m_all = tl.load(partial + offs_s * (V_HEAD_DIM + 2) + V_HEAD_DIM, mask=offs_s < num_splits, other=float("-inf"))
     m = tl.max(m_all, 0)
-    m_safe = tl.where(m == -INF, 0.0, m)
+    m_safe = tl.where(m == float("-inf"), 0.0, m)
     total = 0.0
     acc = tl.zeros((BLOCK_E,), tl.float32)
     for split in range(num_splits):

@@ -13,7 +13,6 @@ from rocm_attn_compile.ops.cpu import (
     pad_heads,
     simple_band,
     takes_fused,
-    unfused_is_faster,
 )
 from rocm_attn_compile.ops.cpu_mask import fused_mask
 from rocm_attn_compile.ops.cpu_unfused import may_be_true
@@ -63,15 +62,13 @@ def backward(
         and kv_ids is None
         and attn_bias is None
         and sinks is None
-        and logits_soft_cap is None
-        and not dropout_p
         and can_fuse(q, k, v)
         and grad_out.shape == shape
         and out.shape == shape
         and out.stride(3) == 1
         and lse.shape == shape[:3]
         and output_mask[:3] == [True, True, True]
-        and not unfused_is_faster(q, k, v, skips_blocks=False)
+        and takes_fused_backward(q, k, v, logits_soft_cap, dropout_p)
     ):
         is_causal = simple_band(shape[2], k.shape[2], softmax_scale, band_lower, band_upper)
         if is_causal is not None:
@@ -89,7 +86,7 @@ def backward(
         check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, dropout_p, empty_rows)
         check_backward_inputs(grad_out, q, v, out, lse)
         is_empty_input = not (q.numel() and k.numel())
-        if not is_empty_input and not wants_dbias and takes_fused(q, k, v, logits_soft_cap, dropout_p, False):
+        if not is_empty_input and not wants_dbias and takes_fused_backward(q, k, v, logits_soft_cap, dropout_p):
             is_causal, mask = fused_mask(q, k, attn_bias, *masks, softmax_scale, band_lower, band_upper)
             grads = _fused_backward(
                 grad_out, q, k, v, attn_bias, sinks, out, lse, is_causal, mask, softmax_scale, empty_rows
@@ -107,6 +104,14 @@ def backward(
             grad_out, q, k, v, attn_bias, *masks, sinks, dropout_seed, out, lse, softmax_scale, logits_soft_cap,
             band_lower, band_upper, dropout_p, empty_rows, output_mask,
         )  # fmt: skip
+
+
+def takes_fused_backward(q: Tensor, k: Tensor, v: Tensor, logits_soft_cap: float | None, dropout_p: float) -> bool:
+    """True if ATen's kernel is to be used, for inputs that are not empty and without a gradient of a bias.
+
+    Of one query the weights are small, and nothing is saved by computing them block by block.
+    """
+    return q.shape[2] != 1 and takes_fused(q, k, v, logits_soft_cap, dropout_p, skips_blocks=False)
 
 
 def _fused_backward(

@@ -12,28 +12,52 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import cpu_inline
-from rocm_attn_compile.ops.schemas import LIBRARY, attention, attention_backward, named_arguments
+from rocm_attn_compile.ops.dispatch import DEFAULT, REFERENCE
+from rocm_attn_compile.ops.schemas import (
+    EMPTY_ROWS,
+    LIBRARY,
+    OPTIONAL_TENSORS,
+    attention,
+    attention_backward,
+    named_arguments,
+)
 
 MARK = "+inline"
 """What an `impl` argument ends with if the op is to be written out while a graph is traced."""
 
-Rule = Callable[[dict[str, Any]], Callable[[], Any] | None]
+Rule = Callable[[str, dict[str, Any]], Callable[[], Any] | None]
+"""From the backend's name and the op's arguments by name to what is traced, or None."""
 
 
-def _body(find: dict[str, Rule], op: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+def _body(rules: dict[str, Rule], op: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any] | None:
     """What to trace instead of a call of the op, or None."""
-    named = named_arguments(op, args, kwargs)
-    impl = named.pop("impl")
-    if not impl.endswith(MARK) or impl.startswith("REFERENCE"):
+    arguments = named_arguments(op, args, kwargs)
+    impl = arguments.pop("impl")
+    name = impl.partition("@")[0] or DEFAULT
+    rule = rules.get(arguments["q"].device.type)
+    if rule is None or not impl.endswith(MARK) or name == REFERENCE or not _is_static(arguments):
         return None
-    rule = find.get(named["q"].device.type)
-    return None if rule is None else rule(named)
+    return rule(name, arguments)
 
 
-def _register(op: Any, find: dict[str, Rule]) -> None:
-    _torch_private.register_trace_rule(LIBRARY, op, lambda args, kwargs: _body(find, op, args, kwargs))
+def _is_static(arguments: dict[str, Any]) -> bool:
+    """Every size is a number and none is 0; what is wrong with the arguments is left to the op to say."""
+    tensors: list[Tensor] = [t for name in ("q", "k", "v", *OPTIONAL_TENSORS) if (t := arguments[name]) is not None]
+    numbers = [arguments["band_lower"], arguments["band_upper"]]
+    numbers += [number for t in tensors for number in (*t.shape, *t.stride())]
+    return (
+        all(number is None or isinstance(number, int) for number in numbers)
+        and all(t.numel() != 0 for t in tensors)
+        and arguments["empty_rows"] in EMPTY_ROWS
+    )
+
+
+def _register(op: Any, rules: dict[str, Rule]) -> None:
+    _torch_private.register_trace_rule(LIBRARY, op, lambda args, kwargs: _body(rules, op, args, kwargs))
 
 
 _register(attention, {"cpu": cpu_inline.forward})

@@ -10,62 +10,12 @@ import torch
 pytest.importorskip("triton")
 
 from rocm_attn_compile.kernels.triton import aot, configs
-from rocm_attn_compile.kernels.triton.backward_launch import backward_launches
-from rocm_attn_compile.kernels.triton.forward_launch import forward_launches
-from rocm_attn_compile.kernels.triton.launch import Launch, Tuning
+from rocm_attn_compile.kernels.triton.aot_launches import launches
+from rocm_attn_compile.kernels.triton.launch import Launch
 
 ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 HALF = torch.bfloat16
 NO_MATRIX_WORK = {"backward_rows_kernel", "attention_combine_kernel"}
-
-
-def launches(
-    arch: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    v_head_dim: int | None = None,
-    q_len: int = 1024,
-    kv_len: int = 1024,
-    causal: bool = True,
-    backward: bool = True,
-    num_splits: int | None = None,
-    config: configs.KernelConfig | None = None,
-    **features: Any,
-) -> dict[str, Launch]:
-    """The launches of one call on meta tensors (2 batch entries, 8 query heads, 2 kv heads), by kernel name."""
-    sizes = {"B": 2, "H": 8, "M": q_len, "N": kv_len}
-    q, k, v = (
-        torch.empty(shape, dtype=dtype, device="meta")
-        for shape in (
-            (2, 8, q_len, head_dim),
-            (2, 2, kv_len, head_dim),
-            (2, 2, kv_len, v_head_dim or head_dim),
-        )
-    )
-    tensors: dict[str, Any] = {"q": q, "k": k, "v": v}
-    kinds = {
-        "attn_bias": ("BHMN", dtype), "attn_mask": ("BHMN", torch.bool), "key_mask": ("BN", torch.bool),
-        "kv_start": ("BM", torch.int32), "kv_end": ("BM", torch.int64), "q_ids": ("BM", torch.int32),
-        "kv_ids": ("BN", torch.int32), "sinks": ("H", dtype), "dropout_seed": ("", torch.int64),
-    }  # fmt: skip
-    for name, (letters, kind) in kinds.items():
-        wanted = features.get(name, name == "dropout_seed" and features.get("dropout_p"))
-        tensors[name] = torch.empty([sizes[x] for x in letters], dtype=kind, device="meta") if wanted else None
-    scalars = {
-        "softmax_scale": 0.1,
-        "logits_soft_cap": features.get("soft_cap"),
-        "band_lower": features.get("band_lower"),
-        "band_upper": 0 if causal else None,
-        "dropout_p": features.get("dropout_p", 0.0),
-        "empty_rows": features.get("empty_rows", "impossible"),
-    }
-    tuning = Tuning(arch=arch, num_splits=num_splits, config=config)
-    found, out, lse = forward_launches(**tensors, **scalars, out_layout="bhsd", tuning=tuning)
-    if backward:
-        found += backward_launches(
-            torch.empty_like(out), **tensors, out=out, lse=lse, **scalars, output_mask=[True] * 5, tuning=tuning
-        )[0]
-    return {launch.kernel.__name__: launch for launch in found}
 
 
 def spills_are_known(arch: str, kernel: str, dtype: torch.dtype, head_dim: int) -> bool:

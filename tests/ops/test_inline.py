@@ -73,9 +73,10 @@ def test_forward_and_gradients(name):
     call.settings["empty_rows"] = "impossible"
     traced = check(call, torch.float64, "bshd")
     is_inlined = call.q.shape[1] == call.k.shape[1] or "logits_soft_cap" in call.settings
-    assert traced.is_forward_inlined == is_inlined
-    # The unfused code, in which groups cost nothing, computes the gradient of a bias, and of unequal heads in a decode.
-    is_unfused = "attn_bias" in call.tensors or (call.q.shape[2] == 1 and call.q.shape[3] != call.v.shape[3])
+    is_fused_decode = call.q.shape[2] == 1 and call.q.shape[3] == call.v.shape[3]
+    assert traced.is_forward_inlined == (is_inlined or is_fused_decode)
+    # The unfused code, in which groups cost nothing, computes the gradients of a bias and of a single query.
+    is_unfused = "attn_bias" in call.tensors or call.q.shape[2] == 1
     assert traced.is_backward_inlined == (is_inlined or is_unfused)
 
 
@@ -94,8 +95,9 @@ def test_empty_rows(name, mode):
     call = seeded(EMPTY_CASES[name], empty_rows=mode)
     assert bool((~keep_of(call).any(-1)).any())
     traced = check(call, torch.float64)
-    is_unfused, has_groups = "logits_soft_cap" in call.settings, call.q.shape[1] != call.k.shape[1]
-    assert traced.is_forward_inlined == (is_unfused or not has_groups)
+    has_cap, has_groups = "logits_soft_cap" in call.settings, call.q.shape[1] != call.k.shape[1]
+    assert traced.is_forward_inlined == (has_cap or not has_groups or call.q.shape[2] == 1)
+    is_unfused = has_cap or call.q.shape[2] == 1
     assert traced.is_backward_inlined == (is_unfused or not (has_groups or mode == "mean_added"))
 
 

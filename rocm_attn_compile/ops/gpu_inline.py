@@ -1,0 +1,31 @@
+"""When the op on GPU tensors can be written out in a trace: where its backend can name its kernel launches."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+TRACED_MODULES = {"TRITON_ATTN": "rocm_attn_compile.kernels.triton.traced"}
+"""Backend name -> module with `attention_forward` and `attention_backward`, which take the op's arguments by name,
+without `impl`, on traced tensors."""
+
+
+def forward(name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
+    """The forward to trace for backend `name` with the op's arguments, or None if the call must stay opaque."""
+    return _body(name, "attention_forward", arguments)
+
+
+def backward(name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
+    """The same for the backward."""
+    return _body(name, "attention_backward", arguments)
+
+
+def _body(name: str, function: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
+    # float64 has no kernel: the op itself says so.
+    if name not in TRACED_MODULES or arguments["q"].dtype == torch.float64:
+        return None
+    return partial(getattr(importlib.import_module(TRACED_MODULES[name]), function), **arguments)

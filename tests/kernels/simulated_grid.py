@@ -1,0 +1,146 @@
+"""Which kernels, features, types, head sizes and architectures are executed as AMD machine code: the grid, as data.
+
+A row is a case of kernel_cases.py with sizes that cross the shipped tiles, the architectures it runs on, and those of
+them that are in the CI cut; the rest is `slow`. A kernel or launch configuration that ships and that no row reaches
+fails test_simulated_coverage.py: add a row. Rows of the cut combine features, since compiling dominates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+CDNA, RDNA = ARCHS[:3], ARCHS[3:]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FULL = (True, True, True, True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case on some architectures.
+
+    Attributes:
+        name: Of the case.
+        fields: Of the case; see kernel_oracle.make_inputs. The defaults are SIZES.
+        backward: Whether the gradients are computed as well.
+        archs: Where it runs.
+        ci: Where it is part of the CI cut.
+    """
+
+    name: str
+    fields: dict[str, Any]
+    backward: bool = True
+    archs: tuple[str, ...] = ARCHS
+    ci: tuple[str, ...] = ()
+
+    def case(self) -> dict[str, Any]:
+        """The case, complete."""
+        return {"name": self.name, **SIZES, **self.fields}
+
+
+# Ragged against every tile that ships (128 x 64 at most), more than one tile each way, two heads that share keys.
+SIZES: dict[str, Any] = {"B": 1, "H": 2, "K": 1, "M": 141, "N": 150, "D": 64, "E": 64, "dtype": FP16}
+DECODE: dict[str, Any] = {"B": 1, "H": 8, "K": 2, "M": 1, "N": 600}
+
+CUT = (
+    Row(
+        "main: bf16, 128, causal window, grouped heads",
+        {"dtype": BF16, "D": 128, "E": 128, "H": 4, "K": 2, "band_upper": 9, "band_lower": -60},
+        ci=ARCHS,
+    ),
+    Row(
+        "80: bias and its gradient, soft cap, mask with empty rows",
+        {"D": 80, "E": 80, "bias": FULL, "soft_cap": 2.0, "mask": FULL, "empty": ("mask_rows",),
+         "empty_rows": "mean_added", "layout": "packed", "N": 141, "K": 2, "out_layout": "bshd"},
+        ci=ARCHS,
+    ),
+    Row(
+        "fp32, 64 and 48: ids, row limits, key mask, dropout",
+        {"dtype": FP32, "E": 48, "ids": True, "limits": (True, True), "key_mask": True, "dropout_p": 0.3,
+         "empty_rows": "zero", "M": 45, "N": 70},
+        ci=ARCHS,
+    ),
+    Row(
+        "decode: bf16, 128, packed heads, split keys, sinks",
+        {**DECODE, "dtype": BF16, "D": 128, "E": 128, "M": 3, "band_upper": 590, "sinks": True, "soft_cap": 3.0},
+        backward=False,
+        ci=ARCHS,
+    ),
+    Row(
+        "192 and 128: transposed keys, causal, broadcast bias, sinks",
+        {"D": 192, "E": 128, "layout": "k_transposed", "band_upper": 9, "bias": (True, False, False, True),
+         "sinks": True, "M": 77, "N": 90},
+        ci=("gfx942", "gfx1100"),
+    ),
+    Row(
+        "decode: bias, mask, ids, empty rows give NaN",
+        {**DECODE, "M": 6, "D": 96, "E": 64, "mask": FULL, "empty": ("mask_rows",), "ids": True,
+         "bias": (True, False, True, True), "empty_rows": "nan_added"},
+        backward=False,
+        ci=("gfx950", "gfx1201"),
+    ),
+)  # fmt: skip
+
+# Every class of launch configuration: head size x type, prefill with backward and bias gradient, and decode.
+CONFIGURATIONS = tuple(
+    row
+    for dtype, name in ((BF16, "bf16"), (FP16, "fp16"), (FP32, "fp32"))
+    for d, e in ((16, 16), (64, 64), (80, 80), (96, 64), (128, 128), (192, 128), (256, 256))
+    for row in (
+        Row(f"configuration {name} {d} {e}", {"dtype": dtype, "D": d, "E": e, "bias": FULL, "band_upper": 9}),
+        Row(f"configuration decode {name} {d} {e}", {**DECODE, "dtype": dtype, "D": d, "E": e}, backward=False),
+    )
+)
+
+# Each feature alone, in half precision, over the shipped tiles.
+_FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"band_upper": 0},
+    "causal bottom-right": {"band_upper": 9},
+    "more queries than keys": {"M": 150, "N": 81, "band_upper": 0},
+    "window": {"band_lower": -40, "band_upper": 0},
+    "two-sided window": {"band_lower": -30, "band_upper": 35},
+    "nothing left": {"band_upper": -(2**40), "empty_rows": "zero"},
+    "row limits": {"limits": (True, False)},
+    "broadcast limits, causal": {"limits": (False, True), "band_upper": 9},
+    "key mask": {"key_mask": True, "band_upper": 9},
+    "ids": {"ids": True, "empty_rows": "zero"},
+    "mask": {"mask": FULL},
+    "broadcast mask": {"mask": (False, False, True, True), "band_upper": 9},
+    "bias": {"bias": FULL},
+    "broadcast bias": {"bias": (False, True, True, True), "band_upper": 9},
+    "row bias": {"bias": (True, False, False, True)},
+    "bias with holes": {"bias": FULL, "bias_kind": "holes"},
+    "bias of finfo.min": {"bias": FULL, "bias_kind": "finfo_min", "dtype": FP32, "M": 45, "N": 70},
+    "half-precision bias": {"bias": FULL, "bias_dtype": FP16},
+    "soft cap": {"soft_cap": 2.0, "band_upper": 9},
+    "soft cap and bias": {"soft_cap": 1.5, "bias": FULL},
+    "sinks": {"sinks": True, "band_upper": 9},
+    "sinks, empty rows": {"sinks": True, "mask": FULL, "empty": ("mask_rows",), "empty_rows": "nan"},
+    "dropout": {"dropout_p": 0.3},
+    "dropout, long seed": {"dropout_p": 0.6, "dropout_seed": 2**45 + 7, "bias": FULL, "band_upper": 3},
+    "grouped heads": {"H": 6, "K": 2, "band_upper": 9},
+    "one head of keys": {"H": 3, "K": 1},
+    "packed projections": {"layout": "packed", "N": 141, "K": 2, "band_upper": 0, "out_layout": "bshd"},
+    "transposed keys": {"layout": "k_transposed", "band_upper": 9},
+    "expanded keys": {"layout": "expanded", "H": 4, "K": 2, "B": 2},
+    "negative scale": {"scale": -0.3},
+    "one query": {"M": 1},
+    "one key": {"N": 1},
+    "exact tiles": {"M": 128, "N": 128},
+    **{
+        f"empty rows, {mode}": {"mask": FULL, "empty": ("mask_rows",), "empty_rows": mode}
+        for mode in ("nan", "nan_added", "zero", "mean", "mean_added")
+    },
+    "empty rows, mean, dropout": {"mask": FULL, "empty": ("mask_rows",), "empty_rows": "mean", "dropout_p": 0.4},
+}
+FEATURES = tuple(Row(f"feature {name}", fields) for name, fields in _FEATURES.items()) + tuple(
+    Row(f"feature decode {name}", {**DECODE, "M": 5, **fields}, backward=False)
+    for name, fields in _FEATURES.items()
+    if not {"M", "N", "H", "layout", "dtype"} & set(fields)
+)
+
+GRID = CUT + CONFIGURATIONS + FEATURES

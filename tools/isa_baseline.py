@@ -1,0 +1,174 @@
+"""The static quality of every shipped Triton kernel, per AMD architecture: `make isa` writes both of its files.
+
+* tests/kernels/isa_baseline.json, which tests/kernels/test_isa_baseline.py compares with what compiles today;
+* docs/amd.md, the same as tables.
+
+A row is a kernel, as the host code launches it for a type and head size. Compiling all of them takes some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from gcnsim.triton_launch import simulated_device
+
+from rocm_attn_compile.kernels.isa import assembly
+from rocm_attn_compile.kernels.isa.metrics import KernelMetrics, metrics
+from rocm_attn_compile.kernels.triton import aot
+from rocm_attn_compile.kernels.triton.aot_launches import launches
+from rocm_attn_compile.kernels.triton.attention import attention_backward, attention_forward
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE = ROOT / "tests" / "kernels" / "isa_baseline.json"
+PAGE = ROOT / "docs" / "amd.md"
+ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SIZES = (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp16", 128), ("fp32", 64), ("fp32", 128))
+"""Type and head size. CUT is what CI compiles; the rest is slow."""
+CUT = ("bf16", 128)
+KEPT = ("vgprs", "occupancy", "vgpr_spills", "scratch_bytes", "lds_bytes", "matrix_instructions")
+"""What the baseline stores of KernelMetrics."""
+
+
+def measure(arch: str, dtype: str, head_dim: int) -> dict[str, KernelMetrics]:
+    """Compile and measure all kernels of a causal attention (its gradients and a bias among them) and of a decode step.
+
+    Returns:
+        Metrics by row name, such as "gfx942 bf16 128 backward_dq_kernel".
+    """
+    calls = (
+        ("", {"attn_bias": False}),
+        ("bias ", {"attn_bias": True}),
+        ("decode ", {"q_len": 1, "kv_len": 4096, "causal": False, "backward": False, "num_splits": 4}),
+    )
+    found: dict[str, KernelMetrics] = {}
+    for prefix, options in calls:
+        for kernel, launch in launches(arch, DTYPES[dtype], head_dim, **options).items():
+            if prefix == "bias " and kernel != "backward_bias_kernel":
+                continue
+            compiled = aot.compile_launch(launch, arch)
+            parsed = assembly.parse_only(compiled.asm["amdgcn"])
+            threads = compiled.metadata.num_warps * parsed.wave_size
+            name = kernel if prefix == "bias " else prefix + kernel
+            found[f"{arch} {dtype} {head_dim} {name}"] = metrics(parsed, compiled.metadata.shared, threads)
+    return found
+
+
+def worse(name: str, now: KernelMetrics, before: dict[str, int]) -> list[str]:
+    """What a change has made worse, in words; each names the row."""
+    found = []
+    for key in ("vgpr_spills", "scratch_bytes"):
+        if getattr(now, key) > before[key]:
+            found.append(f"{name}: {key} was {before[key]}, is {getattr(now, key)}")
+    if now.occupancy < before["occupancy"]:
+        found.append(f"{name}: occupancy was {before['occupancy']}, is {now.occupancy} (by {now.limited_by})")
+    if before["matrix_instructions"] and not now.matrix_instructions:
+        found.append(f"{name}: had {before['matrix_instructions']} matrix instructions, has none")
+    return found
+
+
+def page(rows: dict[str, KernelMetrics]) -> str:
+    """docs/amd.md."""
+    lines = [
+        "# Machine code for AMD GPUs",
+        "",
+        "Made by `make isa`; do not edit. What Triton's compiler makes of the shipped kernels and configurations, read",
+        "from its assembly. **Nothing here was measured on hardware.** That each kernel computes the right thing is a",
+        "different test: all of them are executed as machine code in a simulator (`tools/gcnsim`).",
+        "",
+        "- *VGPRs*: vector registers of a lane (accumulation registers among them in brackets).",
+        "- *waves*: that fit a SIMD, and what limits them. *reserved*: Triton's `waves_per_eu`, which makes LLVM",
+        "  reserve registers that keep more waves out.",
+        "- *spills*: vector registers spilled, and bytes of scratch memory per lane.",
+        "- *share*: of the matrix unit in the main loop, at best: its cycles over those of the unit that bounds it.",
+        "- *cycles*: of one iteration of the main loop for a wave: matrix, vector, LDS and memory unit (the latter",
+        "  two times the SIMDs that share them). A model, `kernels/isa/cost.py`, to compare kernels with.",
+    ]
+    for dtype, head_dim in SIZES:
+        lines += ["", f"## {dtype}, head size {head_dim}"]
+        for arch in ARCHS:
+            lines += ["", f"### {arch}, {dtype}, {head_dim}", "", "| " + " | ".join(HEADER) + " |"]
+            lines.append("| --- | " + "--: | " * (len(HEADER) - 1))
+            lines[-1] = lines[-1].rstrip()
+            prefix = f"{arch} {dtype} {head_dim} "
+            lines += [_line(name.removeprefix(prefix), row) for name, row in rows.items() if name.startswith(prefix)]
+    return "\n".join([*lines, *bank_conflicts()]) + "\n"
+
+
+def bank_conflicts() -> list[str]:
+    """LDS clocks with conflicts over those without, from simulated runs; where the simulator's bank model holds."""
+    lines = [
+        "", "## LDS bank conflicts", "",
+        "Clocks of LDS accesses over those without conflicts, from simulated runs (bf16, causal, 141 x 150).",
+        "1.00 is free of conflicts. CDNA2 and CDNA3 only: the simulator has no model of other chips' banks.", "",
+        "| kernel | head size | " + " | ".join(BANKED) + " |", "| --- | --: | " + "--: | " * len(BANKED),
+    ]  # fmt: skip
+    lines[-1] = lines[-1].rstrip()
+    for head_dim in (64, 128):
+        columns = [_conflicts(arch, head_dim) for arch in BANKED]
+        for kernel in columns[0]:
+            cells = " | ".join(column[kernel] for column in columns)
+            lines.append(f"| {kernel.removesuffix('_kernel')} | {head_dim} | {cells} |")
+    return lines
+
+
+def _conflicts(arch: str, head_dim: int) -> dict[str, str]:
+    q, k, v = (torch.randn((1, 2, length, head_dim)).bfloat16() for length in (141, 150, 150))
+    none = [None] * 9
+    scalars = (head_dim**-0.5, None, None, 9, 0.0, "zero")
+    with simulated_device(arch, banks=True, races=False) as device:
+        out, lse = attention_forward(q, k, v, *none, *scalars)
+        attention_backward(out, q, k, v, *none, out, lse, *scalars, [True] * 5)
+    reports = {run.launch.kernel.__name__: run.report for run in device.runs}
+    return {name: f"{r.lds_cycles / r.lds_ideal:.2f}" if r.lds_ideal else "" for name, r in reports.items()}
+
+
+BANKED = ("gfx90a", "gfx942")
+HEADER = ("kernel", "VGPRs", "SGPRs", "LDS", "waves", "spills", "matrix", "share", "bound by", "cycles")
+
+
+def _line(name: str, row: KernelMetrics) -> str:
+    loop = row.main_loop
+    cells = [
+        name.replace("_kernel", ""),
+        f"{row.vgprs} ({row.agprs})" if row.agprs else str(row.vgprs),
+        str(row.sgprs),
+        str(row.lds_bytes),
+        f"{row.occupancy} {row.limited_by}",
+        f"{row.vgpr_spills}, {row.scratch_bytes} B" if row.scratch_bytes or row.vgpr_spills else "0",
+        str(row.matrix_instructions),
+        f"{loop.matrix_share:.0%}" if loop and loop.matrix_instructions else "",
+        loop.bound_by if loop else "no loop",
+        ", ".join(str(loop.cycles[unit]) for unit in ("matrix", "vector", "lds", "memory")) if loop else "",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _measure(job: tuple[str, str, int]) -> dict[str, KernelMetrics]:
+    return measure(*job)
+
+
+def main() -> None:
+    """Write the baseline and the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    arguments = parser.parse_args()
+    jobs = [(arch, dtype, head_dim) for dtype, head_dim in SIZES for arch in ARCHS]
+    rows: dict[str, KernelMetrics] = {}
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for found in pool.map(_measure, jobs):
+            rows.update(found)
+    stored: dict[str, Any] = {name: {key: getattr(row, key) for key in KEPT} for name, row in rows.items()}
+    entries = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in stored.items())
+    BASELINE.write_text("{\n" + entries + "\n}\n")
+    PAGE.write_text(page(rows))
+    print(f"{len(rows)} rows in {BASELINE.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
