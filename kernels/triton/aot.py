@@ -45,7 +45,9 @@ class Resources:
 
 
 def target(arch: str) -> GPUTarget:
-    """The Triton target of an AMD architecture such as "gfx942"."""
+    """The Triton target of an architecture such as "gfx942", or "sm90"."""
+    if arch.startswith("sm"):
+        return GPUTarget("cuda", int(arch[2:]), 32)
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
@@ -65,6 +67,9 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
             attributes[(index,)] = [["tt.divisibility", 16]]
             if value.numel() * value.element_size() < 2**31:
                 attributes[(index,)].append(["tt.pointer_range", 32])
+        elif hasattr(value, "block_shape"):
+            block = ", ".join(map(str, value.block_shape))
+            types[name] = f"tensordesc<{_POINTERS[value.base.dtype][1:]}[{block}]>"
         elif isinstance(value, int):
             types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if specialize and value % 16 == 0:
@@ -76,7 +81,7 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
 
 
 def compile_launch(launch: Launch, arch: str) -> Any:
-    """Compile for an AMD architecture; returns Triton's compiled kernel (`.asm` has "hsaco" and "amdgcn")."""
+    """Compile for an architecture; returns Triton's compiled kernel (`.asm` has "hsaco" and "amdgcn", or "cubin")."""
     types, constants, attributes = signature(launch)
     source = ASTSource(launch.kernel, signature=types, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target(arch), options=dict(launch.options))

@@ -32,68 +32,42 @@ from .common import (
     mask_scores,
     score_tile,
 )
+from .tiles import load_tile, tile_ptrs
 
 _RUNTIME_SIZES = ["q_len", "kv_len", "band_lower", "band_upper"]
 
 
 @triton.jit
-def load_tile(ptr, first, stride_row, stride_col, row_end, SIZE: tl.constexpr, BLOCK_ROW: tl.constexpr,
-              BLOCK_COL: tl.constexpr, CHECK_ROWS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Load rows `first..first + BLOCK_ROW` of a matrix of SIZE columns, 0 outside; CHECK_ROWS if row_end may cut it."""
-    offs_row = tl.arange(0, BLOCK_ROW)
-    offs_col = tl.arange(0, BLOCK_COL)
-    row_ok = first + offs_row < row_end
-    col_ok = offs_col < SIZE
-    if WIDE:
-        offs_row = offs_row.to(tl.int64)
-        offs_col = offs_col.to(tl.int64)
-    ptrs = ptr + first.to(tl.int64) * stride_row + offs_row[:, None] * stride_row + offs_col[None, :] * stride_col
-    if CHECK_ROWS and BLOCK_COL != SIZE:
-        tile = tl.load(ptrs, mask=row_ok[:, None] & col_ok[None, :], other=0.0)
-    elif CHECK_ROWS:
-        tile = tl.load(ptrs, mask=row_ok[:, None], other=0.0)
-    elif BLOCK_COL != SIZE:
-        tile = tl.load(ptrs, mask=col_ok[None, :], other=0.0)
+def load_row_statistics(shift, delta, correction, first_row, row_ok, HAS_BIAS: tl.constexpr, CHECK_ROWS: tl.constexpr,
+                        BLOCK_M: tl.constexpr):  # fmt: skip
+    """`(shift, delta, correction)` of the rows from the flat index `first_row` on, as backward_rows_kernel wrote them.
+
+    Absent rows (row_ok is False; only with CHECK_ROWS) get +inf, 0, 0: their weights are 0.
+    """
+    offs_m = tl.arange(0, BLOCK_M)
+    if CHECK_ROWS:
+        m = tl.load(shift + first_row + offs_m, mask=row_ok, other=float("inf"))
+        d = tl.load(delta + first_row + offs_m, mask=row_ok, other=0.0)
     else:
-        tile = tl.load(ptrs)
-    return tile
-
-
-@triton.jit
-def store_tile(ptr, tile, first, stride_row, stride_col, row_end, SIZE: tl.constexpr, BLOCK_ROW: tl.constexpr,
-               BLOCK_COL: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """The counterpart of load_tile; converts to the pointer's dtype."""
-    offs_row = tl.arange(0, BLOCK_ROW)
-    offs_col = tl.arange(0, BLOCK_COL)
-    ok = (first + offs_row < row_end)[:, None] & (offs_col < SIZE)[None, :]
-    if WIDE:
-        offs_row = offs_row.to(tl.int64)
-        offs_col = offs_col.to(tl.int64)
-    ptr += first.to(tl.int64) * stride_row
-    ptrs = ptr + offs_row[:, None] * stride_row + offs_col[None, :] * stride_col
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def load_row_statistics(lse, delta, correction, row_base, q_pos, row_ok, HAS_BIAS: tl.constexpr):
-    """Per-row `(m, delta, correction, empty)`: m is lse in the domain's units, +inf (p = 0) for empty, absent rows."""
-    m = tl.load(lse + row_base + q_pos, mask=row_ok, other=float("inf"))
-    empty = m == float("-inf")
-    m = tl.where(empty, float("inf"), m)
-    if not HAS_BIAS:
-        m = m * LOG2E
-    d = tl.load(delta + row_base + q_pos, mask=row_ok, other=0.0)
+        m = tl.load(shift + first_row + offs_m)
+        d = tl.load(delta + first_row + offs_m)
     fix = d
     if HAS_BIAS:
-        fix = tl.load(correction + row_base + q_pos, mask=row_ok, other=0.0)
-    return m, d, fix, empty
+        fix = tl.load(correction + first_row + offs_m, mask=row_ok, other=0.0)
+    return m, d, fix
+
+
+@triton.jit
+def load_empty(lse, row_base, q_pos, row_ok):
+    """Which rows have no key."""
+    return (tl.load(lse + row_base + q_pos) == float("-inf")) & row_ok
 
 
 @triton.jit
 def tile_gradients(
     qk, dp, q_pos, kv_pos, row_ok, kv_len, m, delta, fix, empty, starts, ends, q_id, kv_id, key_keep, bias_ptrs,
     mask_ptrs, seed, row_index, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-    BOUNDED: tl.constexpr, EMPTY_PASS: tl.constexpr, RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    cut, BOUNDED: tl.constexpr, EMPTY_PASS: tl.constexpr, RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISE: tl.constexpr,
@@ -119,8 +93,8 @@ def tile_gradients(
             p = tl.where(here, 1.0 / kv_len, 0.0)
     else:
         s = mask_scores(
-            s, q_pos, kv_pos, kv_len, starts, ends, q_id, kv_id, key_keep, mask_keep, band_lower, band_upper, BOUNDED,
-            HAS_LOWER, HAS_UPPER, HAS_START, HAS_END, HAS_IDS, HAS_KEY_MASK, HAS_ATTN_MASK,
+            s, q_pos, kv_pos, kv_len, starts, ends, q_id, kv_id, key_keep, mask_keep, band_lower, band_upper, cut,
+            BOUNDED, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END, HAS_IDS, HAS_KEY_MASK, HAS_ATTN_MASK,
         )  # fmt: skip
         p = exponent(s, m, softmax_scale * LOG2E, RAW, HAS_BIAS)
         if HAS_BIAS:
@@ -142,15 +116,9 @@ def tile_gradients(
     return weights, ds_bias, ds
 
 
-@triton.jit
-def tile_ptrs(ptr, row, col, stride_row, stride_col):
-    """Pointers of a mask or bias tile; `row` and `col` are 2-D, local to `ptr`, and broadcast."""
-    return ptr + (row * stride_row + col * stride_col)
-
-
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
 def backward_rows_kernel(
-    q, k, v, out, grad_out, lse, delta, correction, any_empty,
+    q, k, v, out, grad_out, lse, shift, delta, correction, any_empty,
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_ob, stride_oh, stride_om, stride_oe,
@@ -165,7 +133,9 @@ def backward_rows_kernel(
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Row statistics: `delta` `(B, H, M)` float32, whether a head has an empty row, and the correction of lse.
+    """Row statistics, float32 `(B, H, M)`: shift, delta and the correction of lse; and which heads have empty rows.
+
+    `shift` is lse in the units of the scores' domain, +inf for a row without a key.
 
     lse is one float32. With a bias of -1e9 or finfo.min on a whole row it rounds away log(number of keys), and exp(s -
     lse) sums to N instead of 1. For such rows this kernel sums exp(s - lse) again and stores its log2 as `correction`;
@@ -187,14 +157,18 @@ def backward_rows_kernel(
 
     out += batch * stride_ob + head * stride_oh
     grad_out += batch * stride_gb + head * stride_gh
-    o_tile = load_tile(out, q_first, stride_om, stride_oe, q_len, V_HEAD_DIM, BLOCK_M, BLOCK_E, True, WIDE)
-    g_tile = load_tile(grad_out, q_first, stride_gm, stride_ge, q_len, V_HEAD_DIM, BLOCK_M, BLOCK_E, True, WIDE)
+    o_tile = load_tile(out, q_first, stride_om, stride_oe, q_len, 0, V_HEAD_DIM, BLOCK_M, BLOCK_E, True, WIDE)
+    g_tile = load_tile(grad_out, q_first, stride_gm, stride_ge, q_len, 0, V_HEAD_DIM, BLOCK_M, BLOCK_E, True, WIDE)
     row_lse = tl.load(lse + row_base + q_pos)
     empty = row_lse == float("-inf")
     d = tl.sum(o_tile.to(tl.float32) * g_tile.to(tl.float32), 1)
     if EMPTY_ROWS != EMPTY_MEAN_ADDED:
         d = tl.where(empty, 0.0, d)
     tl.store(delta + row_base + row_store, d, mask=row_ok)
+    m = tl.where(empty, float("inf"), row_lse)
+    if not HAS_BIAS:
+        m = m * LOG2E
+    tl.store(shift + row_base + row_store, m, mask=row_ok)
     if EMPTY_ROWS != EMPTY_ZERO:
         if tl.max(tl.where(empty, 1, 0)) != 0:
             tl.atomic_max(any_empty + head_index, 1)
@@ -233,11 +207,11 @@ def backward_rows_kernel(
                 q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER,
                 HAS_START, HAS_END,
             )  # fmt: skip
-            q_tile = load_tile(q, q_first, stride_qm, stride_qd, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True, WIDE)
+            q_tile = load_tile(q, q_first, stride_qm, stride_qd, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D, True, WIDE)
             for i in range(begin, end):
                 start_n = i * BLOCK_N
                 kv_pos = start_n + offs_n
-                k_tile = load_tile(k, start_n, stride_kn, stride_kd, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, True, WIDE)
+                k_tile = load_tile(k, start_n, stride_kn, stride_kd, kv_len, 0, HEAD_DIM, BLOCK_N, BLOCK_D, True, WIDE)
                 qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
                 ok = (kv_pos < kv_len)[None, :]
                 start_long = start_n.to(tl.int64)
@@ -255,7 +229,7 @@ def backward_rows_kernel(
                 s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, HAS_SOFT_CAP, HAS_BIAS, PRECISE)
                 s = mask_scores(
                     s, q_pos[:, None], kv_pos[None, :], kv_len, starts[:, None], ends[:, None], q_id[:, None],
-                    kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper, True, HAS_LOWER, HAS_UPPER,
+                    kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper, True, 1, HAS_LOWER, HAS_UPPER,
                     HAS_START, HAS_END, HAS_IDS, HAS_KEY_MASK, HAS_ATTN_MASK,
                 )  # fmt: skip
                 m = tl.where(inexact, row_lse, 0.0)

@@ -7,14 +7,15 @@ heads, query blocks, key blocks), recomputing the scores. No atomics.
 import triton
 import triton.language as tl
 
-from .backward import load_row_statistics, load_tile, tile_gradients, tile_ptrs
+from .backward import load_empty, load_row_statistics, tile_gradients
 from .backward_dkdv import row_block_meets
 from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, load_key_masks, load_row_masks
+from .tiles import load_tile, tile_ptrs
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "band_lower", "band_upper", "repeat_batch", "repeat_heads"])
 def backward_bias_kernel(
-    q, k, v, grad_out, grad_bias, lse, delta, correction, any_empty,
+    q, k, v, grad_out, grad_bias, lse, shift, delta, correction, any_empty,
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_gb, stride_gh, stride_gm, stride_ge,
@@ -85,7 +86,10 @@ def backward_bias_kernel(
             q_ids + batch * stride_qid_b if HAS_IDS else q_ids,
             stride_start_m, stride_end_m, stride_qid_m, q_pos, kv_len, HAS_START, HAS_END, HAS_IDS,
         )  # fmt: skip
-        m, d, fix, empty = load_row_statistics(lse, delta, correction, row_base, q_pos, row_ok, HAS_BIAS)
+        m, d, fix = load_row_statistics(shift, delta, correction, row_base + q_first, row_ok, HAS_BIAS, True, BLOCK_M)
+        empty = row_ok
+        if EMPTY_HAS_DS:
+            empty = load_empty(lse, row_base, q_pos, row_ok)
         meets = row_block_meets(starts, ends, n_first, n_last, HAS_START, HAS_END)
         if HAS_UPPER:
             meets &= n_first - q_last <= band_upper
@@ -102,20 +106,20 @@ def backward_bias_kernel(
                 stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS,
             )  # fmt: skip
             q_tile = load_tile(
-                q + batch * stride_qb + head * stride_qh, q_first, stride_qm, stride_qd, q_len, HEAD_DIM, BLOCK_M,
+                q + batch * stride_qb + head * stride_qh, q_first, stride_qm, stride_qd, q_len, 0, HEAD_DIM, BLOCK_M,
                 BLOCK_D, True, WIDE,
             )  # fmt: skip
             g_tile = load_tile(
-                grad_out + batch * stride_gb + head * stride_gh, q_first, stride_gm, stride_ge, q_len, V_HEAD_DIM,
+                grad_out + batch * stride_gb + head * stride_gh, q_first, stride_gm, stride_ge, q_len, 0, V_HEAD_DIM,
                 BLOCK_M, BLOCK_E, True, WIDE,
             )  # fmt: skip
             k_tile = load_tile(
-                k + batch * stride_kb + kv_head * stride_kh, n_first, stride_kn, stride_kd, kv_len, HEAD_DIM, BLOCK_N,
-                BLOCK_D, True, WIDE,
+                k + batch * stride_kb + kv_head * stride_kh, n_first, stride_kn, stride_kd, kv_len, 0, HEAD_DIM,
+                BLOCK_N, BLOCK_D, True, WIDE,
             )  # fmt: skip
             v_tile = load_tile(
-                v + batch * stride_vb + kv_head * stride_vh, n_first, stride_vn, stride_ve, kv_len, V_HEAD_DIM, BLOCK_N,
-                BLOCK_E, True, WIDE,
+                v + batch * stride_vb + kv_head * stride_vh, n_first, stride_vn, stride_ve, kv_len, 0, V_HEAD_DIM,
+                BLOCK_N, BLOCK_E, True, WIDE,
             )  # fmt: skip
             qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
             dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
@@ -139,7 +143,7 @@ def backward_bias_kernel(
                         fix[:, None], empty[:, None], starts[:, None], ends[:, None], q_id[:, None], kv_id[None, :],
                         key_keep[None, :], bias_ptrs, mask_ptrs, seed, (row_base + q_pos)[:, None],
                         softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-                        True, empty_pass == 1, RAW, HAS_SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START,
+                        True, 1, empty_pass == 1, RAW, HAS_SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START,
                         HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, EMPTY_ROWS, PRECISE,
                     )  # fmt: skip
                     acc += ds_bias

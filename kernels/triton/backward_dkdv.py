@@ -7,8 +7,9 @@ over the group inside one program keeps grouped-query attention free of atomics 
 import triton
 import triton.language as tl
 
-from .backward import load_row_statistics, load_tile, store_tile, tile_gradients, tile_ptrs
-from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, EMPTY_ZERO, load_key_masks, load_row_masks
+from .backward import load_empty, load_row_statistics, tile_gradients
+from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, EMPTY_ZERO, load_key_masks, load_row_masks, narrow
+from .tiles import load_head_tile, store_tile, tile_ptrs
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def q_block_range(n_first, n_last, q_len, band_lower, band_upper, BLOCK_M: tl.co
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "band_lower", "band_upper"])
 def backward_dkdv_kernel(
-    q, k, v, grad_out, grad_k, grad_v, lse, delta, correction, any_empty,
+    q, k, v, grad_out, q_rest, k_rest, grad_k, grad_v, lse, shift, delta, correction, any_empty,
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_gb, stride_gh, stride_gm, stride_ge,
@@ -49,14 +50,17 @@ def backward_dkdv_kernel(
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
     num_heads, gqa_group_size, q_len, kv_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
+    MERGED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, KV_HEADS_FIRST: tl.constexpr,
+    ROUND_BITS: tl.constexpr,
+    RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write `grad_k` `(B, K, N, D)` and `grad_v` `(B, K, N, E)`. Phases as in backward_dq_kernel."""
-    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
+    """Write `grad_k` `(B, K, N, D)` (WANT_DK) and `grad_v` `(B, K, N, E)` (WANT_DV). Phases and TMA as in dq."""
+    PRECISE: tl.constexpr = grad_k.dtype.element_ty == tl.float32
     ROW_LIMITS: tl.constexpr = HAS_START or HAS_END
     EMPTY_MATTERS: tl.constexpr = EMPTY_ROWS != EMPTY_ZERO
     EMPTY_HAS_DS: tl.constexpr = (EMPTY_ROWS == EMPTY_NAN_ADDED) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
@@ -64,8 +68,12 @@ def backward_dkdv_kernel(
     num_row_blocks = tl.cdiv(q_len, BLOCK_M)
     num_kv_heads = num_heads // gqa_group_size
     pid = tl.program_id(0)
-    kv_block = pid % num_kv_blocks
-    kv_head_index = pid // num_kv_blocks
+    if KV_HEADS_FIRST:
+        kv_block = pid // (tl.num_programs(0) // num_kv_blocks)
+        kv_head_index = pid % (tl.num_programs(0) // num_kv_blocks)
+    else:
+        kv_block = pid % num_kv_blocks
+        kv_head_index = pid // num_kv_blocks
     batch = (kv_head_index // num_kv_heads).to(tl.int64)
     kv_head = (kv_head_index % num_kv_heads).to(tl.int64)
     n_first = kv_block * BLOCK_N
@@ -76,10 +84,12 @@ def backward_dkdv_kernel(
     if WIDE:
         col_local = col_local.to(tl.int64)
 
-    k += batch * stride_kb + kv_head * stride_kh
-    v += batch * stride_vb + kv_head * stride_vh
-    q += batch * stride_qb
-    grad_out += batch * stride_gb
+    if not TMA:
+        k += batch * stride_kb + kv_head * stride_kh
+        v += batch * stride_vb + kv_head * stride_vh
+        q += batch * stride_qb
+        grad_out += batch * stride_gb
+        k_rest = k
     if HAS_BIAS:
         attn_bias += batch * stride_bb + n_first_long * stride_bn
     if HAS_ATTN_MASK:
@@ -99,8 +109,14 @@ def backward_dkdv_kernel(
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(dropout_seed)
-    k_tile = load_tile(k, n_first, stride_kn, stride_kd, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, True, WIDE)
-    v_tile = load_tile(v, n_first, stride_vn, stride_ve, kv_len, V_HEAD_DIM, BLOCK_N, BLOCK_E, True, WIDE)
+    k_tile = load_head_tile(k, batch, kv_head, n_first, stride_kn, stride_kd, kv_len, 0, HEAD_DIM, BLOCK_N, BLOCK_D,
+                            True, WIDE, TMA)  # fmt: skip
+    v_tile = load_head_tile(v, batch, kv_head, n_first, stride_vn, stride_ve, kv_len, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E,
+                            True, WIDE, TMA)  # fmt: skip
+    if BLOCK_REST > 0:
+        k_rest_tile = load_head_tile(k_rest, batch, kv_head, n_first, stride_kn, stride_kd, kv_len, BLOCK_D, HEAD_DIM,
+                                     BLOCK_N, BLOCK_REST, True, WIDE, TMA)  # fmt: skip
+        dk_rest = tl.zeros((BLOCK_N, BLOCK_REST), tl.float32)
     begin, full_begin, full_end, end = q_block_range(
         n_first, n_last, q_len, band_lower, band_upper, BLOCK_M, HAS_LOWER, HAS_UPPER, ROW_LIMITS
     )
@@ -108,7 +124,10 @@ def backward_dkdv_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for phase in tl.static_range(3):
-        if phase == 0:
+        if phase == 0 and MERGED:
+            first = begin
+            count = end - begin
+        elif phase == 0:
             first = full_begin
             count = full_end - full_begin
         elif phase == 1:
@@ -117,12 +136,14 @@ def backward_dkdv_kernel(
         else:
             first = 0
             count = num_row_blocks
-        if (phase == 0 and not ROW_LIMITS) or phase == 1 or (phase == 2 and EMPTY_MATTERS):
-            for i in range(count * gqa_group_size):
-                head = kv_head * gqa_group_size + i // count
-                block = first + i % count
+        if (phase == 0 and (MERGED or not ROW_LIMITS)) or (phase == 1 and not MERGED) or (phase == 2 and EMPTY_MATTERS):
+            head = kv_head * gqa_group_size
+            at = first
+            for _ in range(count * gqa_group_size):
+                block = at
                 if phase == 1:
-                    block = tl.where(block < full_begin, block, block + (full_end - full_begin))
+                    block = tl.where(at < full_begin, at, at + (full_end - full_begin))
+                cut = (block < full_begin) | (block >= full_end)
                 q_first = block * BLOCK_M
                 row_base = (batch * num_heads + head) * q_len
                 row_store = q_first + tl.arange(0, BLOCK_M)
@@ -139,16 +160,34 @@ def backward_dkdv_kernel(
                 else:
                     visit = True
                 if visit:
-                    m, d, fix, empty = load_row_statistics(lse, delta, correction, row_base, q_pos, row_ok, HAS_BIAS)
-                    q_tile = load_tile(
-                        q + head * stride_qh, q_first, stride_qm, stride_qd, q_len, HEAD_DIM, BLOCK_M, BLOCK_D,
-                        phase > 0, WIDE,
+                    m, d, fix = load_row_statistics(
+                        shift, delta, correction, row_base + q_first, row_ok, HAS_BIAS, MERGED or phase > 0, BLOCK_M
+                    )
+                    empty = row_ok
+                    if phase == 2:
+                        empty = load_empty(lse, row_base, q_pos, row_ok)
+                    q_head = q
+                    g_head = grad_out
+                    q_rest_head = q_rest
+                    if not TMA:
+                        q_head = q + head * stride_qh
+                        g_head = grad_out + head * stride_gh
+                        q_rest_head = q_head
+                    q_tile = load_head_tile(
+                        q_head, batch, head, q_first, stride_qm, stride_qd, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D,
+                        MERGED or phase > 0, WIDE, TMA,
                     )  # fmt: skip
-                    g_tile = load_tile(
-                        grad_out + head * stride_gh, q_first, stride_gm, stride_ge, q_len, V_HEAD_DIM, BLOCK_M, BLOCK_E,
-                        phase > 0, WIDE,
+                    g_tile = load_head_tile(
+                        g_head, batch, head, q_first, stride_gm, stride_ge, q_len, 0, V_HEAD_DIM, BLOCK_M, BLOCK_E,
+                        MERGED or phase > 0, WIDE, TMA,
                     )  # fmt: skip
                     qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+                    if BLOCK_REST > 0:
+                        q_rest_tile = load_head_tile(
+                            q_rest_head, batch, head, q_first, stride_qm, stride_qd, q_len, BLOCK_D, HEAD_DIM, BLOCK_M,
+                            BLOCK_REST, MERGED or phase > 0, WIDE, TMA,
+                        )  # fmt: skip
+                        qk = tl.dot(k_rest_tile, tl.trans(q_rest_tile), qk, input_precision=PRECISION)
                     dp = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
                     row_local = q_pos - q_first
                     if WIDE:
@@ -170,16 +209,32 @@ def backward_dkdv_kernel(
                         fix[None, :], empty[None, :], starts[None, :], ends[None, :], q_id[None, :], kv_id[:, None],
                         key_keep[:, None], bias_ptrs, mask_ptrs, seed, (row_base + q_pos)[None, :],
                         softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-                        phase > 0, phase == 2, RAW, HAS_SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START,
-                        HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, EMPTY_ROWS, PRECISE,
+                        cut, 2 if MERGED and phase == 0 else phase > 0, phase == 2, RAW, HAS_SOFT_CAP, HAS_BIAS,
+                        HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT,
+                        EMPTY_ROWS, PRECISE,
                     )  # fmt: skip
-                    dv = tl.dot(weights.to(g_tile.dtype), g_tile, dv, input_precision=PRECISION)
-                    if phase < 2 or EMPTY_HAS_DS:
-                        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
-    grad_k += batch * stride_dkb + kv_head * stride_dkh
-    grad_v += batch * stride_dvb + kv_head * stride_dvh
-    store_tile(grad_k, dk * softmax_scale, n_first, stride_dkn, stride_dkd, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, WIDE)
-    store_tile(grad_v, dv, n_first, stride_dvn, stride_dve, kv_len, V_HEAD_DIM, BLOCK_N, BLOCK_E, WIDE)
+                    if WANT_DV:
+                        dv = tl.dot(narrow(weights, g_tile.dtype, ROUND_BITS), g_tile, dv, input_precision=PRECISION)
+                    if WANT_DK and (phase < 2 or EMPTY_HAS_DS):
+                        ds = narrow(ds, q_tile.dtype, ROUND_BITS)
+                        dk = tl.dot(ds, q_tile, dk, input_precision=PRECISION)
+                        if BLOCK_REST > 0:
+                            dk_rest = tl.dot(ds, q_rest_tile, dk_rest, input_precision=PRECISION)
+                # Counters, not i // count and i % count: divisions would delay the loads of the next block.
+                at += 1
+                done = at == first + count
+                head = tl.where(done, head + 1, head)
+                at = tl.where(done, first, at)
+    if WANT_DK:
+        grad_k += batch * stride_dkb + kv_head * stride_dkh
+        store_tile(grad_k, dk * softmax_scale, n_first, stride_dkn, stride_dkd, kv_len, 0, HEAD_DIM, BLOCK_N, BLOCK_D,
+                   WIDE)  # fmt: skip
+        if BLOCK_REST > 0:
+            store_tile(grad_k, dk_rest * softmax_scale, n_first, stride_dkn, stride_dkd, kv_len, BLOCK_D, HEAD_DIM,
+                       BLOCK_N, BLOCK_REST, WIDE)  # fmt: skip
+    if WANT_DV:
+        grad_v += batch * stride_dvb + kv_head * stride_dvh
+        store_tile(grad_v, dv, n_first, stride_dvn, stride_dve, kv_len, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E, WIDE)
 
 
 @triton.jit

@@ -3,13 +3,14 @@
 import triton
 import triton.language as tl
 
-from .backward import load_row_statistics, load_tile, store_tile, tile_gradients, tile_ptrs
-from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, kv_block_range, load_key_masks, load_row_masks
+from .backward import load_empty, load_row_statistics, tile_gradients
+from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, kv_block_range, load_key_masks, load_row_masks, narrow
+from .tiles import load_head_tile, store_tile, tile_ptrs
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "band_lower", "band_upper"])
 def backward_dq_kernel(
-    q, k, v, grad_out, grad_q, lse, delta, correction, any_empty,
+    q, k, v, grad_out, q_rest, k_rest, grad_q, lse, shift, delta, correction, any_empty,
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_gb, stride_gh, stride_gm, stride_ge,
@@ -18,25 +19,37 @@ def backward_dq_kernel(
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
     num_heads, gqa_group_size, q_len, kv_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
+    MERGED: tl.constexpr, KV_HEADS_FIRST: tl.constexpr, ROUND_BITS: tl.constexpr,
+    RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write `grad_q` `(B, H, M, D)`. Phases: blocks that no limit of position cuts, cut blocks, empty rows."""
-    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
+    """Write `grad_q` `(B, H, M, D)`. Phases: blocks that no limit of position cuts, cut blocks, empty rows.
+
+    TMA as in attention_forward_kernel.
+    """
+    PRECISE: tl.constexpr = grad_q.dtype.element_ty == tl.float32
     EMPTY_HAS_DS: tl.constexpr = (EMPTY_ROWS == EMPTY_NAN_ADDED) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
     num_row_blocks = tl.cdiv(q_len, BLOCK_M)
     pid = tl.program_id(0)
-    row_block = pid % num_row_blocks
+    num_kv_heads = num_heads // gqa_group_size
+    if KV_HEADS_FIRST:
+        kv_index = pid % (tl.num_programs(0) // num_row_blocks // gqa_group_size)
+        tile = pid // (tl.num_programs(0) // num_row_blocks // gqa_group_size)
+    else:
+        kv_index = pid // (gqa_group_size * num_row_blocks)
+        tile = pid % (gqa_group_size * num_row_blocks)
+    row_block = tile // gqa_group_size
     if HAS_UPPER:
         row_block = num_row_blocks - 1 - row_block
-    head_index = pid // num_row_blocks
-    batch = (head_index // num_heads).to(tl.int64)
-    head = (head_index % num_heads).to(tl.int64)
-    kv_head = head // gqa_group_size
-    row_base = head_index.to(tl.int64) * q_len
+    batch = (kv_index // num_kv_heads).to(tl.int64)
+    kv_head = (kv_index % num_kv_heads).to(tl.int64)
+    head = kv_head * gqa_group_size + tile % gqa_group_size
+    head_index = batch * num_heads + head
+    row_base = head_index * q_len
     q_first = row_block * BLOCK_M
     q_last = tl.minimum(q_first + BLOCK_M, q_len) - 1
     q_first_long = q_first.to(tl.int64)
@@ -49,10 +62,13 @@ def backward_dq_kernel(
         row_local = row_local.to(tl.int64)
         col_local = col_local.to(tl.int64)
 
-    q += batch * stride_qb + head * stride_qh
-    k += batch * stride_kb + kv_head * stride_kh
-    v += batch * stride_vb + kv_head * stride_vh
-    grad_out += batch * stride_gb + head * stride_gh
+    if not TMA:
+        q += batch * stride_qb + head * stride_qh
+        k += batch * stride_kb + kv_head * stride_kh
+        v += batch * stride_vb + kv_head * stride_vh
+        grad_out += batch * stride_gb + head * stride_gh
+        q_rest = q
+        k_rest = k
     if HAS_BIAS:
         attn_bias += batch * stride_bb + head * stride_bh + q_first_long * stride_bm
     if HAS_ATTN_MASK:
@@ -72,16 +88,28 @@ def backward_dq_kernel(
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(dropout_seed)
-    m, d, fix, empty = load_row_statistics(lse, delta, correction, row_base, q_pos, row_ok, HAS_BIAS)
-    q_tile = load_tile(q, q_first, stride_qm, stride_qd, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True, WIDE)
-    g_tile = load_tile(grad_out, q_first, stride_gm, stride_ge, q_len, V_HEAD_DIM, BLOCK_M, BLOCK_E, True, WIDE)
+    m, d, fix = load_row_statistics(shift, delta, correction, row_base + q_first, row_ok, HAS_BIAS, True, BLOCK_M)
+    empty = row_ok
+    if EMPTY_HAS_DS:
+        empty = load_empty(lse, row_base, q_pos, row_ok)
+    q_tile = load_head_tile(q, batch, head, q_first, stride_qm, stride_qd, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D, True,
+                            WIDE, TMA)  # fmt: skip
+    g_tile = load_head_tile(grad_out, batch, head, q_first, stride_gm, stride_ge, q_len, 0, V_HEAD_DIM, BLOCK_M,
+                            BLOCK_E, True, WIDE, TMA)  # fmt: skip
+    if BLOCK_REST > 0:
+        q_rest_tile = load_head_tile(q_rest, batch, head, q_first, stride_qm, stride_qd, q_len, BLOCK_D, HEAD_DIM,
+                                     BLOCK_M, BLOCK_REST, True, WIDE, TMA)  # fmt: skip
+        acc_rest = tl.zeros((BLOCK_M, BLOCK_REST), tl.float32)
     begin, full_begin, full_end, end = kv_block_range(
         q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END
     )
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for phase in tl.static_range(3):
-        if phase == 0:
+        if phase == 0 and MERGED:
+            first = begin
+            last = end
+        elif phase == 0:
             first = full_begin
             last = full_end
         elif phase == 1:
@@ -92,21 +120,30 @@ def backward_dq_kernel(
             last = 0
             if EMPTY_HAS_DS:
                 last = tl.where(tl.max(tl.where(empty, 1, 0)) != 0, tl.cdiv(kv_len, BLOCK_N), 0)
-        if phase < 2 or EMPTY_HAS_DS:
+        if phase == 0 or (phase == 1 and not MERGED) or (phase == 2 and EMPTY_HAS_DS):
             for i in range(first, last):
                 block = i
                 if phase == 1:
                     block = tl.where(i < full_begin, i, i + (full_end - full_begin))
+                cut = (block < full_begin) | (block >= full_end)
                 start_n = block * BLOCK_N
                 start_long = start_n.to(tl.int64)
                 kv_pos = start_n + tl.arange(0, BLOCK_N)
-                k_tile = load_tile(
-                    k, start_n, stride_kn, stride_kd, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, phase > 0, WIDE
-                )
-                v_tile = load_tile(
-                    v, start_n, stride_vn, stride_ve, kv_len, V_HEAD_DIM, BLOCK_N, BLOCK_E, phase > 0, WIDE
-                )
+                k_tile = load_head_tile(
+                    k, batch, kv_head, start_n, stride_kn, stride_kd, kv_len, 0, HEAD_DIM, BLOCK_N, BLOCK_D,
+                    MERGED or phase > 0, WIDE, TMA,
+                )  # fmt: skip
+                v_tile = load_head_tile(
+                    v, batch, kv_head, start_n, stride_vn, stride_ve, kv_len, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E,
+                    MERGED or phase > 0, WIDE, TMA,
+                )  # fmt: skip
                 qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+                if BLOCK_REST > 0:
+                    k_rest_tile = load_head_tile(
+                        k_rest, batch, kv_head, start_n, stride_kn, stride_kd, kv_len, BLOCK_D, HEAD_DIM, BLOCK_N,
+                        BLOCK_REST, MERGED or phase > 0, WIDE, TMA,
+                    )  # fmt: skip
+                    qk = tl.dot(q_rest_tile, tl.trans(k_rest_tile), qk, input_precision=PRECISION)
                 dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
                 key_keep, kv_id = load_key_masks(
                     key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
@@ -124,9 +161,16 @@ def backward_dq_kernel(
                     fix[:, None], empty[:, None], starts[:, None], ends[:, None], q_id[:, None], kv_id[None, :],
                     key_keep[None, :], bias_ptrs, mask_ptrs, seed, (row_base + q_pos)[:, None],
                     softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-                    phase > 0, phase == 2, RAW, HAS_SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START,
-                    HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, EMPTY_ROWS, PRECISE,
+                    cut, 2 if MERGED and phase == 0 else phase > 0, phase == 2, RAW, HAS_SOFT_CAP, HAS_BIAS,
+                    HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT,
+                    EMPTY_ROWS, PRECISE,
                 )  # fmt: skip
-                acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+                ds = narrow(ds, k_tile.dtype, ROUND_BITS)
+                acc = tl.dot(ds, k_tile, acc, input_precision=PRECISION)
+                if BLOCK_REST > 0:
+                    acc_rest = tl.dot(ds, k_rest_tile, acc_rest, input_precision=PRECISION)
     grad_q += batch * stride_dqb + head * stride_dqh
-    store_tile(grad_q, acc * softmax_scale, q_first, stride_dqm, stride_dqd, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, WIDE)
+    store_tile(grad_q, acc * softmax_scale, q_first, stride_dqm, stride_dqd, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D, WIDE)
+    if BLOCK_REST > 0:
+        store_tile(grad_q, acc_rest * softmax_scale, q_first, stride_dqm, stride_dqd, q_len, BLOCK_D, HEAD_DIM, BLOCK_M,
+                   BLOCK_REST, WIDE)  # fmt: skip

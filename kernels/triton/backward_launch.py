@@ -15,7 +15,21 @@ from .backward import backward_rows_kernel
 from .backward_bias import backward_bias_kernel
 from .backward_dkdv import backward_dkdv_kernel
 from .backward_dq import backward_dq_kernel
-from .launch import EMPTY_ROWS, Launch, Tuning, check, device_arch, dot_precision, layout, static_arguments
+from .forward_launch import forward_descriptors
+from .launch import (
+    EMPTY_ROWS,
+    MIN_TMA_SCORES,
+    Launch,
+    Tuning,
+    aligned,
+    check,
+    descriptor,
+    device_arch,
+    dot_precision,
+    layout,
+    static_arguments,
+    takes_tma,
+)
 
 
 def empty_gradient(tensor: Tensor) -> Tensor:
@@ -62,12 +76,12 @@ def backward_launches(
     """Allocate the gradients and describe the launches that fill them. Arguments as attention.attention_backward.
 
     Returns:
-        The launches in order, and the tensors: "dq", "dk", "dv", "dbias" (shape (0,) where not wanted), "delta" and
-        "correction" (`(B, H, M)` float32 or None).
+        The launches in order, and the tensors: "dq", "dk", "dv", "dbias" (shape (0,) where not wanted), "shift",
+        "delta" and "correction" (`(B, H, M)` float32, the last None without a bias).
     """
     check(q, k, v, empty_rows)
     tuning = tuning or Tuning()
-    batch, num_heads, q_len, _ = q.shape
+    batch, num_heads, q_len, head_dim = q.shape
     _, kv_heads, kv_len, v_head_dim = v.shape
     lse = lse.contiguous()
     arch, _ = device_arch(q.device)
@@ -83,6 +97,7 @@ def backward_launches(
         for name, t, need in zip(names, (q, k, v, attn_bias), computed)
     }
     tensors["delta"] = torch.empty((batch, num_heads, q_len), dtype=torch.float32, device=q.device)
+    tensors["shift"] = torch.empty_like(tensors["delta"])
     tensors["correction"] = None if attn_bias is None else torch.empty_like(tensors["delta"])
     if grad_out.numel() == 0 or kv_len == 0:
         for tensor in tensors.values():
@@ -90,11 +105,13 @@ def backward_launches(
                 tensor.zero_()
         return [], tensors
 
+    itemsize = q.element_size()
+    blocks = configs.head_blocks(arch, itemsize, head_dim, v_head_dim)
     arguments: dict[str, Any] = dict(
         static_arguments(
             layout(q), layout(k), layout(v), layout(attn_bias), layout(attn_mask), layout(key_mask), layout(kv_start),
             layout(kv_end), layout(q_ids), layout(kv_ids), softmax_scale, logits_soft_cap, band_lower, band_upper,
-            dropout_p, configs.smallest_head_block(arch, q.element_size()),
+            dropout_p, blocks,
         )
     )  # fmt: skip
     arguments.update(
@@ -106,18 +123,44 @@ def backward_launches(
     arguments.update(
         grad_out=grad_out,
         lse=lse,
+        shift=tensors["shift"],
         delta=tensors["delta"],
         correction=tensors["correction"],
         any_empty=torch.zeros((batch * num_heads,), dtype=torch.int32, device=q.device) if empty else None,
         EMPTY_ROWS=empty,
         PRECISION=dot_precision(q.dtype, arch),
     )
-    head_block = max(arguments["BLOCK_D"], arguments["BLOCK_E"])
+    head_block = configs.head_size(blocks, v_head_dim)
+    # The two small kernels read a head dimension in one piece.
+    whole = {**arguments, "BLOCK_D": blocks[0] if not blocks[1] else 2 * blocks[0]}
+    del whole["BLOCK_REST"]
+    tma = bool(tuning.config and tuning.tma) or (
+        tuning.config is None
+        and tuning.tma is not False
+        and batch * num_heads * q_len * kv_len >= MIN_TMA_SCORES
+        and aligned(q, k, v, grad_out)
+        and all(takes_tma(layout(tensor), itemsize) for tensor in (q, k, v, grad_out))
+    )
 
     def launch(kernel: Any, direction: str, grid: Any, **extra: Any) -> Launch:
-        config = tuning.config or configs.select(arch, direction, head_block, q.element_size())
+        config = tuning.config or configs.select(arch, direction, head_block, itemsize)
         tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-        return Launch(kernel, grid(config), {**arguments, **extra, **tiles}, config.options(is_amd))
+        return Launch(kernel, grid(config), {**whole, **extra, **tiles}, config.options(is_amd))
+
+    def launch_main(kernel: Any, direction: str, grid: Any, **extra: Any) -> Launch:
+        """dk/dv and dq: through tensor descriptors where those can be had."""
+        faster = tma and (tuning.config or configs.select_tma(arch, f"{direction}_tma", head_block, itemsize))
+        config = faster or tuning.config or configs.select(arch, direction, head_block, itemsize)
+        found = {
+            **arguments, **extra, "q_rest": None, "k_rest": None, "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n, "TMA": bool(faster), "MERGED": config.merged,
+            "KV_HEADS_FIRST": configs.kv_heads_first(arch), "ROUND_BITS": configs.rounds_bits(arch),
+        }  # fmt: skip
+        if faster:
+            found.update(
+                forward_descriptors(q, k, v, found), grad_out=descriptor(grad_out, config.block_m, found["BLOCK_E"])
+            )
+        return Launch(kernel, grid(config), found, config.options(is_amd))
 
     launches = [
         launch(
@@ -132,21 +175,36 @@ def backward_launches(
     ]
     if computed[1]:
         dk, dv = tensors["dk"], tensors["dv"]
-        launches.append(
-            launch(
-                backward_dkdv_kernel,
-                "backward_kv",
-                lambda c: batch * kv_heads * triton.cdiv(kv_len, c.block_n),
-                grad_k=dk,
-                grad_v=dv,
-                **dict(zip(("stride_dkb", "stride_dkh", "stride_dkn", "stride_dkd"), dk.stride())),
-                **dict(zip(("stride_dvb", "stride_dvh", "stride_dvn", "stride_dve"), dv.stride())),
-            )
+        outputs = {
+            "grad_k": dk, "grad_v": dv,
+            **dict(zip(("stride_dkb", "stride_dkh", "stride_dkn", "stride_dkd"), dk.stride())),
+            **dict(zip(("stride_dvb", "stride_dvh", "stride_dvn", "stride_dve"), dv.stride())),
+        }  # fmt: skip
+        # For large heads the two accumulators do not fit together: one launch for dk and one for dv, where the table
+        # has rows for that.
+        separate = (
+            tuning.separate
+            if tuning.config
+            else tma and configs.select_tma(arch, "backward_k_tma", head_block, itemsize)
         )
+        pieces = (
+            [("backward_k", True, False), ("backward_v", False, True)] if separate else [("backward_kv", True, True)]
+        )
+        launches += [
+            launch_main(
+                backward_dkdv_kernel,
+                direction,
+                lambda c: batch * kv_heads * triton.cdiv(kv_len, c.block_n),
+                **outputs,
+                WANT_DK=want_dk,
+                WANT_DV=want_dv,
+            )
+            for direction, want_dk, want_dv in pieces
+        ]
     if computed[0]:
         dq = tensors["dq"]
         launches.append(
-            launch(
+            launch_main(
                 backward_dq_kernel,
                 "backward_q",
                 lambda c: batch * num_heads * triton.cdiv(q_len, c.block_m),

@@ -49,6 +49,22 @@ def tanh(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr, ROUND_BITS: tl.constexpr):
+    """Convert float32 to the dtype of a matrix operand.
+
+    Without an instruction for it (ROUND_BITS, see configs.py), rounding to bfloat16 takes five operations an element,
+    more than the exponential itself. Adding half a unit of the last place to the bits takes one: the same result except
+    that ties go away from zero. Infinities stay, and so do NaNs that come from 16-bit inputs or from arithmetic.
+    """
+    if ROUND_BITS and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True) + 0x8000
+        y = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(dtype)
+    return y
+
+
+@triton.jit
 def load_bias(ptrs, ok):
     """Load a bias tile as float32; a float64 bias below the float32 range becomes the smallest float32, not -inf."""
     bias = tl.load(ptrs, mask=ok, other=0.0)
@@ -96,26 +112,38 @@ def exponent(s, m, scale_log2, RAW: tl.constexpr, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
+def mask_positions(s, q_pos, kv_pos, kv_len, starts, ends, band_lower, band_upper, HAS_LOWER: tl.constexpr,
+                   HAS_UPPER: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr):  # fmt: skip
+    """Put -inf where a limit given by positions drops a pair: kv_len, the band, kv_start, kv_end."""
+    keep = kv_pos < kv_len
+    if HAS_UPPER:
+        keep &= kv_pos - q_pos <= band_upper
+    if HAS_LOWER:
+        keep &= kv_pos - q_pos >= band_lower
+    if HAS_START:
+        keep &= kv_pos >= starts
+    if HAS_END:
+        keep &= kv_pos < ends
+    return tl.where(keep, s, float("-inf"))
+
+
+@triton.jit
 def mask_scores(s, q_pos, kv_pos, kv_len, starts, ends, q_ids, kv_ids, key_keep, mask_keep, band_lower, band_upper,
-                BOUNDED: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_START: tl.constexpr,
+                cut, BOUNDED: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_START: tl.constexpr,
                 HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
                 HAS_ATTN_MASK: tl.constexpr):  # fmt: skip
     """Put -inf where the mask drops a pair.
 
-    BOUNDED says that the tile may cross a limit given by positions (kv_len, the band, kv_start, kv_end); elsewhere the
-    caller has proved from the block ranges that it does not. The other masks are read wherever they exist.
+    BOUNDED says whether the tile may cross a limit of position: 0 no, as the caller has proved from the block ranges;
+    1 yes; 2 if the scalar `cut` is true. The other masks are read wherever they exist.
     """
-    if BOUNDED:
-        keep = kv_pos < kv_len
-        if HAS_UPPER:
-            keep &= kv_pos - q_pos <= band_upper
-        if HAS_LOWER:
-            keep &= kv_pos - q_pos >= band_lower
-        if HAS_START:
-            keep &= kv_pos >= starts
-        if HAS_END:
-            keep &= kv_pos < ends
-        s = tl.where(keep, s, float("-inf"))
+    if BOUNDED == 1:
+        s = mask_positions(s, q_pos, kv_pos, kv_len, starts, ends, band_lower, band_upper, HAS_LOWER, HAS_UPPER,
+                           HAS_START, HAS_END)  # fmt: skip
+    if BOUNDED == 2:
+        if cut:
+            s = mask_positions(s, q_pos, kv_pos, kv_len, starts, ends, band_lower, band_upper, HAS_LOWER, HAS_UPPER,
+                               HAS_START, HAS_END)  # fmt: skip
     if HAS_IDS:
         s = tl.where(q_ids == kv_ids, s, float("-inf"))
     if HAS_KEY_MASK:

@@ -27,6 +27,7 @@ class KernelConfig:
         num_stages: Depth of Triton's software pipeline.
         waves_per_eu: AMD only: occupancy the compiler should aim at, 0 to let it choose.
         matrix_instr_nonkdim: AMD CDNA only: 16 or 32 picks the MFMA shape, 0 lets the compiler choose.
+        merged: One loop over cut and uncut blocks with a branch, instead of one loop for each kind.
     """
 
     block_m: int
@@ -35,6 +36,7 @@ class KernelConfig:
     num_stages: int
     waves_per_eu: int = 0
     matrix_instr_nonkdim: int = 0
+    merged: bool = False
 
     def options(self, is_amd: bool) -> dict[str, int]:
         """Triton's compile options; the AMD-only ones are left out elsewhere, where Triton rejects them."""
@@ -52,33 +54,36 @@ LDS_BYTES = {"gfx90a": 65536, "gfx942": 65536, "gfx950": 163840, "rdna": 65536}
 C = KernelConfig
 
 # (padded head size up to, bytes per element) -> configuration, first match wins.
-Table = dict[tuple[int, int], KernelConfig]
+Table = dict[tuple[int, int], KernelConfig | None]
 
+# CDNA: two waves a SIMD (256 VGPRs each), 32 x 32 MFMA where a wave owns 32 rows; see docs/kernels.md for the counts.
+# A pipeline of two stages loads the next K and V into registers while the matrix units work.
 _CDNA: dict[str, Table] = {
     "forward": {
-        (64, 2): C(128, 64, 4, 1, 2),
-        (128, 2): C(128, 32, 4, 1, 2),
+        (64, 2): C(128, 64, 4, 2, 2),
+        (128, 2): C(128, 32, 4, 2, 2),
+        (192, 2): C(128, 32, 4, 1, 2),
         (256, 2): C(64, 32, 8, 1, 1),
         (64, 4): C(64, 32, 4, 1, 2),
         (128, 4): C(64, 16, 4, 1, 1),
         (256, 4): C(32, 16, 4, 1, 1),
     },
     "decode": {
-        (128, 2): C(16, 64, 4, 1, 1),
+        (128, 2): C(16, 64, 4, 2, 2),
         (256, 2): C(16, 32, 4, 1, 1),
         (128, 4): C(16, 32, 4, 1, 1),
         (256, 4): C(16, 16, 4, 1, 1),
     },
     "backward_kv": {
-        (64, 2): C(32, 64, 4, 1, 2),
-        (128, 2): C(32, 64, 4, 1, 1),
+        (64, 2): C(32, 128, 4, 1, 2),
+        (128, 2): C(32, 64, 4, 1, 2, 16),
         (256, 2): C(16, 64, 8, 1, 1),
         (128, 4): C(16, 32, 4, 1, 1),
         (256, 4): C(16, 16, 4, 1, 1),
     },
     "backward_q": {
-        (64, 2): C(128, 32, 4, 1, 1),
-        (128, 2): C(128, 32, 8, 1, 1),
+        (64, 2): C(128, 32, 4, 1, 2),
+        (128, 2): C(128, 32, 4, 1, 2),
         (256, 2): C(64, 16, 4, 1, 1),
         (128, 4): C(32, 16, 4, 1, 1),
         (256, 4): C(16, 16, 4, 1, 1),
@@ -88,6 +93,22 @@ _CDNA: dict[str, Table] = {
         (256, 2): C(32, 32, 4, 1, 1),
         (128, 4): C(32, 16, 4, 1, 1),
         (256, 4): C(16, 16, 4, 1, 1),
+    },
+}
+
+# gfx90a needs more registers for the narrower MFMA's operands.
+_GFX90A: dict[str, Table] = {
+    **_CDNA,
+    "backward_kv": {**_CDNA["backward_kv"], (128, 2): C(32, 64, 4, 1, 1, 16)},
+}
+
+# gfx950: matrix units twice as fast, so what else a block of keys costs weighs more: larger blocks.
+_GFX950: dict[str, Table] = {
+    **_CDNA,
+    "forward": {
+        **_CDNA["forward"],
+        (64, 2): C(128, 128, 4, 1, 2),
+        (128, 2): C(128, 64, 4, 1, 2),
     },
 }
 
@@ -128,32 +149,56 @@ _RDNA: dict[str, Table] = {
     },
 }
 
+# Measured on an H200, see docs/kernels.md.
 _HOPPER: dict[str, Table] = {
+    "forward_tma": {
+        (64, 2): C(64, 128, 4, 2, merged=True),
+        (96, 2): C(64, 64, 4, 2, merged=True),
+        (128, 2): C(128, 64, 4, 2, merged=True),
+        (192, 2): C(128, 128, 8, 2, merged=True),
+        (256, 2): C(128, 64, 8, 2, merged=True),
+    },
     "forward": {
         (64, 2): C(128, 64, 4, 3),
-        (128, 2): C(128, 64, 8, 3),
+        (128, 2): C(64, 64, 4, 3),
         (256, 2): C(128, 64, 8, 2),
         (64, 4): C(64, 32, 4, 2),
         (128, 4): C(64, 32, 4, 2),
         (256, 4): C(32, 32, 4, 2),
     },
     "decode": {
-        (128, 2): C(16, 64, 4, 4),
-        (256, 2): C(16, 64, 4, 3),
+        (64, 2): C(16, 128, 2, 2),
+        (128, 2): C(16, 64, 2, 4),
+        (256, 2): C(16, 32, 4, 4),
         (128, 4): C(16, 32, 4, 2),
         (256, 4): C(16, 16, 4, 2),
     },
-    "backward_kv": {
+    "backward_kv_tma": {
+        (64, 2): C(64, 64, 4, 3),
+        (128, 2): C(64, 64, 4, 2),
+        (192, 2): C(32, 64, 4, 2),
+        (256, 2): C(64, 64, 8, 2),
+    },
+    "backward_k_tma": {(192, 2): None, (256, 2): C(64, 128, 8, 1)},
+    "backward_v_tma": {(192, 2): None, (256, 2): C(64, 128, 8, 2)},
+    "backward_q_tma": {
         (64, 2): C(64, 128, 4, 3),
+        (96, 2): C(64, 64, 4, 3, merged=True),
+        (128, 2): C(128, 64, 8, 3, merged=True),
+        (192, 2): C(128, 64, 8, 2),
+        (256, 2): C(128, 64, 8, 1),
+    },
+    "backward_kv": {
+        (64, 2): C(64, 128, 8, 3),
         (128, 2): C(64, 128, 8, 2),
         (256, 2): C(64, 64, 8, 1),
         (128, 4): C(32, 32, 4, 1),
         (256, 4): C(16, 32, 4, 1),
     },
     "backward_q": {
-        (64, 2): C(128, 64, 4, 3),
+        (64, 2): C(128, 64, 4, 2),
         (128, 2): C(128, 64, 8, 2),
-        (256, 2): C(64, 64, 8, 1),
+        (256, 2): C(64, 64, 8, 2),
         (128, 4): C(32, 32, 4, 1),
         (256, 4): C(32, 16, 4, 1),
     },
@@ -192,15 +237,20 @@ _INTERPRETER: dict[str, Table] = {
 }
 
 TABLES: dict[str, dict[str, Table]] = {
-    "gfx90a": _CDNA,
+    "gfx90a": _GFX90A,
     "gfx942": _CDNA,
-    "gfx950": _CDNA,
+    "gfx950": _GFX950,
     "rdna": _RDNA,
     "sm90": _HOPPER,
     "cuda": _CUDA,
     "interpreter": _INTERPRETER,
 }
-"""Family -> direction -> table. Directions: forward, decode, backward_kv, backward_q, backward_bias."""
+"""Family -> direction -> table.
+
+Directions: forward, decode, backward_kv, backward_q, backward_bias. Where tensor descriptors exist and the tensors'
+strides and size allow them, also forward_tma, backward_q_tma and backward_kv_tma, or instead of the last backward_k_tma
+and backward_v_tma: two launches.
+"""
 
 
 def family(arch: str) -> str:
@@ -220,13 +270,67 @@ def select(arch: str, direction: str, head_block: int, itemsize: int) -> KernelC
     Args:
         arch: "gfx942", "sm90", ... or "interpreter".
         direction: "forward", "decode", "backward_kv", "backward_q" or "backward_bias".
-        head_block: The larger of head_dim and v_head_dim, padded to a power of two; at most 256.
+        head_block: From head_size, at most 256.
         itemsize: Bytes of one element of q: 2 or 4.
     """
-    for (max_head, max_bytes), config in TABLES[family(arch)][direction].items():
+    config = select_tma(arch, direction, head_block, itemsize)
+    assert config, f"no {direction} configuration for {arch}, head size {head_block}, {itemsize} bytes"
+    return config
+
+
+def select_tma(arch: str, direction: str, head_block: int, itemsize: int) -> KernelConfig | None:
+    """Like select, None where there is no row: the tables "forward_tma", "backward_kv_tma", "backward_q_tma"."""
+    for (max_head, max_bytes), config in TABLES[family(arch)].get(direction, {}).items():
         if head_block <= max_head and itemsize <= max_bytes:
             return config
-    raise AssertionError(f"no {direction} configuration for {arch}, head size {head_block}, {itemsize} bytes")
+    return None
+
+
+def kv_heads_first(arch: str) -> bool:
+    """Whether consecutive programs take different key/value heads instead of the blocks of one.
+
+    MI300 and MI350 deal programs out to 8 dies in turn, each with an L2 cache of its own. With as many heads as dies, a
+    head's programs then meet in one cache. Elsewhere one L2 serves all, and programs that follow each other share.
+    """
+    return arch in ("gfx942", "gfx950")
+
+
+def rounds_bits(arch: str) -> bool:
+    """Whether kernels round to bfloat16 with integer arithmetic: AMD before gfx950 has no instruction for it."""
+    return arch.startswith("gfx") and not arch.startswith("gfx95")
+
+
+def programs_per_unit(arch: str) -> int:
+    """Split-KV decode fills each compute unit with this many programs.
+
+    Hopper keeps enough bytes in flight with one program a multiprocessor, whose loads are asynchronous, and gains
+    nothing from more. AMD loads through registers and needs more waves.
+    """
+    return 1 if arch.startswith("sm") else 2
+
+
+def head_blocks(arch: str, itemsize: int, head_dim: int, v_head_dim: int) -> tuple[int, int, int]:
+    """Tile extents of head_dim, in one or two pieces (the second 0), and of v_head_dim.
+
+    192 columns become 128 + 64, 96 become 64 + 32, 80 become 64 + 16: the product q k^T costs what it holds. The value
+    tile stays in one piece, since it is an accumulator.
+    """
+    smallest = smallest_head_block(arch, itemsize)
+    whole = max(smallest, power_of_two(head_dim))
+    first = whole // 2
+    rest = max(32 if smallest > 32 else 16, power_of_two(head_dim - first))
+    pieces = (first, rest) if smallest <= first and 32 <= first and rest < first and head_dim < whole else (whole, 0)
+    return (*pieces, max(smallest, power_of_two(v_head_dim)))
+
+
+def head_size(blocks: tuple[int, int, int], v_head_dim: int) -> int:
+    """The size by which the tables are searched, from the tile extents of head_blocks: 96 is a class of its own."""
+    return max(blocks[0] + blocks[1], 96 if 64 < v_head_dim <= 96 else blocks[2])
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two from `size` on."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def smallest_head_block(arch: str, itemsize: int) -> int:

@@ -1,12 +1,13 @@
-"""The forward kernel (prefill and split-KV decode alike) and the kernel that combines the splits.
+"""The forward kernel, for prefill and split-KV decode alike; combine.py adds up the splits.
 
 One program owns BLOCK_M rows of one batch entry and walks over blocks of BLOCK_N keys with the online softmax. A row is
 one (query head, query position) pair: with PACK > 1 the PACK query heads that share a key/value head lie in one tile
 (row = q * PACK + head), so that a decode step fills the matrix unit and reads K and V once per group.
 
 The walk has two phases: first the blocks that no limit of position cuts (no comparison per element), then the rest on
-both sides of them. Blocks that no row keeps are never visited; their range comes from the band and, on the device, from
-kv_start and kv_end, so a static cache costs what its valid part costs.
+both sides of them; with MERGED it is one loop with a branch, which needs fewer registers. Blocks that no row keeps are
+never visited; their range comes from the band and, on the device, from kv_start and kv_end, so a static cache costs
+what its valid part costs.
 
 Letters as in common.py.
 """
@@ -14,12 +15,10 @@ Letters as in common.py.
 import triton
 import triton.language as tl
 
+from .combine import finish_rows
 from .common import (
     EMPTY_MEAN,
     EMPTY_MEAN_ADDED,
-    EMPTY_NAN,
-    EMPTY_NAN_ADDED,
-    LN2,
     LOG2E,
     dropout_keep,
     exponent,
@@ -28,44 +27,19 @@ from .common import (
     load_key_masks,
     load_row_masks,
     mask_scores,
+    narrow,
     score_tile,
 )
+from .tiles import load_head_tile
 
 # These change from call to call (lengths grow while decoding); specialising on them would recompile.
 _RUNTIME_SIZES = ["q_len", "kv_len", "num_splits", "band_lower", "band_upper"]
 
 
-@triton.jit
-def finish_rows(acc, m, total, sink, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.constexpr, EMPTY_ROWS: tl.constexpr):
-    """Normalise: `(acc, m, total)` of finished rows to `(out, lse)`; lse in natural units, -inf for an empty row.
-
-    Args:
-        acc: `(R, E)` float32, sum of exp(s - m) v.
-        m: `(R,)` row maximum in the domain's units, -inf for an empty row.
-        total: `(R,)` sum of exp(s - m), 0 for an empty row. Not m decides emptiness: a NaN score leaves m at -inf.
-        sink: `(R,)` float32 natural, ignored without HAS_SINKS.
-    """
-    if not HAS_BIAS:
-        m = m * LN2
-    if HAS_SINKS:
-        top = tl.maximum(m, sink)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        shrink = tl.exp2((m - top) * LOG2E)
-        total = total * shrink + tl.exp2((sink - top) * LOG2E)
-        acc = acc * shrink[:, None]
-        m = top
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    out = acc / total[:, None]
-    if EMPTY_ROWS == EMPTY_NAN or EMPTY_ROWS == EMPTY_NAN_ADDED:
-        out = tl.where(empty[:, None], float("nan"), out)
-    lse = tl.where(empty, float("-inf"), m + tl.log2(total) * LN2)
-    return out, lse
-
-
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
 def attention_forward_kernel(
-    q, k, v, out, lse, partial, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed,
+    q, k, v, q_rest, k_rest, out, lse, partial, partial_stats,
+    attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_ob, stride_oh, stride_om, stride_oe,
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
@@ -73,8 +47,10 @@ def attention_forward_kernel(
     stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
     num_heads, gqa_group_size, q_len, kv_len, num_splits,
     softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr, MERGED: tl.constexpr,
+    KV_HEADS_FIRST: tl.constexpr, ROUND_BITS: tl.constexpr,
     RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -82,10 +58,13 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """Attention forward; see the module docstring and the canonical op for the meaning of every argument.
 
-    Writes `out` and `lse`, or with SPLIT the unnormalised `(acc, m, l)` of its share of the keys into `partial`,
-    float32 `(B * H * M, num_splits, E + 2)`.
+    Writes `out` and `lse`, or with SPLIT what its share of the keys gives, not normalised: `acc` into `partial`,
+    float32 `(B * H * M, num_splits, E)`, and `m`, `l` into `partial_stats`, float32 `(B * H * M, num_splits, 2)`.
+
+    With TMA (never with PACK > 1) q, k, v, q_rest, k_rest are tensor descriptors, see tiles.py; q_rest and k_rest
+    differ from q and k in the width of their block only. Without TMA they are not used.
     """
-    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
+    PRECISE: tl.constexpr = out.dtype.element_ty == tl.float32
     rows_len = q_len * PACK
     num_row_blocks = tl.cdiv(rows_len, BLOCK_M)
     pid = tl.program_id(0)
@@ -93,15 +72,22 @@ def attention_forward_kernel(
     if SPLIT:
         split = pid % num_splits
         pid = pid // num_splits
-    row_block = pid % num_row_blocks
+    # A group's query heads run side by side and share K and V in the cache; see configs.py on KV_HEADS_FIRST.
+    tiles_of_group = gqa_group_size // PACK
+    num_kv_heads = num_heads // gqa_group_size
+    if KV_HEADS_FIRST:
+        kv_index = pid % (tl.num_programs(0) // num_splits // num_row_blocks // tiles_of_group)
+        tile = pid // (tl.num_programs(0) // num_splits // num_row_blocks // tiles_of_group)
+    else:
+        kv_index = pid // (tiles_of_group * num_row_blocks)
+        tile = pid % (tiles_of_group * num_row_blocks)
+    row_block = tile // tiles_of_group
     if HAS_UPPER:
         # The last queries of a causal mask see the most keys: start them first, so that short ones fill the tail.
         row_block = num_row_blocks - 1 - row_block
-    head_block = pid // num_row_blocks
-    num_head_blocks = num_heads // PACK
-    batch = (head_block // num_head_blocks).to(tl.int64)
-    head = (head_block % num_head_blocks) * PACK
-    kv_head = (head // gqa_group_size).to(tl.int64)
+    batch = (kv_index // num_kv_heads).to(tl.int64)
+    kv_head = (kv_index % num_kv_heads).to(tl.int64)
+    head = (kv_index % num_kv_heads) * gqa_group_size + tile % tiles_of_group * PACK
 
     # Rows past the end repeat the last one: every load is in bounds without a mask, only stores are masked.
     row_store = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -123,17 +109,34 @@ def attention_forward_kernel(
         offs_e = offs_e.to(tl.int64)
     head_long = head.to(tl.int64)
     q_first_long = q_first.to(tl.int64)
-    d_ok = offs_d < HEAD_DIM
     e_ok = offs_e < V_HEAD_DIM
 
-    q += batch * stride_qb + head_long * stride_qh + q_first_long * stride_qm
-    k += batch * stride_kb + kv_head * stride_kh
-    v += batch * stride_vb + kv_head * stride_vh
-    q_ptrs = q + (head_local * stride_qh + q_local * stride_qm)[:, None] + offs_d[None, :] * stride_qd
-    if BLOCK_D == HEAD_DIM:
-        q_tile = tl.load(q_ptrs)
+    q_rest_tile = 0
+    if TMA:
+        q_tile = load_head_tile(
+            q, batch, head, q_first, 0, 1, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D, True, WIDE, True
+        )  # fmt: skip
+        if BLOCK_REST > 0:
+            q_rest_tile = load_head_tile(
+                q_rest, batch, head, q_first, 0, 1, q_len, BLOCK_D, HEAD_DIM, BLOCK_M, BLOCK_REST, True, WIDE, True
+            )  # fmt: skip
     else:
-        q_tile = tl.load(q_ptrs, mask=d_ok[None, :], other=0.0)
+        q += batch * stride_qb + head_long * stride_qh + q_first_long * stride_qm
+        k += batch * stride_kb + kv_head * stride_kh
+        v += batch * stride_vb + kv_head * stride_vh
+        k_rest = k
+        q_ptrs = q + (head_local * stride_qh + q_local * stride_qm)[:, None] + offs_d[None, :] * stride_qd
+        if BLOCK_D <= HEAD_DIM:
+            q_tile = tl.load(q_ptrs)
+        else:
+            q_tile = tl.load(q_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+        if BLOCK_REST > 0:
+            offs_r = tl.arange(0, BLOCK_REST)
+            if WIDE:
+                offs_r = offs_r.to(tl.int64)
+            q_ptrs = q + (head_local * stride_qh + q_local * stride_qm)[:, None]
+            q_ptrs += (BLOCK_D + offs_r)[None, :] * stride_qd
+            q_rest_tile = tl.load(q_ptrs, mask=(BLOCK_D + offs_r < HEAD_DIM)[None, :], other=0.0)
 
     if HAS_START:
         kv_start += batch * stride_start_b
@@ -171,8 +174,11 @@ def attention_forward_kernel(
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    for phase in tl.static_range(2):
-        if phase == 0:
+    for phase in tl.static_range(1 if MERGED else 2):
+        if MERGED:
+            first = begin
+            last = end
+        elif phase == 0:
             first = full_begin
             last = full_end
         else:
@@ -186,34 +192,35 @@ def attention_forward_kernel(
             start_long = start_n.to(tl.int64)
             kv_pos = start_n + tl.arange(0, BLOCK_N)
             n_ok = kv_pos < kv_len
-            k_ptrs = k + start_long * stride_kn + offs_n[:, None] * stride_kn + offs_d[None, :] * stride_kd
-            v_ptrs = v + start_long * stride_vn + offs_n[:, None] * stride_vn + offs_e[None, :] * stride_ve
-            if phase == 1 and BLOCK_D != HEAD_DIM:
-                k_tile = tl.load(k_ptrs, mask=n_ok[:, None] & d_ok[None, :], other=0.0)
-            elif phase == 1:
-                k_tile = tl.load(k_ptrs, mask=n_ok[:, None], other=0.0)
-            elif BLOCK_D != HEAD_DIM:
-                k_tile = tl.load(k_ptrs, mask=d_ok[None, :], other=0.0)
-            else:
-                k_tile = tl.load(k_ptrs)
+            cut = (block < full_begin) | (block >= full_end)
+            k_tile = load_head_tile(
+                k, batch, kv_head, start_n, stride_kn, stride_kd, kv_len, 0, HEAD_DIM, BLOCK_N, BLOCK_D,
+                MERGED or phase > 0, WIDE, TMA,
+            )  # fmt: skip
             qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            if BLOCK_REST > 0:
+                k_rest_tile = load_head_tile(
+                    k_rest, batch, kv_head, start_n, stride_kn, stride_kd, kv_len, BLOCK_D, HEAD_DIM, BLOCK_N,
+                    BLOCK_REST, MERGED or phase > 0, WIDE, TMA,
+                )  # fmt: skip
+                qk = tl.dot(q_rest_tile, tl.trans(k_rest_tile), qk, input_precision=PRECISION)
 
             bias = 0.0
             mask_keep = 0
             if HAS_BIAS:
                 bias_ptrs = attn_bias + start_long * stride_bn + bias_row[:, None] + offs_n[None, :] * stride_bn
-                bias = load_bias(bias_ptrs, (n_ok | (phase == 0))[None, :])
+                bias = load_bias(bias_ptrs, (n_ok | (phase == 0 and not MERGED))[None, :])
             if HAS_ATTN_MASK:
                 mask_ptrs = attn_mask + start_long * stride_mn + mask_row[:, None] + offs_n[None, :] * stride_mn
-                mask_keep = tl.load(mask_ptrs, mask=(n_ok | (phase == 0))[None, :], other=0) != 0
+                mask_keep = tl.load(mask_ptrs, mask=(n_ok | (phase == 0 and not MERGED))[None, :], other=0) != 0
             key_keep, kv_id = load_key_masks(
                 key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
             )
             s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, HAS_SOFT_CAP, HAS_BIAS, PRECISE)
             s = mask_scores(
                 s, q_pos[:, None], kv_pos[None, :], kv_len, starts[:, None], ends[:, None], q_id[:, None],
-                kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper,
-                phase == 1, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END, HAS_IDS, HAS_KEY_MASK, HAS_ATTN_MASK,
+                kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper, cut,
+                2 if MERGED else phase, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END, HAS_IDS, HAS_KEY_MASK, HAS_ATTN_MASK,
             )  # fmt: skip
 
             top = tl.max(s, 1)
@@ -227,24 +234,22 @@ def attention_forward_kernel(
             l_i = l_i * alpha + tl.sum(p, 1)
             if HAS_DROPOUT:
                 p = tl.where(dropout_keep(seed, row_index[:, None], kv_pos[None, :], kv_len, dropout_p), p, 0.0)
-            if phase == 1 and BLOCK_E != V_HEAD_DIM:
-                v_tile = tl.load(v_ptrs, mask=n_ok[:, None] & e_ok[None, :], other=0.0)
-            elif phase == 1:
-                v_tile = tl.load(v_ptrs, mask=n_ok[:, None], other=0.0)
-            elif BLOCK_E != V_HEAD_DIM:
-                v_tile = tl.load(v_ptrs, mask=e_ok[None, :], other=0.0)
-            else:
-                v_tile = tl.load(v_ptrs)
+            v_tile = load_head_tile(
+                v, batch, kv_head, start_n, stride_vn, stride_ve, kv_len, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E,
+                MERGED or phase > 0, WIDE, TMA,
+            )  # fmt: skip
             acc = acc * alpha[:, None]
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+            acc = tl.dot(narrow(p, v_tile.dtype, ROUND_BITS), v_tile, acc, input_precision=PRECISION)
             m_i = m_new
 
     row_flat = (batch * num_heads + head + (row % PACK)) * q_len + q_pos
     if SPLIT:
-        part = partial + (row_flat * num_splits + split) * (V_HEAD_DIM + 2)
-        tl.store(part[:, None] + offs_e[None, :], acc, mask=row_ok[:, None] & e_ok[None, :])
-        tl.store(part + V_HEAD_DIM, m_i, mask=row_ok)
-        tl.store(part + V_HEAD_DIM + 1, l_i, mask=row_ok)
+        share_flat = row_flat * num_splits + split
+        tl.store(
+            (partial + share_flat * V_HEAD_DIM)[:, None] + offs_e[None, :], acc, mask=row_ok[:, None] & e_ok[None, :]
+        )
+        tl.store(partial_stats + share_flat * 2, m_i, mask=row_ok)
+        tl.store(partial_stats + share_flat * 2 + 1, l_i, mask=row_ok)
     else:
         # A float, not a bool, so that what Triton moves between register layouts is a 32-bit value.
         hole = tl.where(l_i == 0.0, 1.0, 0.0)
@@ -254,9 +259,10 @@ def attention_forward_kernel(
                 for i in range(tl.cdiv(kv_len, BLOCK_N)):
                     start_n = i * BLOCK_N
                     kv_pos = start_n + tl.arange(0, BLOCK_N)
-                    v_ptrs = v + start_n.to(tl.int64) * stride_vn + offs_n[:, None] * stride_vn
-                    v_ptrs += offs_e[None, :] * stride_ve
-                    v_tile = tl.load(v_ptrs, mask=(kv_pos < kv_len)[:, None] & e_ok[None, :], other=0.0)
+                    v_tile = load_head_tile(
+                        v, batch, kv_head, start_n, stride_vn, stride_ve, kv_len, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E, True,
+                        WIDE, TMA,
+                    )  # fmt: skip
                     one = (hole[:, None] != 0.0) & (kv_pos < kv_len)[None, :]
                     if HAS_DROPOUT:
                         one &= dropout_keep(seed, row_index[:, None], kv_pos[None, :], kv_len, dropout_p)
@@ -272,53 +278,3 @@ def attention_forward_kernel(
         out_ptrs = out + (head_local * stride_oh + q_local * stride_om)[:, None] + offs_e[None, :] * stride_oe
         tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=row_ok[:, None] & e_ok[None, :])
         tl.store(lse + row_flat, row_lse, mask=row_ok)
-
-
-@triton.jit(do_not_specialize=["q_len", "kv_len", "num_splits"])
-def attention_combine_kernel(
-    partial, v, out, lse, sinks,
-    stride_vb, stride_vh, stride_vn, stride_ve, stride_ob, stride_oh, stride_om, stride_oe,
-    num_heads, gqa_group_size, q_len, kv_len, num_splits,
-    V_HEAD_DIM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, EMPTY_ROWS: tl.constexpr,
-):  # fmt: skip
-    """Combine the splits of one row, in a fixed order: `partial` `(B * H * M, num_splits, E + 2)` to out and lse."""
-    row_flat = tl.program_id(0).to(tl.int64)
-    q_pos = row_flat % q_len
-    head = (row_flat // q_len) % num_heads
-    batch = row_flat // q_len // num_heads
-    offs_e = tl.arange(0, BLOCK_E)
-    offs_s = tl.arange(0, BLOCK_S)
-    e_ok = offs_e < V_HEAD_DIM
-    partial += row_flat * num_splits * (V_HEAD_DIM + 2)
-
-    m_all = tl.load(partial + offs_s * (V_HEAD_DIM + 2) + V_HEAD_DIM, mask=offs_s < num_splits, other=float("-inf"))
-    m = tl.max(m_all, 0)
-    m_safe = tl.where(m == float("-inf"), 0.0, m)
-    total = 0.0
-    acc = tl.zeros((BLOCK_E,), tl.float32)
-    for split in range(num_splits):
-        part = partial + split * (V_HEAD_DIM + 2)
-        delta = tl.load(part + V_HEAD_DIM) - m_safe
-        weight = tl.exp2(delta * LOG2E) if HAS_BIAS else tl.exp2(delta)
-        total += tl.load(part + V_HEAD_DIM + 1) * weight
-        acc += tl.load(part + offs_e, mask=e_ok, other=0.0) * weight
-    if EMPTY_ROWS == EMPTY_MEAN or EMPTY_ROWS == EMPTY_MEAN_ADDED:
-        if total == 0.0:
-            v += batch * stride_vb + (head // gqa_group_size) * stride_vh
-            for start_n in range(0, kv_len, BLOCK_N):
-                kv_pos = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
-                v_ptrs = v + kv_pos[:, None] * stride_vn + offs_e[None, :].to(tl.int64) * stride_ve
-                v_tile = tl.load(v_ptrs, mask=(kv_pos < kv_len)[:, None] & e_ok[None, :], other=0.0)
-                acc += tl.sum(v_tile.to(tl.float32), 0)
-            acc = acc / kv_len
-    sink = 0.0
-    if HAS_SINKS:
-        sink = tl.load(sinks + head).to(tl.float32)
-    one_row = tl.zeros((1,), tl.float32)
-    result, row_lse = finish_rows(
-        acc[None, :], one_row + m, one_row + total, one_row + sink, HAS_SINKS, HAS_BIAS, EMPTY_ROWS
-    )
-    out += batch * stride_ob + head * stride_oh + q_pos * stride_om
-    tl.store(out + offs_e[None, :] * stride_oe, result.to(out.dtype.element_ty), mask=e_ok[None, :])
-    tl.store(lse + row_flat + tl.arange(0, 1), row_lse)

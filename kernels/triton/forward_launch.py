@@ -10,27 +10,47 @@ import triton
 from torch import Tensor
 
 from . import configs
-from .forward import attention_combine_kernel, attention_forward_kernel
-from .launch import EMPTY_ROWS, Launch, Tuning, check, device_arch, dot_precision, layout, static_arguments
+from .combine import attention_combine_kernel
+from .forward import attention_forward_kernel
+from .launch import (
+    EMPTY_ROWS,
+    MIN_TMA_SCORES,
+    Launch,
+    Tuning,
+    aligned,
+    check,
+    descriptor,
+    device_arch,
+    dot_precision,
+    layout,
+    static_arguments,
+    takes_tma,
+)
 
 PACK_ROWS = 64
 """Up to this many (query, head of a group) rows, a group's query heads share one tile."""
 MAX_DECODE_M = 32
 """Tallest packed tile. Not 64, which on Hopper would take the warp-group matrix instructions for a few rows; see also
 configs.smallest_head_block."""
-MIN_SPLIT_KEYS = 256
-"""A split gets at least this many keys: below, the combine step costs more than it saves."""
+MIN_SPLIT_KEYS, MAX_SPLIT_KEYS = 128, 4096
+"""Keys of a split: with fewer, the combine step costs more than it saves; with more, the last split weighs more."""
 MAX_SPLITS = 128
 
 
-def choose_splits(tiles: int, kv_len: int, num_units: int) -> int:
-    """How many programs share the keys of one tile: enough to fill the device about twice, 1 if the tiles do already.
+def choose_splits(tiles: int, kv_len: int, programs: int) -> int:
+    """How many programs share the keys of one tile, so that about `programs` run, in whole waves.
 
     Depends on sizes only, so results are reproducible and nothing is read back from the device.
     """
-    if tiles >= num_units:
+    if tiles >= programs:
         return 1
-    return max(1, min(2 * num_units // tiles, kv_len // MIN_SPLIT_KEYS, MAX_SPLITS))
+    least = programs // tiles
+    # If that leaves more than a sixth of the device idle, cut finer: the last wave then weighs less.
+    splits = next(
+        (n for n in range(least, 4 * least + 1) if n * tiles / (-(-n * tiles // programs) * programs) > 0.83), least
+    )
+    splits = max(splits, kv_len // MAX_SPLIT_KEYS)
+    return max(1, min(splits, kv_len // MIN_SPLIT_KEYS, MAX_SPLITS))
 
 
 def forward_launches(
@@ -88,25 +108,44 @@ def forward_launches(
          layout(kv_end), layout(q_ids), layout(kv_ids)),
         (softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p),
         out.stride(), arch, num_units, q.element_size(), dot_precision(q.dtype, arch), sinks is not None, empty_rows,
-        tuning,
+        aligned(q, k, v), tuning,
     )  # fmt: skip
     tensors = {
-        "q": q, "k": k, "v": v, "out": out, "lse": lse, "partial": None, "attn_bias": attn_bias,
-        "attn_mask": attn_mask, "key_mask": key_mask, "kv_start": kv_start, "kv_end": kv_end, "q_ids": q_ids,
-        "kv_ids": kv_ids, "sinks": sinks, "dropout_seed": dropout_seed if dropout_p > 0.0 else None,
+        "q": q, "k": k, "v": v, "q_rest": None, "k_rest": None, "out": out, "lse": lse, "partial": None,
+        "partial_stats": None, "attn_bias": attn_bias, "attn_mask": attn_mask, "key_mask": key_mask,
+        "kv_start": kv_start, "kv_end": kv_end, "q_ids": q_ids, "kv_ids": kv_ids, "sinks": sinks,
+        "dropout_seed": dropout_seed if dropout_p > 0.0 else None,
     }  # fmt: skip
     if plan.num_splits > 1:
-        elements = lse.numel() * plan.num_splits * (v.shape[3] + 2)
-        tensors["partial"] = torch.empty((elements,), dtype=torch.float32, device=q.device)
-    launches = [Launch(attention_forward_kernel, plan.grid, {**plan.arguments, **tensors}, plan.options)]
+        shares = lse.numel() * plan.num_splits
+        tensors["partial"] = torch.empty((shares, v_head_dim), dtype=torch.float32, device=q.device)
+        tensors["partial_stats"] = torch.empty((shares, 2), dtype=torch.float32, device=q.device)
+    arguments = {**plan.arguments, **tensors}
+    if plan.arguments["TMA"]:
+        arguments.update(forward_descriptors(q, k, v, plan.arguments))
+    launches = [Launch(attention_forward_kernel, plan.grid, arguments, plan.options)]
     if plan.num_splits > 1:
-        combined = {name: tensors[name] for name in ("partial", "v", "out", "lse", "sinks")}
+        combined = {name: tensors[name] for name in ("partial", "partial_stats", "v", "out", "lse", "sinks")}
         launches.append(
             Launch(
-                attention_combine_kernel, lse.numel(), {**plan.combine, **combined}, {"num_warps": 1, "num_stages": 1}
+                attention_combine_kernel, lse.numel(), {**plan.combine, **combined}, {"num_warps": 4, "num_stages": 1}
             )
         )
     return launches, out, lse
+
+
+def forward_descriptors(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Any]) -> dict[str, Any]:
+    """The tensor descriptors that take the place of q, k and v, and of their second pieces."""
+    rows, keys = plan["BLOCK_M"], plan["BLOCK_N"]
+    found = {
+        "q": descriptor(q, rows, plan["BLOCK_D"]),
+        "k": descriptor(k, keys, plan["BLOCK_D"]),
+        "v": descriptor(v, keys, plan["BLOCK_E"]),
+    }
+    if plan["BLOCK_REST"]:
+        found["q_rest"] = descriptor(q, rows, plan["BLOCK_REST"])
+        found["k_rest"] = descriptor(k, keys, plan["BLOCK_REST"])
+    return found
 
 
 class ForwardPlan(NamedTuple):
@@ -130,6 +169,7 @@ def forward_plan(
     precision: str,
     has_sinks: bool,
     empty_rows: str,
+    is_aligned: bool,
     tuning: Tuning | None,
 ) -> ForwardPlan:
     """Choose tiles, packing and splits. Remembered per shapes and strides: planning costs more than launching.
@@ -142,23 +182,38 @@ def forward_plan(
         itemsize: Bytes of one element of q.
         precision: From launch.dot_precision.
         has_sinks, empty_rows: As the op's arguments.
+        is_aligned: From launch.aligned, of q, k and v.
         tuning: Overrides, or None.
     """
     tuning = tuning or Tuning()
-    arguments = dict(static_arguments(*layouts, *scalars, configs.smallest_head_block(arch, itemsize)))
-    (batch, num_heads, q_len, _), (_, kv_heads, kv_len, _) = layouts[0][0], layouts[1][0]
+    (batch, num_heads, q_len, head_dim), (_, kv_heads, kv_len, v_head_dim) = layouts[0][0], layouts[2][0]
+    blocks = configs.head_blocks(arch, itemsize, head_dim, v_head_dim)
+    arguments = dict(static_arguments(*layouts, *scalars, blocks))
     group = num_heads // kv_heads
     pack = tuning.pack or (group if q_len * group <= PACK_ROWS else 1)
     rows = q_len * pack
     decode = rows <= PACK_ROWS
-    head_block = max(arguments["BLOCK_D"], arguments["BLOCK_E"])
+    head_block = configs.head_size(blocks, v_head_dim)
     config = tuning.config or configs.select(arch, "decode" if decode else "forward", head_block, itemsize)
+    tma = bool(tuning.config and tuning.tma)
+    if (
+        tuning.config is None
+        and tuning.tma is not False
+        and not decode
+        and batch * num_heads * q_len * kv_len >= MIN_TMA_SCORES
+        and is_aligned
+        and all(takes_tma(where, itemsize) for where in layouts[:3])
+    ):
+        faster = configs.select_tma(arch, "forward_tma", head_block, itemsize)
+        if faster:
+            config, tma = faster, True
     block_m = config.block_m
     if decode and tuning.config is None:
         block_m = max(block_m, min(MAX_DECODE_M, triton.next_power_of_2(rows)))
     tiles = batch * (num_heads // pack) * triton.cdiv(rows, block_m)
     # Splits would each need the whole row's dropout mask in the combine step for empty rows; not worth it.
-    num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, num_units) if scalars[-1] == 0.0 else 1)
+    programs = num_units * configs.programs_per_unit(arch)
+    num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, programs) if scalars[-1] == 0.0 else 1)
     arguments.update(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out_strides))
     arguments.update(
         num_splits=num_splits,
@@ -166,6 +221,10 @@ def forward_plan(
         BLOCK_N=config.block_n,
         PACK=pack,
         SPLIT=num_splits > 1,
+        TMA=tma,
+        MERGED=config.merged,
+        KV_HEADS_FIRST=configs.kv_heads_first(arch),
+        ROUND_BITS=configs.rounds_bits(arch),
         HAS_SINKS=has_sinks,
         # With a sink no row can be empty: the sink takes all the weight.
         EMPTY_ROWS=EMPTY_ROWS["zero" if has_sinks else empty_rows],
@@ -179,6 +238,6 @@ def forward_plan(
             "HAS_BIAS", "HAS_SINKS", "EMPTY_ROWS",
         )
     }  # fmt: skip
-    combine.update(BLOCK_S=triton.next_power_of_2(num_splits), BLOCK_N=16)
+    combine.update(BLOCK_S=triton.next_power_of_2(num_splits), CHUNK=16, BLOCK_N=16)
     options = config.options(arch.startswith("gfx"))
     return ForwardPlan(arguments, options, tiles * num_splits, num_splits, combine)

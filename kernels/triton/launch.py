@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from . import configs
 
@@ -48,12 +47,17 @@ class Tuning:
         pack: Query heads of one group per tile; must divide H / K.
         num_splits: Programs that share the keys of one tile.
         arch: Architecture whose table is used.
+        tma: With `config`: whether the kernels read through tensor descriptors (Hopper only). False also keeps the
+            tables' configurations from doing so.
+        separate: With `config`: one launch for dk and one for dv.
     """
 
     config: configs.KernelConfig | None = None
     pack: int | None = None
     num_splits: int | None = None
     arch: str | None = None
+    tma: bool | None = None
+    separate: bool = False
 
 
 @functools.cache
@@ -80,9 +84,34 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32" if precision == "tf32" else "ieee"
 
 
-def padded(head_dim: int, smallest: int) -> int:
-    """The tile extent of a head dimension: a power of two, at least `smallest` (configs.smallest_head_block)."""
-    return max(smallest, triton.next_power_of_2(head_dim))
+MIN_TMA_SCORES = 2**20
+"""Below this many scores (B * H * M * N) a call is short, and making descriptors on the host would cost more than it
+saves on the device."""
+
+
+def takes_tma(where: Layout, itemsize: int) -> bool:
+    """Whether the tensor memory accelerator can address a 4-D tensor: unit last stride, others of whole 16 bytes."""
+    if where is None:
+        return False
+    shape, strides = where
+    outer = all(size == 1 or (stride > 0 and stride * itemsize % 16 == 0) for size, stride in zip(shape, strides[:3]))
+    return outer and strides[3] == 1 and shape[3] * itemsize >= 32
+
+
+def aligned(*tensors: torch.Tensor) -> bool:
+    """Whether all start at a multiple of 16 bytes, as tensor descriptors must."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Any:
+    """The tensor descriptor of a 4-D tensor (see takes_tma) read in blocks of `rows` x `columns` of one head."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    # The stride of a dimension of size 1 says nothing, but must be valid.
+    strides = [
+        stride if size > 1 else 16 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3])
+    ]  # fmt: skip
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns])
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty_rows: str, out_layout: str = "bhsd") -> None:
@@ -144,9 +173,13 @@ def static_arguments(
     band_lower: int | None,
     band_upper: int | None,
     dropout_p: float,
-    smallest_head_block: int,
+    head_blocks: tuple[int, int, int],
 ) -> dict[str, Any]:
-    """The arguments that all kernels share and that are not tensors; remembered, do not modify the result."""
+    """The arguments that all kernels share and that are not tensors; remembered, do not modify the result.
+
+    Args:
+        head_blocks: Tile extents of head_dim, in one or two pieces, and of v_head_dim; from configs.head_blocks.
+    """
     batch, num_heads, q_len, head_dim = q[0]
     _, kv_heads, kv_len, v_head_dim = v[0]
     # A band edge that lies outside the score matrix drops nothing (or everything): keep it within 32 bits.
@@ -182,8 +215,9 @@ def static_arguments(
         dropout_p=float(dropout_p) if dropout_p > 0.0 else None,
         HEAD_DIM=head_dim,
         V_HEAD_DIM=v_head_dim,
-        BLOCK_D=padded(head_dim, smallest_head_block),
-        BLOCK_E=padded(v_head_dim, smallest_head_block),
+        BLOCK_D=head_blocks[0],
+        BLOCK_REST=head_blocks[1],
+        BLOCK_E=head_blocks[2],
         WIDE=any(256 * max(stride[1:]) >= 2**31 for _, stride in matrices),
         RAW=attn_bias is None and logits_soft_cap is None and softmax_scale > 0,
         HAS_SOFT_CAP=logits_soft_cap is not None,

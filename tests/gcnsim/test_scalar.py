@@ -123,6 +123,14 @@ def test_constants_of_sixteen_bits() -> None:
     check("s_movk_i32 s10, 0x8000", singles, lambda a: (-32768, NONE))
 
 
+def test_literals_of_64_bit_operands_are_zero_extended() -> None:
+    """S_MOV_B64 with 0x80000000 is how LLVM makes the pair (-0.0, 0.0); inline constants are sign extended."""
+    body = ["s_mov_b64 s[10:11], 0x80000000", "s_mov_b64 s[12:13], -2", "s_or_b64 s[14:15], s[10:11], 0xffff0000"]
+    got = execute("gfx942", body, {}, [f"s{k}" for k in range(10, 16)])
+    words = [int(got[f"s{k}"][0]) for k in range(10, 16)]
+    assert words == [0x80000000, 0, 0xFFFFFFFE, 0xFFFFFFFF, 0xFFFF0000, 0]
+
+
 def test_bits() -> None:
     check("s_mov_b32 s10, s13\n\ts_bitset1_b32 s10, s12", PAIRS, lambda a, b: (b | 1 << a % 32, NONE))
     check("s_mov_b32 s10, s13\n\ts_bitset0_b32 s10, s12", PAIRS, lambda a, b: (b & ~(1 << a % 32), NONE))

@@ -31,7 +31,7 @@ inline u64 read_pair(Wave& w, const Operand& o) {
     case kReal:
       return bits<u64>(o.real);
     case kLiteral:
-      return u64(i64(i32(o.integer)));
+      return u32(o.integer);  // a 32-bit literal of a B64 or U64 operand is zero extended
     default:
       return u64(o.integer);
   }

@@ -1,0 +1,73 @@
+"""Loads and stores of tiles, through pointers or through Hopper's tensor memory accelerator.
+
+A head dimension that is no power of two is read in two pieces, BLOCK_D columns and then BLOCK_REST more (0: no second
+piece), so that 96, 80 or 192 columns cost what they hold instead of 128 or 256.
+
+With TMA the kernel's q, k, v are tensor descriptors of the whole `(B, H, length, D)` tensor instead of pointers: one
+instruction fetches a tile, addresses cost no registers, and what lies outside is read as 0.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(ptr, first, stride_row, stride_col, row_end, FIRST_COL: tl.constexpr, SIZE: tl.constexpr,
+              BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, CHECK_ROWS: tl.constexpr,
+              WIDE: tl.constexpr):  # fmt: skip
+    """Load rows `first..` and columns `FIRST_COL..` of a matrix of SIZE columns, 0 outside.
+
+    CHECK_ROWS says that row_end may cut the tile. WIDE: offsets inside the tile need 64 bits.
+    """
+    offs_row = tl.arange(0, BLOCK_ROW)
+    offs_col = tl.arange(0, BLOCK_COL)
+    row_ok = first + offs_row < row_end
+    col_ok = FIRST_COL + offs_col < SIZE
+    if WIDE:
+        offs_row = offs_row.to(tl.int64)
+        offs_col = offs_col.to(tl.int64)
+    ptr += first.to(tl.int64) * stride_row + FIRST_COL * stride_col
+    ptrs = ptr + offs_row[:, None] * stride_row + offs_col[None, :] * stride_col
+    if CHECK_ROWS and FIRST_COL + BLOCK_COL > SIZE:
+        tile = tl.load(ptrs, mask=row_ok[:, None] & col_ok[None, :], other=0.0)
+    elif CHECK_ROWS:
+        tile = tl.load(ptrs, mask=row_ok[:, None], other=0.0)
+    elif FIRST_COL + BLOCK_COL > SIZE:
+        tile = tl.load(ptrs, mask=col_ok[None, :], other=0.0)
+    else:
+        tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
+def load_head_tile(source, batch, head, first, stride_row, stride_col, row_end, FIRST_COL: tl.constexpr,
+                   SIZE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, CHECK_ROWS: tl.constexpr,
+                   WIDE: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """load_tile of one head: `source` is the head's first element, or with TMA the descriptor of the whole tensor."""
+    if TMA:
+        tile = source.load([batch.to(tl.int32), head.to(tl.int32), first, FIRST_COL]).reshape(BLOCK_ROW, BLOCK_COL)
+    else:
+        tile = load_tile(source, first, stride_row, stride_col, row_end, FIRST_COL, SIZE, BLOCK_ROW, BLOCK_COL,
+                         CHECK_ROWS, WIDE)  # fmt: skip
+    return tile
+
+
+@triton.jit
+def store_tile(ptr, tile, first, stride_row, stride_col, row_end, FIRST_COL: tl.constexpr, SIZE: tl.constexpr,
+               BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """The counterpart of load_tile; converts to the pointer's dtype."""
+    offs_row = tl.arange(0, BLOCK_ROW)
+    offs_col = tl.arange(0, BLOCK_COL)
+    ok = (first + offs_row < row_end)[:, None] & (FIRST_COL + offs_col < SIZE)[None, :]
+    if WIDE:
+        offs_row = offs_row.to(tl.int64)
+        offs_col = offs_col.to(tl.int64)
+    ptr += first.to(tl.int64) * stride_row + FIRST_COL * stride_col
+    ptrs = ptr + offs_row[:, None] * stride_row + offs_col[None, :] * stride_col
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def tile_ptrs(ptr, row, col, stride_row, stride_col):
+    """Pointers of a mask or bias tile; `row` and `col` are 2-D, local to `ptr`, and broadcast."""
+    return ptr + (row * stride_row + col * stride_col)
