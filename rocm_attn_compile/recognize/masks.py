@@ -133,6 +133,9 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool,
     dense = [MaskTerm(t.operand, t.keeps) for t in replaced if t.stays_dense]
     masks = {id(t.operand) for t in added}
     biases: list[Operand | MaskTerm] = [bias for bias in logits.biases if id(bias) not in masks]
+    if not low:
+        for bias in logits.biases:
+            bias.added_in = None  # nothing in it is as low as the lowest number
     return ProvedMasks(_spec(closed, bool(dense), mode), closed, symbols.context, dense, biases, notes)
 
 
