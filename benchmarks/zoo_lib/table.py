@@ -127,7 +127,7 @@ def _problems(rows: list[Row]) -> Iterator[str]:
             found.append(f"- {what}: fails under torch.compile, {side}: {row['ours_error']}")
         if row.get("graphs", 0) > row.get("peer_graphs", row.get("graphs", 0)) and "peer_error" not in row:
             found.append(f"- {what}: {row['graphs']} graphs, Inductor {row['peer_graphs']}")
-    yield from found or ["None."]
+    yield from [" ".join(line.split())[:400] for line in found] or ["None."]
     yield ""
 
 
