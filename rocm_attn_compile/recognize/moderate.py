@@ -19,6 +19,9 @@ from .live import LiveUsers
 _LARGEST = 1e4
 """Numbers beyond it are taken for fills."""
 
+_BOUNDED = frozenset(["tanh", "sigmoid", "_softmax", "sin", "cos", "erf"])
+"""Ops whose result is small whatever they read."""
+
 _UNBOUNDED = frozenset(
     ["log", "log2", "log10", "log1p", "logit", "xlogy", "reciprocal", "tan", "rsqrt", "exp", "exp2", "expm1", "atanh"]
 )
@@ -39,6 +42,8 @@ def _is_moderate(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
 
 
 def _judge(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
+    if value.name in _BOUNDED and not isinstance(value.op, str):
+        return True
     if value.op == "input":
         return any(_is_learned(node.meta.get("example_value")) for node in live.holders(value))
     if value.op == "constant":
