@@ -134,12 +134,11 @@ class Report:
 
     def summary(self) -> str:
         """One line: "graph 0/0: 3 attention sites: 2 TRITON_ATTN, 1 left as it is (opaque_mask); 1 look-alike"."""
-        count = len(self.sites)
         parts = [f"{n} {name}" for name, n in Counter(s.backend for s in self.sites if s.replaced).items()]
         left = [site for site in self.sites if not site.replaced]
         if left:
             parts.append(f"{len(left)} left as {'it is' if len(left) == 1 else 'they are'} ({_codes(left)})")
-        text = f"graph {self.graph}: {_plural(count, 'attention site')}"
+        text = f"graph {self.graph}: {_plural(len(self.sites), 'attention site')}"
         text += f": {', '.join(parts)}" if parts else ""
         if self.look_alikes:
             text += f"; {_plural(len(self.look_alikes), 'look-alike')} refused ({_codes(self.look_alikes)})"

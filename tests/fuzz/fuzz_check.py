@@ -30,6 +30,8 @@ PROMISED_REFUSALS = frozenset(
         "finite_fill",
         "bias_before_cap",
         "scale_tensor",
+        "scale_after_mask",  # a sign that cancels, after the mask
+        "scale_after_cast",
         "sink_axis",  # heads in another order than (kv head, group)
         "shift_before_sinks",
     ]

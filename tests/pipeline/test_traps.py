@@ -131,12 +131,16 @@ def result_into_given_memory(q, k, v):
         (weights_scaled_in_place, "weights_changed"),
         (weights_partly_zeroed, "weights_used_elsewhere"),
         (weights_zeroed_after_use, "weights_used_elsewhere"),
-        (result_written, "output_hidden"),
         (result_into_given_memory, "output_hidden"),
     ],
 )
 def test_writes_that_stop_the_rewrite(function, code):
     check(function, calls=0, refused=code)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_result_that_is_written_and_seen_through_a_view(trains):
+    check(result_written, calls=1, trains=trains)
 
 
 def scores_in_place(q, k, v):
