@@ -49,7 +49,8 @@ def backward_dkdv_kernel(
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
-    num_heads, gqa_group_size, q_len, kv_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
+    batch_size, num_heads, gqa_group_size, q_len, kv_len,
+    softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
     MERGED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, KV_HEADS_FIRST: tl.constexpr,
@@ -61,6 +62,12 @@ def backward_dkdv_kernel(
 ):  # fmt: skip
     """Write `grad_k` `(B, K, N, D)` (WANT_DK) and `grad_v` `(B, K, N, E)` (WANT_DV). Phases and TMA as in dq."""
     PRECISE: tl.constexpr = grad_k.dtype.element_ty == tl.float32
+    # Inductor hands numbers over in float64, or as constants.
+    softmax_scale = tl.full((), softmax_scale, tl.float32)
+    if HAS_SOFT_CAP:
+        logits_soft_cap = tl.full((), logits_soft_cap, tl.float32)
+    if HAS_DROPOUT:
+        dropout_p = tl.full((), dropout_p, tl.float32)
     ROW_LIMITS: tl.constexpr = HAS_START or HAS_END
     EMPTY_MATTERS: tl.constexpr = EMPTY_ROWS != EMPTY_ZERO
     EMPTY_HAS_DS: tl.constexpr = (EMPTY_ROWS == EMPTY_NAN_ADDED) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
@@ -69,8 +76,8 @@ def backward_dkdv_kernel(
     num_kv_heads = num_heads // gqa_group_size
     pid = tl.program_id(0)
     if KV_HEADS_FIRST:
-        kv_block = pid // (tl.num_programs(0) // num_kv_blocks)
-        kv_head_index = pid % (tl.num_programs(0) // num_kv_blocks)
+        kv_block = pid // (batch_size * num_kv_heads)
+        kv_head_index = pid % (batch_size * num_kv_heads)
     else:
         kv_block = pid % num_kv_blocks
         kv_head_index = pid // num_kv_blocks

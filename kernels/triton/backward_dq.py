@@ -18,7 +18,8 @@ def backward_dq_kernel(
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
-    num_heads, gqa_group_size, q_len, kv_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
+    batch_size, num_heads, gqa_group_size, q_len, kv_len,
+    softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
     MERGED: tl.constexpr, KV_HEADS_FIRST: tl.constexpr, ROUND_BITS: tl.constexpr,
@@ -32,13 +33,19 @@ def backward_dq_kernel(
     TMA as in attention_forward_kernel.
     """
     PRECISE: tl.constexpr = grad_q.dtype.element_ty == tl.float32
+    # Inductor hands numbers over in float64, or as constants.
+    softmax_scale = tl.full((), softmax_scale, tl.float32)
+    if HAS_SOFT_CAP:
+        logits_soft_cap = tl.full((), logits_soft_cap, tl.float32)
+    if HAS_DROPOUT:
+        dropout_p = tl.full((), dropout_p, tl.float32)
     EMPTY_HAS_DS: tl.constexpr = (EMPTY_ROWS == EMPTY_NAN_ADDED) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
     num_row_blocks = tl.cdiv(q_len, BLOCK_M)
     pid = tl.program_id(0)
     num_kv_heads = num_heads // gqa_group_size
     if KV_HEADS_FIRST:
-        kv_index = pid % (tl.num_programs(0) // num_row_blocks // gqa_group_size)
-        tile = pid // (tl.num_programs(0) // num_row_blocks // gqa_group_size)
+        kv_index = pid % (batch_size * num_kv_heads)
+        tile = pid // (batch_size * num_kv_heads)
     else:
         kv_index = pid // (gqa_group_size * num_row_blocks)
         tile = pid % (gqa_group_size * num_row_blocks)

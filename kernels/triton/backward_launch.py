@@ -137,6 +137,7 @@ def backward_launches(
     tma = bool(tuning.config and tuning.tma) or (
         tuning.config is None
         and tuning.tma is not False
+        and not tuning.plain
         and batch * num_heads * q_len * kv_len >= MIN_TMA_SCORES
         and aligned(q, k, v, grad_out)
         and all(takes_tma(layout(tensor), itemsize) for tensor in (q, k, v, grad_out))
@@ -153,7 +154,7 @@ def backward_launches(
         config = faster or tuning.config or configs.select(arch, direction, head_block, itemsize)
         found = {
             **arguments, **extra, "q_rest": None, "k_rest": None, "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n, "TMA": bool(faster), "MERGED": config.merged,
+            "BLOCK_N": config.block_n, "TMA": bool(faster), "MERGED": config.merged, "batch_size": batch,
             "KV_HEADS_FIRST": configs.kv_heads_first(arch), "ROUND_BITS": configs.rounds_bits(arch),
         }  # fmt: skip
         if faster:

@@ -45,7 +45,7 @@ def attention_forward_kernel(
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
-    num_heads, gqa_group_size, q_len, kv_len, num_splits,
+    batch_size, num_heads, gqa_group_size, q_len, kv_len, num_splits,
     softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
@@ -65,6 +65,12 @@ def attention_forward_kernel(
     differ from q and k in the width of their block only. Without TMA they are not used.
     """
     PRECISE: tl.constexpr = out.dtype.element_ty == tl.float32
+    # Inductor hands numbers over in float64, or as constants.
+    softmax_scale = tl.full((), softmax_scale, tl.float32)
+    if HAS_SOFT_CAP:
+        logits_soft_cap = tl.full((), logits_soft_cap, tl.float32)
+    if HAS_DROPOUT:
+        dropout_p = tl.full((), dropout_p, tl.float32)
     rows_len = q_len * PACK
     num_row_blocks = tl.cdiv(rows_len, BLOCK_M)
     pid = tl.program_id(0)
@@ -76,8 +82,8 @@ def attention_forward_kernel(
     tiles_of_group = gqa_group_size // PACK
     num_kv_heads = num_heads // gqa_group_size
     if KV_HEADS_FIRST:
-        kv_index = pid % (tl.num_programs(0) // num_splits // num_row_blocks // tiles_of_group)
-        tile = pid // (tl.num_programs(0) // num_splits // num_row_blocks // tiles_of_group)
+        kv_index = pid % (batch_size * num_kv_heads)
+        tile = pid // (batch_size * num_kv_heads)
     else:
         kv_index = pid // (tiles_of_group * num_row_blocks)
         tile = pid % (tiles_of_group * num_row_blocks)
