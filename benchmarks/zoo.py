@@ -7,15 +7,23 @@
 watching it run, and compares what the package and Inductor's matcher make of it. Finished cases in FILE, one JSON
 object a line, are skipped, so an interrupted run goes on where it was. `table` merges the files into
 results/zoo.jsonl, which is kept, and writes docs/coverage.md from it.
+
+Packages other than transformers are optional. They must not change the torch that is there:
+
+    pip install --no-deps --target DIR timm torchvision diffusers x-transformers einops einx loguru frozendict \\
+        torch-einops-utils vit-pytorch pillow
+    PYTHONPATH=DIR python benchmarks/zoo.py run --source vision --results FILE
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -42,7 +50,7 @@ def main() -> None:
     run.add_argument("--lowering", default="eager", choices=("eager", "aot_eager", "inductor"))
     run.add_argument("--only", nargs="*", default=[], help="patterns of names")
     run.add_argument("--again", action="store_true", help="also what FILE has")
-    run.add_argument("--timeout", type=float, default=120.0, help="seconds per model")
+    run.add_argument("--timeout", type=int, default=60, help="seconds of processor time per model")
     table = commands.add_parser("table")
     table.add_argument("--results", type=Path, nargs="+", default=[KEPT])
     options = parser.parse_args()
@@ -54,16 +62,19 @@ def main() -> None:
 
 def write_table(paths: list[Path]) -> None:
     """Merge the files into the kept one and write the page."""
-    import torch
-    import transformers
+    from importlib.metadata import PackageNotFoundError, version
+
     from zoo_lib.judge import FACTOR
     from zoo_lib.rows import newest
     from zoo_lib.table import page
 
     rows = newest([row for path in paths for row in read(path)])
     KEPT.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["name"])))
-    versions = f"PyTorch {torch.__version__}, transformers {transformers.__version__}."
-    PAGE.write_text(page(rows, FACTOR, versions))
+    versions = []
+    for package in ("torch", "transformers", "timm", "diffusers", "x-transformers", "vit-pytorch"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{package} {version(package)}")
+    PAGE.write_text(page(rows, FACTOR, ", ".join(versions)))
 
 
 def run_all(options: argparse.Namespace) -> None:
@@ -125,13 +136,14 @@ def one(source: Any, name: str, setting: dict[str, Any], with_peer: bool) -> dic
     return {"status": "run", **about, **judge(case, with_peer=with_peer, lowering=setting["lowering"])}
 
 
-def in_child(function: Any, timeout: float) -> dict[str, Any]:
-    """The function's result, computed in a forked process that is ended after `timeout` seconds."""
+def in_child(function: Any, timeout: int) -> dict[str, Any]:
+    """The function's result, computed in a forked process that may use `timeout` seconds of the processor."""
     read, write = os.pipe()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
         os.close(read)
+        resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout))
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 1)
         os.dup2(devnull, 2)
@@ -144,14 +156,14 @@ def in_child(function: Any, timeout: float) -> dict[str, Any]:
         os._exit(0)
     os.close(write)
     signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-    signal.setitimer(signal.ITIMER_REAL, timeout)
+    signal.setitimer(signal.ITIMER_REAL, 20 * timeout)  # for one that waits; other work on the machine must not count
     with os.fdopen(read) as pipe:
         text = pipe.read()
     _, status = os.waitpid(child, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
     if text:
         return json.loads(text)
-    return {"status": "timeout" if status == signal.SIGKILL else "died", "error": f"wait status {status}"}
+    return {"status": "timeout" if status in (signal.SIGKILL, signal.SIGXCPU) else "died", "error": f"signal {status}"}
 
 
 def in_words(result: dict[str, Any]) -> str:

@@ -240,7 +240,8 @@ def _environment_lines(report: Report) -> Iterator[str]:
         yield f"target {env.get('arch') or 'no GPU'}{origin}; {versions}; aiter {env.get('aiter')}"
         if env.get("variables"):
             yield "variables " + ", ".join(f"{name}={value}" for name, value in env["variables"].items())
-    set_options = {name: value for name, value in report.options.items() if value not in (None, False)}
+    defaults = dataclasses.asdict(Options())
+    set_options = {name: value for name, value in report.options.items() if value != defaults.get(name)}
     if set_options:
         yield "options " + ", ".join(f"{name}={value!r}" for name, value in set_options.items())
 

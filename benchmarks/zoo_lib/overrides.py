@@ -6,22 +6,33 @@ from typing import Any
 
 _DISENTANGLED = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
 
+
+def _sections(*sizes: int) -> dict[str, Any]:
+    """Multimodal rotary sections, in the model itself or in its text part."""
+    return {"rope_parameters.mrope_section": list(sizes), "text_config.rope_parameters.mrope_section": list(sizes)}
+
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     "deberta": {**_DISENTANGLED, "max_relative_positions": 8},
     "deberta-v2": {**_DISENTANGLED, "position_buckets": 4, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
+    "glm4v": _sections(4, 2, 2),
+    "glm4v_text": _sections(4, 2, 2),
+    "glm46v": _sections(4, 2, 2),
+    "glm4v_moe": _sections(2, 1, 1),
+    "glm4v_moe_text": _sections(2, 1, 1),
     "mamba2": {"num_heads": 8},
     "esm": {"vocab_size": 99, "pad_token_id": 0, "mask_token_id": 32},
     "glm5_next_text": {"num_key_value_heads": 4},
     "esmc": {"num_key_value_heads": 4, "vocab_size": 99},
-    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
-    "donut-swin": {"image_size": 64, "window_size": 4},
-    "swin": {"image_size": 64, "window_size": 4},
-    "swinv2": {"image_size": 64, "window_size": 4},
-    "maskformer-swin": {"image_size": 64, "window_size": 4},
+    "donut-swin": {"image_size": 128, "window_size": 4},
+    "swin": {"image_size": 128, "window_size": 4},
+    "swinv2": {"image_size": 128, "window_size": 4},
+    "maskformer-swin": {"image_size": 128, "window_size": 4},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "emu3_text_model": {"pad_token_id": 0},
-    "bros": {},
+    "xmod": {"default_language": "en_XX"},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
     "wav2vec2-bert": {"feature_projection_input_dim": 16},
     "autoformer": {"prediction_length": 4, "context_length": 8},
@@ -30,7 +41,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xlnet": {"d_head": 16, "n_head": 4, "d_model": 64},
     "reformer": {"axial_pos_shape": [4, 4], "axial_pos_embds_dim": [32, 32]},
     "blt": {"encoder_hash_byte_group_vocab": 500},
-    "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1},
+    "funnel": {"block_sizes": [1, 1], "block_repeats": [1, 1], "num_decoder_layers": 1},
     "zamba": {"num_hidden_layers": 2, "layer_types": ["mamba", "hybrid"], "layers_block_type": ["mamba", "hybrid"]},
     "gpt_neo": {
         "num_layers": 2,
@@ -40,7 +51,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "ministral": {"head_dim": 16},
-    "nemotron": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2, "num_attention_heads": 4, "hidden_size": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},

@@ -10,7 +10,7 @@ def randomize(model: torch.nn.Module) -> None:
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or parameter.numel() == 0:
                 continue
             if parameter.ndim >= 2:
                 parameter.normal_(0, (1.0 / max(parameter[0].numel(), 1)) ** 0.5)

@@ -73,16 +73,10 @@ def tiny(config_class: type, overrides: dict[str, Any]) -> Any:
         *path, last = name.split(".")
         place = values
         for part in path:
-            place = place.setdefault(part, {})
-        if value is DROP:
-            place.pop(last, None)
-        else:
+            place = place.get(part) if isinstance(place, dict) else None
+        if isinstance(place, dict):
             place[last] = value
     return config_class.from_dict(values)
-
-
-DROP = object()
-"""As the value of an override: leave the field out, so that the class computes it."""
 
 
 class _Tokens:

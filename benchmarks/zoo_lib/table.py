@@ -20,16 +20,21 @@ products of activations whose weights then meet a matrix product over the axis o
 `F.scaled_dot_product_attention`. The same model then goes through our stages, and through Inductor's joint-graph
 passes, whose matcher is the peer. Neither generates code here: what is compared is the program that they make.
 
-*Right* means that no result and no gradient is further from float64 than {factor:g} times what eager is, or one
-rounding.
-*Inductor* counts sites of softmax that its matcher makes SDPA, on the cases that were run with it.
+
+*Right* means that no result and no gradient is further from float64 than {factor:g} times what eager is, or what one
+more rounding of the result or of the parameters would make.
+*Inductor* counts sites of softmax that its matcher makes SDPA, on the cases that were run with it (forward only).
+
+Attention whose query or key is a parameter is replaced too, but is not in these counts.
+
+Made with {versions}.
 """
 
 
 def page(rows: list[Row], factor: float, versions: str) -> str:
     """The whole page."""
     rows = newest(rows)
-    parts = [HEADER.format(factor=factor), versions, "", *_summary(rows), *_reasons(rows), *_problems(rows)]
+    parts = [HEADER.format(factor=factor, versions=versions), *_summary(rows), *_reasons(rows), *_problems(rows)]
     return "\n".join([*parts, *_models(rows), *_not_built(rows)]) + "\n"
 
 

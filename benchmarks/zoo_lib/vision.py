@@ -11,6 +11,16 @@ from .judge import Case
 from .randomize import randomize
 
 MODELS = Path(__file__).with_name("timm_models.txt").read_text().split()
+_STAGES = (1, 1, 1, 1)
+_SMALLER: list[dict[str, Any]] = [
+    {"img_size": 64, "depth": 1},
+    {"img_size": 64, "depths": _STAGES},
+    {"img_size": 64},
+    {"depths": _STAGES},
+    {"layers": _STAGES},
+    {"depth": 1},
+    {},
+]
 
 
 def names() -> list[str]:
@@ -28,19 +38,31 @@ def case(name: str, attention: str, padded: bool, gradients: bool) -> tuple[Case
 
     timm.layers.set_fused_attn(attention == "sdpa")
     errors = []
-    small: dict[str, Any]
-    for small in ({"img_size": 64, "depth": 2}, {"img_size": 64}, {"depth": 2}, {}):
+    for small in _SMALLER:
         try:
             torch.manual_seed(0)
             model = timm.create_model(name.removeprefix("timm/"), num_classes=10, **small).eval()
             randomize(model)
-            size = small.get("img_size") or model.default_cfg["input_size"][-1]
-            torch.manual_seed(1)
-            arguments = {"x": torch.randn(2, 3, size, size)}
-            with torch.no_grad():
-                model(**arguments)
+            arguments = _image(model, small)
         except Exception as error:
             errors.append(f"{type(error).__name__}: {str(error)[:100]}")
             continue
         return Case(model, arguments, gradients), {"class": type(model).__name__, "settings": str(small)}
     raise RuntimeError("; ".join(errors))
+
+
+def _image(model: torch.nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+    """The smallest image that the model takes."""
+    sizes = [settings.get("img_size", 64), 128, model.default_cfg["input_size"][-1]]
+    for size in sizes:
+        torch.manual_seed(1)
+        arguments = {"x": torch.randn(2, 3, size, size)}
+        try:
+            with torch.no_grad():
+                model(**arguments)
+        except Exception:
+            if size == sizes[-1]:
+                raise
+        else:
+            break
+    return arguments

@@ -2,7 +2,7 @@
 
 Every tensor that a run makes is marked with what it stems from:
 
-    score    a product of two activations, and what is computed from it element by element
+    score    a product of two activations, and what is computed from it element by element or by mixing heads
     weights  a softmax over scores, and what is computed from it element by element or by views
 
 A site is a softmax over scores whose weights are then a factor of a matrix product that sums over the axis of the
@@ -24,8 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "addmv", "matmul", "linear"}
-_CUTS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "convolution", "embedding", "_softmax"}
-_VIEWS = {"slice", "select", "split", "split_with_sizes", "unbind", "chunk", "narrow", "cat", "index", "index_select"}
+_CUTS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "embedding", "_softmax"}
+_VIEWS = {
+    *("slice", "select", "split", "split_with_sizes", "unbind", "chunk", "narrow", "cat", "index", "index_select"),
+    *("constant_pad_nd", "as_strided", "gather", "slice_scatter", "select_scatter", "repeat", "unfold"),
+}
+_MOST_HEADS = 32
+"""A matrix of parameters that is no larger mixes heads; a larger one mixes channels."""
 _FUSED_SDPA = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable"}
 
 
@@ -42,6 +47,7 @@ class SiteWatch(TorchDispatchMode):
         self.sdpa: Counter[str] = Counter()
         self._softmaxes: list[dict] = []
         self._inside_sdpa = False
+        self._written: dict[int, torch.UntypedStorage] = {}  # storages into which scores were copied, kept alive
         for parameter in model.parameters():
             parameter._zoo_is_parameter = True  # type: ignore[attr-defined]
 
@@ -79,10 +85,14 @@ class SiteWatch(TorchDispatchMode):
             for site in getattr(weights, "_zoo_weights", ()):
                 if not site["is_site"] and site["scored"]:
                     site["is_site"] = _sums_to_one(weights, axis)
-        is_linear = any(getattr(t, "_zoo_is_parameter", False) for t in (left, right))
+        parameters = [t for t in (left, right) if getattr(t, "_zoo_is_parameter", False)]
+        is_linear = bool(parameters)
+        mixes_heads = is_linear and all(size <= _MOST_HEADS for size in parameters[0].shape)
+        of_weights = any(site["scored"] for t in (left, right) for site in getattr(t, "_zoo_weights", ()))
+        of_scores = any(map(self._is_score, (left, right)))
         weights_of = [site for t in (left, right) for site in getattr(t, "_zoo_weights", ()) if not site["is_site"]]
-        output._zoo_weights = tuple(weights_of) if is_linear else ()  # type: ignore[attr-defined]  # heads mixed
-        output._zoo_score = not is_linear  # type: ignore[attr-defined]
+        output._zoo_weights = tuple(weights_of) if mixes_heads else ()  # type: ignore[attr-defined]  # heads mixed
+        output._zoo_score = of_scores and mixes_heads if is_linear else not of_weights  # type: ignore[attr-defined]
 
     def _softmax(self, scores: Tensor, weights: Tensor, dim: int | None) -> None:
         is_scored = getattr(scores, "_zoo_score", False) and (
@@ -92,6 +102,9 @@ class SiteWatch(TorchDispatchMode):
         self._softmaxes.append(found)
         weights._zoo_weights = (found,)  # type: ignore[attr-defined]
         weights._zoo_score = False  # type: ignore[attr-defined]
+
+    def _is_score(self, tensor: Tensor) -> bool:
+        return getattr(tensor, "_zoo_score", False) or tensor.untyped_storage().data_ptr() in self._written
 
     def _is_exp_over_sum(self, inputs: list[Tensor]) -> bool:
         if len(inputs) != 2:
@@ -103,6 +116,9 @@ class SiteWatch(TorchDispatchMode):
         if name in _CUTS:
             return
         sources = inputs[1:] if name == "copy" else inputs
+        if name == "copy" and self._is_score(sources[0]):
+            storage = inputs[0].untyped_storage()
+            self._written[storage.data_ptr()] = storage
         for output in outputs:
             if not isinstance(output, Tensor):
                 continue
@@ -117,9 +133,20 @@ class SiteWatch(TorchDispatchMode):
             sites = tuple(site for t in kept for site in getattr(t, "_zoo_weights", ()))
             output._zoo_weights = sites  # type: ignore[attr-defined]
             output._zoo_score = any(  # type: ignore[attr-defined]
-                getattr(t, "_zoo_score", False) for t in sources if output.numel() >= t.numel() or name in _VIEWS
+                self._is_score(t) for t in sources if output.numel() >= t.numel() or name in _VIEWS
             )
-            if name in ("t", "transpose", "view", "expand", "_to_copy", "permute", "unsqueeze", "detach", "alias"):
+            if name in (
+                "t",
+                "transpose",
+                "view",
+                "expand",
+                "_to_copy",
+                "permute",
+                "unsqueeze",
+                "detach",
+                "alias",
+                "slice",
+            ):
                 output._zoo_is_parameter = getattr(inputs[0], "_zoo_is_parameter", False)  # type: ignore[attr-defined]
 
     @contextmanager

@@ -142,6 +142,12 @@ def backward_rows_kernel(
     for all others 0. Only with a bias can scores be that large and still be meant.
     """
     PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
+    # Inductor hands numbers over in float64, or as constants.
+    softmax_scale = tl.full((), softmax_scale, tl.float32)
+    if HAS_SOFT_CAP:
+        logits_soft_cap = tl.full((), logits_soft_cap, tl.float32)
+    if HAS_DROPOUT:
+        dropout_p = tl.full((), dropout_p, tl.float32)
     num_row_blocks = tl.cdiv(q_len, BLOCK_M)
     pid = tl.program_id(0)
     row_block = pid % num_row_blocks

@@ -37,6 +37,12 @@ def backward_bias_kernel(
     REDUCE_M, REDUCE_N: the bias has size 1 there. repeat_batch, repeat_heads: B or H where it has size 1, else 1.
     """
     PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
+    # Inductor hands numbers over in float64, or as constants.
+    softmax_scale = tl.full((), softmax_scale, tl.float32)
+    if HAS_SOFT_CAP:
+        logits_soft_cap = tl.full((), logits_soft_cap, tl.float32)
+    if HAS_DROPOUT:
+        dropout_p = tl.full((), dropout_p, tl.float32)
     EMPTY_HAS_DS: tl.constexpr = (EMPTY_ROWS == EMPTY_NAN_ADDED) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
     num_row_blocks = tl.cdiv(q_len, BLOCK_M)
     num_kv_blocks = tl.cdiv(kv_len, BLOCK_N)

@@ -62,6 +62,12 @@ def backward_dkdv_kernel(
 ):  # fmt: skip
     """Write `grad_k` `(B, K, N, D)` (WANT_DK) and `grad_v` `(B, K, N, E)` (WANT_DV). Phases and TMA as in dq."""
     PRECISE: tl.constexpr = grad_k.dtype.element_ty == tl.float32
+    # Inductor hands numbers over in float64, or as constants.
+    softmax_scale = tl.full((), softmax_scale, tl.float32)
+    if HAS_SOFT_CAP:
+        logits_soft_cap = tl.full((), logits_soft_cap, tl.float32)
+    if HAS_DROPOUT:
+        dropout_p = tl.full((), dropout_p, tl.float32)
     ROW_LIMITS: tl.constexpr = HAS_START or HAS_END
     EMPTY_MATTERS: tl.constexpr = EMPTY_ROWS != EMPTY_ZERO
     EMPTY_HAS_DS: tl.constexpr = (EMPTY_ROWS == EMPTY_NAN_ADDED) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)

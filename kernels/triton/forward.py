@@ -65,6 +65,12 @@ def attention_forward_kernel(
     differ from q and k in the width of their block only. Without TMA they are not used.
     """
     PRECISE: tl.constexpr = out.dtype.element_ty == tl.float32
+    # Inductor hands numbers over in float64, or as constants.
+    softmax_scale = tl.full((), softmax_scale, tl.float32)
+    if HAS_SOFT_CAP:
+        logits_soft_cap = tl.full((), logits_soft_cap, tl.float32)
+    if HAS_DROPOUT:
+        dropout_p = tl.full((), dropout_p, tl.float32)
     rows_len = q_len * PACK
     num_row_blocks = tl.cdiv(rows_len, BLOCK_M)
     pid = tl.program_id(0)

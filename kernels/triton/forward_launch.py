@@ -15,6 +15,7 @@ from .forward import attention_forward_kernel
 from .launch import (
     EMPTY_ROWS,
     MIN_TMA_SCORES,
+    PACK_ROWS,
     Launch,
     Tuning,
     aligned,
@@ -27,8 +28,6 @@ from .launch import (
     takes_tma,
 )
 
-PACK_ROWS = 64
-"""Up to this many (query, head of a group) rows, a group's query heads share one tile."""
 MAX_DECODE_M = 32
 """Tallest packed tile. Not 64, which on Hopper would take the warp-group matrix instructions for a few rows; see also
 configs.smallest_head_block."""
@@ -108,7 +107,7 @@ def forward_launches(
          layout(kv_end), layout(q_ids), layout(kv_ids)),
         (softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p),
         out.stride(), arch, num_units, q.element_size(), dot_precision(q.dtype, arch), sinks is not None, empty_rows,
-        aligned(q, k, v), tuning,
+        not (tuning and tuning.plain) and aligned(q, k, v), tuning,
     )  # fmt: skip
     tensors = {
         "q": q, "k": k, "v": v, "q_rest": None, "k_rest": None, "out": out, "lse": lse, "partial": None,

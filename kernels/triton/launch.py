@@ -50,6 +50,8 @@ class Tuning:
         tma: With `config`: whether the kernels read through tensor descriptors (Hopper only). False also keeps the
             tables' configurations from doing so.
         separate: With `config`: one launch for dk and one for dv.
+        plain: Neither tensor descriptors nor programmatic dependent launch, which only Triton's own launcher knows;
+            the tensors need not have data.
     """
 
     config: configs.KernelConfig | None = None
@@ -58,6 +60,7 @@ class Tuning:
     arch: str | None = None
     tma: bool | None = None
     separate: bool = False
+    plain: bool = False
 
 
 @functools.cache
@@ -87,6 +90,9 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
 MIN_TMA_SCORES = 2**20
 """Below this many scores (B * H * M * N) a call is short, and making descriptors on the host would cost more than it
 saves on the device."""
+
+PACK_ROWS = 64
+"""Up to this many (query, head of a group) rows, a group's query heads share one tile."""
 
 
 def takes_tma(where: Layout, itemsize: int) -> bool:

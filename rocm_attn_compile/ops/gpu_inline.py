@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 TRACED_MODULES = {"TRITON_ATTN": "rocm_attn_compile.kernels.triton.traced"}
-"""Backend name -> module with `attention_forward` and `attention_backward`, which take the op's arguments by name,
-without `impl`, on traced tensors."""
+"""Backend name -> module with `takes`, `attention_forward` and `attention_backward`, which are given the op's arguments
+by name, without `impl`, with traced tensors."""
 
 
 def forward(name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
@@ -28,4 +28,5 @@ def _body(name: str, function: str, arguments: dict[str, Any]) -> Callable[[], A
     # float64 has no kernel: the op itself says so.
     if name not in TRACED_MODULES or arguments["q"].dtype == torch.float64:
         return None
-    return partial(getattr(importlib.import_module(TRACED_MODULES[name]), function), **arguments)
+    module = importlib.import_module(TRACED_MODULES[name])
+    return partial(getattr(module, function), **arguments) if module.takes(**arguments) else None

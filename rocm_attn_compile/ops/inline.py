@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from rocm_attn_compile import _torch_private
-from rocm_attn_compile.ops import cpu_inline
+from rocm_attn_compile.ops import cpu_inline, gpu_inline
 from rocm_attn_compile.ops.dispatch import DEFAULT, REFERENCE
 from rocm_attn_compile.ops.schemas import (
     EMPTY_ROWS,
@@ -60,5 +60,5 @@ def _register(op: Any, rules: dict[str, Rule]) -> None:
     _torch_private.register_trace_rule(LIBRARY, op, lambda args, kwargs: _body(rules, op, args, kwargs))
 
 
-_register(attention, {"cpu": cpu_inline.forward})
-_register(attention_backward, {"cpu": cpu_inline.backward})
+_register(attention, {"cpu": cpu_inline.forward, "cuda": gpu_inline.forward})
+_register(attention_backward, {"cpu": cpu_inline.backward, "cuda": gpu_inline.backward})

@@ -40,7 +40,7 @@ class MaskStep:
 
 @dataclass(eq=False)
 class Logits:
-    """The composed form. `scale` is a number or SymFloat; `cap` None if there is none."""
+    """The composed form. `scale` is a number or SymFloat; `cap` None if there is none; `sinks_rescale` the output."""
 
     scale: Any = 1.0
     cap: Any = None
@@ -52,6 +52,7 @@ class Logits:
     is_shifted: bool = False
     row_shifted: bool = False
     sinks: Operand | None = None
+    sinks_rescale: bool = False
     second_scale: Any = 1.0
 
 
@@ -63,7 +64,8 @@ def compose(proof: Proof, roles: Roles) -> Logits:
             raise Refusal("after_sinks", f"a {step.kind} follows the concatenation of the sinks")
         _FOLD[step.kind](logits, step, proof, roles)
     for step in proof.steps:
-        if step.kind == "sinks" and proof.cuts_sink != ("first" if step.invert else "last"):
+        column = None if step.factor is None else "first" if step.invert else "last"
+        if step.kind == "sinks" and proof.cuts_sink != column:
             raise Refusal("sink_axis", "the sink column is not cut off before the product with V")
     if proof.cuts_sink and logits.sinks is None:
         raise Refusal("weights_changed", "the attention weights are sliced along the keys")
@@ -194,9 +196,11 @@ def _sinks(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
         raise Refusal(
             "shift_before_sinks", "scores are shifted before the sinks join them, which changes the sinks' weight"
         )
-    if step.factor != len(proof.score_dims) - 1 or resolve(proof.score_dims[-1]) != resolve(proof.key):
-        raise Refusal("sink_axis", "the sinks are not the last column of the softmax axis")
+    last = len(proof.score_dims) - 1
+    if step.factor is not None and (step.factor != last or resolve(proof.score_dims[-1]) != resolve(proof.key)):
+        raise Refusal("sink_axis", "the sinks are not a column of the softmax axis, the last one of the scores")
     logits.sinks = _operand(proof, step)
+    logits.sinks_rescale = step.factor is None
 
 
 def _second(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:

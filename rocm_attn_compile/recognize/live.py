@@ -33,7 +33,9 @@ class LiveUsers:
         for node in self.holders(value):
             for use in node.users:
                 if use.op == "output":
-                    raise Refusal(code, f"{node.name} is returned by the graph")
+                    raise Refusal(
+                        code, f"{node.name} is returned by the graph, to the caller or to what follows a graph break"
+                    )
                 if use in self._blind or use not in self._order:
                     raise Refusal(code, f"{node.name} goes into {use.name}, which the analysis does not look into")
         return [user for user in dict.fromkeys(value.users) if not self.is_dead(user)]

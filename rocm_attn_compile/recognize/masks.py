@@ -122,17 +122,20 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool,
         notes.append(Reason("mask_kept_as_bias", "a row may keep no key, and finite masks would not make it uniform"))
         added, low = [], True
         found = _together(proof, logits, symbols, replaced, added, low)
+    is_filled = low and any(t.is_finite for t in replaced)
+    if is_filled and not (found is None and requires_grad):
+        return _filled_biases(proof, logits, symbols, replaced, requires_grad, notes)
     if found is None:
         raise Refusal("mixed_fills", "masks with different fills meet, and a row may keep no key")
-    if low and any(t.is_finite for t in replaced):
-        return _filled_biases(proof, logits, symbols, replaced, requires_grad, notes)
     closed, mode = found
-    if logits.sinks is not None and mode is not EmptyRows.IMPOSSIBLE:
-        mode = EmptyRows.ZERO  # the sink takes all the weight
+    mode = _with_sinks(logits, mode)
     mode = account_for_zeroed(proof, symbols, mode, closed, [*replaced, *added], requires_grad, low)
     dense = [MaskTerm(t.operand, t.keeps) for t in replaced if t.stays_dense]
     masks = {id(t.operand) for t in added}
     biases: list[Operand | MaskTerm] = [bias for bias in logits.biases if id(bias) not in masks]
+    if not low:
+        for bias in logits.biases:
+            bias.added_in = None  # nothing in it is as low as the lowest number
     return ProvedMasks(_spec(closed, bool(dense), mode), closed, symbols.context, dense, biases, notes)
 
 
@@ -178,7 +181,17 @@ def _filled_biases(
         biases.insert(step.biases_before, MaskTerm(term.operand, term.keeps, step.fill))
     evaluator = prover.make_evaluator(symbols.context)
     closed = prover.classify(evaluator, True, symbols.context)
-    return ProvedMasks(_spec(closed, False, EmptyRows.NAN_ADDED), closed, symbols.context, [], biases, notes)
+    mode = _with_sinks(logits, EmptyRows.NAN_ADDED)
+    return ProvedMasks(_spec(closed, False, mode), closed, symbols.context, [], biases, notes)
+
+
+def _with_sinks(logits: Logits, mode: EmptyRows) -> EmptyRows:
+    """What empty rows give where sinks take all the weight; raises Refusal where those only rescale NaN."""
+    if logits.sinks is None or mode is EmptyRows.IMPOSSIBLE:
+        return mode
+    if logits.sinks_rescale and mode in (EmptyRows.NAN, EmptyRows.NAN_ADDED):
+        raise Refusal("sinks_after_nan", "a row may keep no key, and its NaN is rescaled by the sinks, not replaced")
+    return EmptyRows.ZERO
 
 
 def _boolean(symbols: Symbols, step: MaskStep, notes: list[Reason]) -> Term:
@@ -193,9 +206,10 @@ def _boolean(symbols: Symbols, step: MaskStep, notes: list[Reason]) -> Term:
 
 def _additive(proof: Proof, symbols: Symbols, bias: Operand, notes: list[Reason]) -> Term | None:
     """A bias that is a mask as a whole, with a closed form; None if it is (also) something else."""
-    if bias.factor != 1 or bias.rounded_to is not None:
+    if bias.factor not in (1, -1) or bias.rounded_to is not None:
         return None
-    found = prover.prove_additive(bias.value, [symbols.of(dim) for dim in bias.dims], symbols.context)
+    index = [symbols.of(dim) for dim in bias.dims]
+    found = prover.prove_additive(bias.value, index, symbols.context, subtracted=bias.factor == -1)
     if isinstance(found, prover.OpaqueMask):
         notes.append(found.reason)
         return None

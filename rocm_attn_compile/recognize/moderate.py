@@ -13,13 +13,19 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..capture.trace import Value
+from .labels import number_of
 from .live import LiveUsers
 
 _LARGEST = 1e4
 """Numbers beyond it are taken for fills."""
 
-_UNBOUNDED = frozenset(["log", "log2", "log10", "log1p", "logit", "reciprocal", "tan", "rsqrt", "pow", "exp", "expm1"])
-"""Ops that may give a huge number for a moderate one; those of plain numbers are evaluated."""
+_BOUNDED = frozenset(["tanh", "sigmoid", "_softmax", "sin", "cos", "erf"])
+"""Ops whose result is small whatever they read."""
+
+_UNBOUNDED = frozenset(
+    ["log", "log2", "log10", "log1p", "logit", "xlogy", "reciprocal", "tan", "rsqrt", "exp", "exp2", "expm1", "atanh"]
+)
+"""Ops that may give a huge number for a moderate one: the log of a mask is -inf where it drops."""
 
 
 def is_moderate(value: Value, live: LiveUsers) -> bool:
@@ -36,6 +42,8 @@ def _is_moderate(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
 
 
 def _judge(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
+    if value.name in _BOUNDED and not isinstance(value.op, str):
+        return True
     if value.op == "input":
         return any(_is_learned(node.meta.get("example_value")) for node in live.holders(value))
     if value.op == "constant":
@@ -48,11 +56,12 @@ def _judge(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Value)]
     if not all(_is_small(leaf) for leaf in leaves if isinstance(leaf, float)):
         return False
-    reads_floats = any(t.dtype.is_floating_point for t in tensors)
-    if value.name in _UNBOUNDED and reads_floats and not _is_free_of_inputs(value):
+    if value.name in _UNBOUNDED:
         return False
-    if value.name == "div" and len(tensors) > 1 and not _is_free_of_inputs(value):
-        return False
+    if value.name == "div":
+        return number_of(value.args[1]) not in (None, 0) and _is_moderate(value.args[0], live, known)
+    if value.name == "pow":  # ALiBi's slopes are powers of a number
+        return number_of(value.args[0]) not in (None, 0) and _is_free_of_inputs(value)
     return all(_is_moderate(t, live, known) for t in tensors)
 
 
@@ -65,7 +74,7 @@ def _is_learned(example: object) -> bool:
 
 
 def _is_free_of_inputs(value: Value) -> bool:
-    """True if the value is computed from numbers and sizes alone (ALiBi's slopes are powers of two)."""
+    """True if the value is computed from numbers and sizes alone."""
     todo, seen = [value], set()
     while todo:
         value = todo.pop()

@@ -22,7 +22,8 @@ class Step:
 
     kind: "cast", "scale" (number), "tensor_scale" (Value; `invert` divides), "tanh", "bias" (Value, `factor`),
     "mask" (Value, `keeps` polarity, number fill), "shift" (number), "row_shift", "second" (ScorePath),
-    "sinks" (Value; `factor` is the axis along which it is one column, the first one if `invert`, else the last).
+    "sinks" (Value; `factor` is the axis along which it is one column, the first one if `invert`, else the last; None
+    if it rescales the output instead: see `rescale`).
     """
 
     kind: str

@@ -25,6 +25,7 @@ from .axes import Dim, atoms_of, broadcast, resolve
 from .labels import Labels, is_cast, is_view, label_contraction, operands_of, product_under_sum
 from .live import LiveUsers
 from .proof import Factor, Proof
+from .rescale import Rescale, find_rescale, label_rescale
 from .scores import ScorePath, ScoreWalk, Step
 from .weights import WeightsPath, follow_weights
 
@@ -33,7 +34,8 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
     """Label the attention around `anchor`; raises Refusal naming the axis or op that stopped the proof."""
     path = walk.walk(anchor.scores)
     weights = follow_weights(anchor, live)
-    _check_scores_stay_inside(path, anchor, weights, live)
+    rescale = find_rescale(anchor, path, weights, live)
+    _check_scores_stay_inside(path, anchor, weights, rescale, live)
     labels = Labels()
     left, right = (Factor(value, Labels()) for value in operands_of(path.contraction))
     depth = label_contraction(labels, path.contraction, left.labels, right.labels)
@@ -54,19 +56,22 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
             f"the softmax runs over dimension {anchor.dim} of the scores {list(anchor.scores.shape)}, "
             f"but the product with V sums over another axis (sizes {_sizes(key)} and {_sizes(contracted)})",
         )
+    if rescale is not None:
+        label_rescale(labels, rescale, anchor)
     q, k = _query_and_key(left, right, key)
     second = []
     for other, factors, other_depth in seconds:
         q2, k2 = _query_and_key(*factors, key)
         second.append((q2, k2, _direct_factor(other), other_depth))
     values = [path.contraction, *path.values, *anchor.internals, *weights.values, weights.contraction]
+    values += rescale.values if rescale is not None else []
     for other, _, _ in seconds:
         values += [other.contraction, *other.values]
     products = (product_under_sum(path.contraction), product_under_sum(weights.contraction))
     values += [product for product in products if product is not None]
     return Proof(
         anchor=anchor.weights,
-        output=weights.contraction,
+        output=weights.contraction if rescale is None else rescale.output,
         labels=labels,
         q=q,
         k=k,
@@ -78,7 +83,7 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
             a for a in atoms_of(labels.of(path.contraction)) if a not in set(atoms_of(k.labels.of(k.value)))
         ),
         second=second,
-        steps=path.steps,
+        steps=path.steps if rescale is None else [*path.steps, rescale.step],
         operand_labels=operand_labels,
         shifted=anchor.shifted,
         normalized=anchor.normalized,
@@ -198,8 +203,12 @@ _SHAPE_ONLY = frozenset(
 """Ops that read the shape of a tensor and nothing else, as a mask is made from scores."""
 
 
-def _check_scores_stay_inside(path: ScorePath, anchor: SoftmaxAnchor, weights: WeightsPath, live: LiveUsers) -> None:
+def _check_scores_stay_inside(
+    path: ScorePath, anchor: SoftmaxAnchor, weights: WeightsPath, rescale: Rescale | None, live: LiveUsers
+) -> None:
     inside = {v.id for v in (path.contraction, *path.values, *anchor.internals, anchor.weights)}
+    if rescale is not None:
+        inside.add(rescale.lse.id)
     for step in path.steps:
         if step.kind == "row_shift":
             inside |= _chain_ids(step.operand)
@@ -209,6 +218,7 @@ def _check_scores_stay_inside(path: ScorePath, anchor: SoftmaxAnchor, weights: W
         if outside:
             raise Refusal("scores_used_elsewhere", f"the scores are also read by {outside[0].name}")
     site = [path.contraction, *path.values, *weights.values, weights.contraction]
+    site += rescale.values if rescale is not None else []
     # What is subtracted from all scores of a row has no influence on the gradient, so it may be made under no_grad.
     site += [v for v in anchor.internals if v.name not in ("amax", "max", "detach", "alias", "unsqueeze")]
     for step in path.steps:

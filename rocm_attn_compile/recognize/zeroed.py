@@ -118,12 +118,12 @@ def _is_same(left: Any, right: Any) -> bool:
     if left is right:
         return True
     if isinstance(left, Value) and isinstance(right, Value):
-        number = number_of(left)
-        if number is not None and left.shape == right.shape == () and left.dtype == right.dtype:
-            return bool(number == number_of(right))
+        numbers = number_of(left), number_of(right)
+        if all(isinstance(n, (bool, int, float)) for n in numbers) and left.shape == right.shape == ():
+            return left.dtype == right.dtype and numbers[0] == numbers[1]
         if isinstance(left.op, str) or left.op is not right.op or left.output_index != right.output_index:
             return False
-        if torch.Tag.nondeterministic_seeded in left.op.tags:
+        if torch.Tag.nondeterministic_seeded in left.op.tags or "empty" in left.name:
             return False
         return _is_same(left.args, right.args) and _is_same(list(left.kwargs.items()), list(right.kwargs.items()))
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):

@@ -46,7 +46,13 @@ def verify(builder: GraphBuilder, region: Region, value: Value, result: fx.Node,
     Raises:
         Refusal: `verify_failed` with figures, or `verify_impossible`.
     """
-    with _torch_private.without_dispatch_modes(), torch.autocast(builder.device.type, enabled=False):
+    device = builder.device
+    devices = [device] if device.type != "cpu" else []
+    with (
+        _torch_private.without_dispatch_modes(),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
+    ):
         for index, name in enumerate(ROUNDS):
             try:
                 checked = list(_run(builder, region, value, result, _Leaves(region, inputs, index)))

@@ -177,6 +177,7 @@ def apply_mask(p: Program, s: Tensor, keep: Tensor) -> Tensor:
     b = p.name("bias")
     p.do(f"{b} = {bias}")
     if p.chance(0.1):
+        p.change("scores written in place")
         p.do(f"{x} += {b}.to({x}.dtype)")
         return s
     return p.let(p.pick(f"{x} + {b}", f"{b} + {x}", f"{x} - (-{b})", f"torch.add({x}, {b})"), s.dims)

@@ -17,7 +17,7 @@ def draw_sizes(p: Program) -> None:
         size = p.pick(2, 3, 4)
         sizes = dict.fromkeys(letters, size)
     else:
-        sizes = {x: p.pick(1, 2, 3, 4, 6) for x in letters}
+        sizes = {x: p.pick(2, 2, 3, 4, 6) for x in letters}
         if kind == "ones":
             for x in p.shuffled(letters)[:4]:
                 sizes[x] = 1

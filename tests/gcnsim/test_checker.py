@@ -148,6 +148,11 @@ def test_argument_buffers_are_checked() -> None:
         "k", ARCH, arguments=[assembly.Argument(0, 8, "global_buffer"), assembly.Argument(8, 4, "by_value")]
     )
     assert gcnsim.pack_arguments(kernel, [("Q", 1), ("i", -1)]) == b"\1" + b"\0" * 7 + b"\xff" * 4
+    # What the runtime adds for kernels that ask for their grid (tl.num_programs, gridDim).
+    for offset, size, kind in ((16, 4, "hidden_block_count_x"), (20, 2, "hidden_group_size_y")):
+        kernel.arguments.append(assembly.Argument(offset, size, kind))
+    assert gcnsim.pack_arguments(kernel, [("Q", 1)], (7, 1, 1), (64, 3, 1))[12:] == b"\0\0\0\0\7\0\0\0\3\0"
+    del kernel.arguments[2:]
     with pytest.raises(ValueError, match="argument at 8 has 4 bytes"):
         gcnsim.pack_arguments(kernel, [("Q", 1), ("q", 1)])
     with pytest.raises(ValueError, match="takes 2 arguments, got 3"):

@@ -12,6 +12,7 @@ from recorder import Recorder
 from spellings import SPELLINGS, Spelling, inputs_of, results_of
 
 import rocm_attn_compile
+from rocm_attn_compile import _torch_private
 from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, to_float64
 
 pytestmark = pytest.mark.gpu
@@ -97,3 +98,22 @@ def test_training_step_of_a_padded_model():
         exact_model = to_float64(model).train()
         exact = gradients(exact_model, exact_model)
     assert_as_accurate_as_eager(actual, eager, exact, factor=FACTOR)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama_repeat_kv", "gpt_oss_sinks", "key_padding", "t5_relative_bias", "gemma2_soft_cap", "causal_masked_fill"],
+)
+def test_kernels_written_out_into_inductors_program(name: str, dtype: torch.dtype):
+    """Inductor launches our Triton kernels itself, forward and backward: the op is in no graph that it compiles."""
+    spelling = SPELLINGS[name]
+    with Float64Everywhere():
+        exact = results_of(spelling.function, inputs_of(spelling, torch.float64, dtype, True), True)
+    eager = results_of(spelling.function, inputs_of(spelling, dtype, dtype, True), True)
+    compiled = torch.compile(spelling.function, backend="rocm_attn", fullgraph=True)
+    inputs = inputs_of(spelling, dtype, dtype, True)
+    actual, codes = _torch_private.generated_code(lambda: results_of(compiled, inputs, True))
+    assert codes and not any("torch.ops.rocm_attn.attention" in code for code in codes)
+    assert any("attention_forward_kernel" in code for code in codes)
+    assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact), factor=FACTOR)

@@ -107,6 +107,15 @@ def test_a_learned_bias_beside_a_finite_fill_leaves_the_mask_in_closed_form():
     assert sites()[0].data["mask"]["band_upper"] == 0
 
 
+def test_the_log_of_a_mask_may_be_as_low_as_a_fill():
+    def function(q, k, v):
+        below = torch.ones(M, M).tril(-1).to(q.dtype)
+        return (q @ k.mT - (-below.log())).softmax(-1) @ v
+
+    check(function, square, calls=1)
+    assert sites()[0].data["mask"]["empty_rows"] == "nan_added"
+
+
 def test_sdpa_with_a_finite_float_mask_is_uniform_where_all_is_masked():
     """SDPA's rows are 0 only where the mask is -inf."""
 

@@ -61,6 +61,19 @@ def test_a_cache_that_is_written_and_dropout():
     assert recorder.calls == 1, rocm_attn_compile.reports()[-1]
 
 
+def test_the_users_random_numbers_are_not_touched():
+    def drop_randomly(q, k, v):
+        return (q @ k.mT * SCALE).masked_fill(torch.rand(M, M) < 0.3, -math.inf).softmax(-1) @ v
+
+    inputs = square()
+    recorder = Recorder(lowering="eager", verify=True)
+    torch.manual_seed(5)
+    got = torch.compile(drop_randomly, backend=recorder)(*inputs)
+    torch.manual_seed(5)
+    torch.testing.assert_close(got, drop_randomly(*inputs), equal_nan=True)
+    assert recorder.calls == 1, rocm_attn_compile.reports()[-1]
+
+
 def _without_masks(monkeypatch):
     monkeypatch.setattr(replace, "emit_masks", lambda builder, region: MaskArguments())
 

@@ -383,3 +383,46 @@ def weights_masked_before_sinks_are_cut_off(q, k, v, sinks):
     drop = torch.ones(M, M + 1, dtype=torch.bool).triu(1)
     s = torch.cat([sinks.reshape(1, -1, 1, 1).expand(B, -1, M, -1), q @ k.mT * SCALE], dim=-1)
     return s.softmax(-1).masked_fill(drop, 0.0)[..., 1:] @ v
+
+
+# --- the logsumexp of the scores ---
+
+
+def rescaled(q, k, v, rescale: Callable[[Tensor], Tensor]):
+    s = q @ k.mT * SCALE
+    return (s.softmax(-1) @ v) * rescale(s)
+
+
+@look_alike("scores_used_elsewhere", lambda: (*cube(), rand(S)))
+def rescaled_along_the_values(q, k, v, sinks):  # lse of query i scales channel i
+    return rescaled(q, k, v, lambda s: (s.logsumexp(-1) - sinks.view(1, -1, 1)).sigmoid().unsqueeze(-2))
+
+
+@look_alike("scores_used_elsewhere", lambda: (*cube(), rand(S)))
+def rescaled_by_sums_over_queries(q, k, v, sinks):
+    return rescaled(q, k, v, lambda s: (s.logsumexp(-2) - sinks.view(1, -1, 1)).sigmoid().unsqueeze(-1))
+
+
+@look_alike("sink_axis", lambda: (*cube(), rand(S)))
+def rescaled_by_sinks_per_query(q, k, v, sinks):
+    return rescaled(q, k, v, lambda s: (s.logsumexp(-1) - sinks.view(1, 1, -1)).sigmoid().unsqueeze(-1))
+
+
+@look_alike("scores_used_elsewhere", lambda: (*cube(), rand(S)))
+def rescaled_by_the_complement(q, k, v, sinks):
+    return rescaled(q, k, v, lambda s: (sinks.view(1, -1, 1) - s.logsumexp(-1)).sigmoid().unsqueeze(-1))
+
+
+@look_alike("scores_used_elsewhere", lambda: (*cube(), rand(S)))
+def rescaled_twice_by_the_logsumexp(q, k, v, sinks):
+    def factor(s):
+        lse = s.logsumexp(-1)
+        return ((lse - sinks.view(1, -1, 1)).sigmoid() * lse).unsqueeze(-1)
+
+    return rescaled(q, k, v, factor)
+
+
+@look_alike("sinks_after_nan", lambda: (*square(), rand(H), torch.rand(B, 1, 1, M) < 0.5))
+def nan_rows_rescaled_by_sinks(q, k, v, sinks, drop):
+    s = (q @ k.mT * SCALE).masked_fill(drop, -math.inf)
+    return (s.softmax(-1) @ v) * (s.logsumexp(-1) - sinks.view(1, -1, 1)).sigmoid().unsqueeze(-1)

@@ -672,6 +672,22 @@ def causal_multiplied_after(q, k, v):
 @spelling(lambda: (*square(), rand(H, M, M), torch.rand(B, M, M) < 0.8))
 def cpmant_masked_before_and_after(q, k, v, position_bias, mask):
     mask = mask | torch.eye(M, dtype=torch.bool)
-    s = q @ k.mT / math.sqrt(D) + position_bias
+    s = q @ k.mT / math.sqrt(D) + position_bias.tanh()  # bounded, as what a table of parameters gives
     s = torch.masked_fill(s, mask.view(B, 1, M, M) == torch.tensor(False), torch.finfo(s.dtype).min)
     return torch.masked_fill(s.softmax(-1), mask.view(B, 1, M, M) == torch.tensor(False), 0.0) @ v
+
+
+@spelling(lambda: (rand(M, B, H, D), rand(M, B, H, D), rand(M, B, H, D)))
+def xlnet_mask_subtracted(q, k, v):
+    drop = torch.triu(torch.ones(M, M, dtype=q.dtype), 1)[:, :, None, None]
+    s = torch.einsum("ibnd,jbnd->bnij", q, k) * SCALE - 1e30 * torch.einsum("ijbn->bnij", drop)
+    return torch.einsum("bnij,jbnd->ibnd", s.softmax(dim=3), v)
+
+
+@spelling(lambda: (*bhsd(H, K), rand(H)))
+def granite_sinks_rescale_the_output(q, k, v, sinks):
+    k, v = (t[:, :, None].expand(-1, -1, H // K, -1, -1).flatten(1, 2) for t in (k, v))
+    s = q @ k.mT * SCALE
+    factor = (torch.logsumexp(s, dim=-1) - sinks.view(1, -1, 1)).to(torch.float32).sigmoid()
+    p = F.softmax(s, dim=-1, dtype=torch.float32).to(q.dtype)
+    return ((p @ v) * factor.unsqueeze(-1).to(q.dtype)).transpose(1, 2).contiguous()

@@ -76,12 +76,13 @@ def run(
             memory.append(_extent(value, value.data_ptr() not in protected))
         else:
             values.append((_FORMATS[kind], value))
+    grid, block = (launch.grid, 1, 1), (compiled.metadata.num_warps * kernel.wave_size, 1, 1)
     report = run_kernel(
         kernel,
         program,
-        (launch.grid, 1, 1),
-        (compiled.metadata.num_warps * kernel.wave_size, 1, 1),
-        pack_arguments(kernel, values),
+        grid,
+        block,
+        pack_arguments(kernel, values, grid, block),
         memory,
         dynamic_lds=max(0, compiled.metadata.shared - kernel.directives.get("group_segment_fixed_size", 0)),
         **options,

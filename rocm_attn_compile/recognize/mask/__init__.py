@@ -82,8 +82,10 @@ def prove_zero_one(value: Value, index: Index, context: MaskContext) -> ClosedFo
     return _closed(evaluator, numbers.get(1, False), context)
 
 
-def prove_additive(value: Value, index: Index, context: MaskContext) -> AdditiveMask | OpaqueMask:
-    """The closed form of a float tensor of zeros and negative fills that is added to the scores.
+def prove_additive(
+    value: Value, index: Index, context: MaskContext, *, subtracted: bool = False
+) -> AdditiveMask | OpaqueMask:
+    """The closed form of a float tensor of zeros and negative fills that is added to the scores, or `subtracted`.
 
     Whether the fills are large enough to stand for a mask is the caller's question: see `is_hard` and `absorbs`.
     """
@@ -92,6 +94,8 @@ def prove_additive(value: Value, index: Index, context: MaskContext) -> Additive
         numbers = leaves_by_number(evaluator.values, evaluator.at(value, list(index)))
     except Opaque as why:
         return OpaqueMask(Reason("bias_not_mask", f"{value!r} is a bias: {why}"))
+    if subtracted:
+        numbers = {-number: where for number, where in numbers.items()}
     positive = [number for number in numbers if number > 0]
     if positive:
         return OpaqueMask(Reason("bias_not_mask", f"{value!r} is a bias: it adds {positive[0]} somewhere"))
