@@ -671,7 +671,7 @@ def causal_multiplied_after(q, k, v):
 
 @spelling(lambda: (*square(), rand(H, M, M), torch.rand(B, M, M) < 0.8))
 def cpmant_masked_before_and_after(q, k, v, position_bias, mask):
-    mask = mask | torch.eye(M, dtype=torch.bool)
+    mask = mask | torch.eye(M, dtype=torch.bool, device=mask.device)
     s = q @ k.mT / math.sqrt(D) + position_bias.tanh()  # bounded, as what a table of parameters gives
     s = torch.masked_fill(s, mask.view(B, 1, M, M) == torch.tensor(False), torch.finfo(s.dtype).min)
     return torch.masked_fill(s.softmax(-1), mask.view(B, 1, M, M) == torch.tensor(False), 0.0) @ v
