@@ -239,7 +239,8 @@ def register_trace_rule(library: Any, op: Any, find: Callable[[tuple, dict], Cal
     Args:
         library: The `torch.library.Library` that defined the op.
         op: The overload.
-        find: From the arguments of a call to what is traced instead, or to None, which records the call.
+        find: From the arguments of a call to what is traced instead, or to None, which records the call. What is traced
+            may return NotImplemented, with the same effect.
     """
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
@@ -249,10 +250,12 @@ def register_trace_rule(library: Any, op: Any, find: Callable[[tuple, dict], Cal
     def rule(mode: Any, _op: Any, types: Sequence[type], args: tuple, kwargs: dict | None) -> Any:
         # Any other subclass, such as DTensor, has to see the op itself.
         body = find(args, kwargs or {}) if all(kind in plain for kind in types) else None
-        if body is None:
-            return mode.__torch_dispatch__(op, types, args, kwargs)
-        with mode:
-            return body()
+        if body is not None:
+            with mode:
+                result = body()
+            if result is not NotImplemented:
+                return result
+        return mode.__torch_dispatch__(op, types, args, kwargs)
 
     library._register_torch_dispatch_rule(op._schema.name.partition("::")[2], FunctionalTensorMode, rule)
 
@@ -262,6 +265,21 @@ def is_traced(tensor: torch.Tensor) -> bool:
     from torch._subclasses.functional_tensor import FunctionalTensor
 
     return isinstance(tensor, FunctionalTensor)
+
+
+def triton_writes(kernel: Any, arguments: dict[str, Any]) -> set[str]:
+    """Names of the tensors that a call of a Triton kernel writes, as PyTorch finds out when it traces one.
+
+    Where it cannot find out, it logs why, takes all tensors for written, and may then compile a wrong program.
+    `kernel` is a `triton.jit` function or an autotuner; `arguments` are by name, without what the autotuner adds.
+    """
+    from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
+
+    with without_dispatch_modes():
+        tensors = {k: torch.empty(2, dtype=v.dtype) for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+        constants = {k: v for k, v in arguments.items() if k not in tensors}
+        places = kernel_side_table.add_kernel(kernel), kernel_side_table.add_constant_args(constants)
+        return set(get_mutated_tensors(*places, tensors, {}))
 
 
 def is_recomputed() -> bool:

@@ -575,3 +575,9 @@ def test_trace_rule_replaces_a_call_in_aotautograds_trace_and_nowhere_else():
             torch.testing.assert_close(compiled(x), x * 2)
         assert graphs[0]["aten.add"] == inlined and graphs[0]["rocm_attn_test_rule.double"] == 1 - inlined
         assert seen[-1] == (True, function is checkpointed)  # after a first pass that only looks for aliases
+
+
+def test_triton_writes_is_tested_with_our_kernels():
+    """See tests/kernels/test_traced.py; here only that a kernel PyTorch cannot read counts as writing all tensors."""
+    written = _torch_private.triton_writes(object(), {"x": torch.empty(2), "n": 3})
+    assert written == {"x"}

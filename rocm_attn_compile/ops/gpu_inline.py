@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from rocm_attn_compile import _torch_private
+
 TRACED_MODULES = {"TRITON_ATTN": "rocm_attn_compile.kernels.triton.traced"}
 """Backend name -> module with `takes`, `attention_forward` and `attention_backward`, which are given the op's arguments
-by name, without `impl`, with traced tensors."""
+by name, without `impl`, with traced tensors; the latter two after `_torch_private.triton_writes`."""
 
 
 def forward(name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
@@ -29,4 +31,6 @@ def _body(name: str, function: str, arguments: dict[str, Any]) -> Callable[[], A
     if name not in TRACED_MODULES or arguments["q"].dtype == torch.float64:
         return None
     module = importlib.import_module(TRACED_MODULES[name])
-    return partial(getattr(module, function), **arguments) if module.takes(**arguments) else None
+    if not module.takes(**arguments):
+        return None
+    return partial(getattr(module, function), _torch_private.triton_writes, **arguments)
