@@ -7,18 +7,26 @@ csrc/include/mha_fwd.h and csrc/cpp_itfs/mha_fwd.cu, commit e4048607.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import aiter_objects
 import gcnsim
 import pytest
 import torch
-from gcnsim.triton_launch import extent
 from torch import Tensor
+
+pytest.importorskip("triton")
+
+import aiter_objects
+import isa_baseline
+from gcnsim.triton_launch import extent
+
+from rocm_attn_compile.kernels.isa.metrics import metrics
 
 
 def sibling(name: str) -> Any:
@@ -110,6 +118,21 @@ def test_forward(arch: str, rounding: str, name: str) -> None:
     errors = oracle.compare(tensors, scalars, {"out": out, "lse": lse})
     bad = {key: f"{error:.2e} > {limit:.2e}" for key, (error, limit) in errors.items() if not error <= limit}
     assert not bad, f"{kernel.name} on {arch}, {name}: {bad}"
+
+
+@needs_aiter
+def test_stored_figures_are_those_of_the_checkout() -> None:
+    """What docs/amd.md says of the assembly kernels; another commit of AITER than the stored one may differ."""
+    root = aiter_objects.checkout()
+    assert root is not None
+    stored = {(row["arch"], row["kernel"]): row for row in json.loads(isa_baseline.AITER.read_text())["rows"]}
+    for arch, roundings in aiter_objects.ROUNDINGS.items():
+        for causal in (False, True):
+            for rounding in roundings:
+                kernel = aiter_objects.forward_kernel(root, arch, causal, rounding)
+                measured = metrics(kernel.loaded.kernel)
+                expected = isa_baseline.stored_metrics(stored[arch, kernel.name])
+                assert replace(measured, kernel=kernel.name) == expected
 
 
 def test_a_folder_that_is_not_a_checkout_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
