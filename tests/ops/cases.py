@@ -119,7 +119,7 @@ CASES: dict[str, Callable[[], Call]] = {
     "soft-cap-bias-sinks": lambda: make({"attn_bias": randn(1, 2, 1, 9), "sinks": randn(2)}, logits_soft_cap=2.0),
     "layout-bshd": lambda: make(layout=as_bshd, band_upper=0),
     "layout-packed": lambda: make(M=9, layout=packed, band_upper=0),
-    "layout-packed-sinks": lambda: make({"sinks": randn(2)}, M=9, layout=packed),
+    "layout-packed-sinks": lambda: make({"sinks": randn(6)}, H=6, K=6, M=9, layout=packed),
     "layout-k-transposed": lambda: make(layout=transposed_k),
     "layout-k-transposed-gqa": lambda: make(H=4, layout=transposed_k, band_upper=0),
     "layout-keys-shared": lambda: make(layout=keys_shared),
