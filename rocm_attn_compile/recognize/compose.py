@@ -18,6 +18,7 @@ from ..capture.trace import Value
 from ..reasons import Refusal
 from .axes import Atom, Dim, atoms_of, resolve, unify
 from .labels import source_of
+from .maximum import includes_own_row, maximum_chain
 from .numbers import narrows, rounded
 from .proof import Proof
 from .region import Operand, Roles
@@ -182,16 +183,14 @@ def _shift(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
 
 
 def _row_shift(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
-    value: Value = step.operand
-    dims = proof.labels.of(step.at)
-    offset = len(dims) - value.ndim
-    key = set(roles.key)
+    scores: Value = step.at.args[0]
+    dims, key = proof.labels.of(scores), set(roles.key)
     logits.row_shifted = True
     if logits.cap is None and any(later.kind == "tanh" for later in proof.steps):
         raise Refusal("bias_before_cap", "the scores are shifted inside the soft cap")
-    for i, size in enumerate(value.shape):
-        if size != 1 and key & set(resolve(dims[offset + i])):
-            raise Refusal("shift_axis", "what is subtracted from the scores varies along the softmax axis")
+    key_dims = {i for i, dim in enumerate(dims) if key & set(resolve(dim))}
+    if not includes_own_row(maximum_chain(step.operand, scores), scores, key_dims):
+        raise Refusal("shift_axis", "what is subtracted from the scores is not the maximum of the row, or of more")
 
 
 def _floor(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:

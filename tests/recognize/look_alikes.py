@@ -186,6 +186,20 @@ def maximum_of_another_row(q, k, v):
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
+@look_alike("shift_axis", cube)
+def maximum_of_a_column_subtracted_from_a_row(q, k, v):
+    # one number per row, but -inf, and the row NaN, where no query sees the key of that number
+    s = (q @ k.mT).masked_fill(torch.arange(S) < 2, -math.inf)
+    return (s - s.amax(2).unsqueeze(3)).softmax(-1) @ v
+
+
+@look_alike("shift_axis", cube)
+def maximum_of_the_same_rows_of_another_head(q, k, v):
+    # (batch, queries, 1) is aligned with (heads, queries, keys)
+    s = (q @ k.mT).masked_fill(torch.arange(S).view(-1, 1, 1, 1) < 2, torch.finfo(q.dtype).min)
+    return (s - s.amax([1, 3]).unsqueeze(-1)).softmax(-1) @ v
+
+
 @look_alike("weights_changed")
 def weights_zeroed_along_other_axes(q, k, v):
     drop = torch.ones(M, M, dtype=torch.bool).triu(-1)
