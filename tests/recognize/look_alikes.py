@@ -449,7 +449,7 @@ def weights_written_to_memory_of_the_caller(q, k, v, kept):
     return p @ v
 
 
-@look_alike(None)
+@look_alike("reshaped_in_place")
 def weights_reshaped_in_place(q, k, v):
     p = (q @ k.mT * SCALE).softmax(-1)
     p.unsqueeze_(0)
