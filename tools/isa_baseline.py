@@ -1,7 +1,7 @@
 """The static quality of every shipped Triton kernel, per AMD architecture: `make isa` writes both of its files.
 
 * tests/kernels/isa_baseline.json, which tests/kernels/test_isa_baseline.py compares with what compiles today;
-* docs/amd.md, the same as tables.
+* docs/amd.md, the same as tables, beside AITER's kernels: tests/kernels/isa_aiter.json, which it only reads.
 
 A row is a kernel, as the host code launches it for a type and head size. Compiling all of them takes some minutes.
 """
@@ -9,6 +9,7 @@ A row is a kernel, as the host code launches it for a type and head size. Compil
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -18,13 +19,14 @@ import torch
 from gcnsim.triton_launch import simulated_device
 
 from rocm_attn_compile.kernels.isa import assembly
-from rocm_attn_compile.kernels.isa.metrics import KernelMetrics, metrics
+from rocm_attn_compile.kernels.isa.metrics import KernelMetrics, LoopMetrics, metrics
 from rocm_attn_compile.kernels.triton import aot
 from rocm_attn_compile.kernels.triton.aot_launches import launches
 from rocm_attn_compile.kernels.triton.attention import attention_backward, attention_forward
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / "tests" / "kernels" / "isa_baseline.json"
+AITER = ROOT / "tests" / "kernels" / "isa_aiter.json"
 PAGE = ROOT / "docs" / "amd.md"
 ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -97,7 +99,43 @@ def page(rows: dict[str, KernelMetrics]) -> str:
             lines[-1] = lines[-1].rstrip()
             prefix = f"{arch} {dtype} {head_dim} "
             lines += [_line(name.removeprefix(prefix), row) for name, row in rows.items() if name.startswith(prefix)]
-    return "\n".join([*lines, *bank_conflicts()]) + "\n"
+    return "\n".join([*lines, *beside_aiter(rows), *bank_conflicts()]) + "\n"
+
+
+def beside_aiter(rows: dict[str, KernelMetrics]) -> list[str]:
+    """The forward kernel of CUT beside AITER's, whose figures are stored: none of it is needed here.
+
+    tests/kernels/test_aiter_objects.py compares the stored figures of the assembly kernels with a checkout's.
+    """
+    stored = json.loads(AITER.read_text())
+    dtype, head_dim = CUT
+    lines = [
+        "", f"## Beside AITER's: {dtype}, head size {head_dim}, forward", "",
+        "AITER's assembly kernels (`hsa/`, code objects as they are), and its Triton `_attn_fwd` with the default of",
+        f"its configurations, compiled by Triton {stored['triton']}; commit {stored['commit'][:10]}. Ours is causal.",
+        "rtne, rtna and rtz round the probabilities to nearest, ties to even or away from zero, and towards zero.",
+        "*conflicts*: as in the last table. Loops differ in the work of an iteration: compare shares, and cycles with",
+        "those of the matrix unit.",
+    ]  # fmt: skip
+    header = (*HEADER, "conflicts")
+    for arch in dict.fromkeys(row["arch"] for row in stored["rows"]):
+        lines += ["", f"### {arch}, beside AITER's", "", "| " + " | ".join(header) + " |"]
+        lines.append("| --- |" + " --: |" * (len(header) - 1))
+        kernel = "attention_forward_kernel"
+        conflicts = _conflicts(arch, head_dim)[kernel] if arch in BANKED else ""
+        lines.append(_line("ours: " + kernel, rows[f"{arch} {dtype} {head_dim} {kernel}"], conflicts))
+        for row in stored["rows"]:
+            if row["arch"] == arch:
+                name = row["kernel"] + (", causal" if row["causal"] and "causal" not in row["kernel"] else "")
+                ratio = row["lds_conflicts"]
+                lines.append(_line(name, stored_metrics(row), f"{ratio:.2f}" if ratio else ""))
+    return lines
+
+
+def stored_metrics(row: dict[str, Any]) -> KernelMetrics:
+    """The figures in a row of AITER."""
+    fields = {**row["metrics"], "main_loop": LoopMetrics(**row["metrics"]["main_loop"])}
+    return KernelMetrics(kernel=row["kernel"], arch=row["arch"], **fields)
 
 
 def bank_conflicts() -> list[str]:
@@ -117,6 +155,7 @@ def bank_conflicts() -> list[str]:
     return lines
 
 
+@functools.cache
 def _conflicts(arch: str, head_dim: int) -> dict[str, str]:
     q, k, v = (torch.randn((1, 2, length, head_dim)).bfloat16() for length in (141, 150, 150))
     none = [None] * 9
@@ -132,7 +171,7 @@ BANKED = ("gfx90a", "gfx942")
 HEADER = ("kernel", "VGPRs", "SGPRs", "LDS", "waves", "spills", "matrix", "share", "bound by", "cycles")
 
 
-def _line(name: str, row: KernelMetrics) -> str:
+def _line(name: str, row: KernelMetrics, *more: str) -> str:
     loop = row.main_loop
     cells = [
         name.replace("_kernel", ""),
@@ -145,6 +184,7 @@ def _line(name: str, row: KernelMetrics) -> str:
         f"{loop.matrix_share:.0%}" if loop and loop.matrix_instructions else "",
         loop.bound_by if loop else "no loop",
         ", ".join(str(loop.cycles[unit]) for unit in ("matrix", "vector", "lds", "memory")) if loop else "",
+        *more,
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -54,6 +54,7 @@ class Logits:
     row_shifted: bool = False
     sinks: Operand | None = None
     sinks_rescale: bool = False
+    is_floored: bool = False
     second_scale: Any = 1.0
 
 
@@ -63,6 +64,8 @@ def compose(proof: Proof, roles: Roles) -> Logits:
     for step in proof.steps:
         if logits.sinks is not None and step.kind not in ("row_shift", "cast"):
             raise Refusal("after_sinks", f"a {step.kind} follows the concatenation of the sinks")
+        if logits.is_floored and step.kind not in ("row_shift", "cast"):
+            raise Refusal("after_floor", f"a {step.kind} follows the raising of low scores to the lowest number")
         _FOLD[step.kind](logits, step, proof, roles)
     for step in proof.steps:
         column = None if step.factor is None else "first" if step.invert else "last"
@@ -190,6 +193,13 @@ def _row_shift(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
         raise Refusal("shift_axis", "what is subtracted from the scores is not the maximum of the row, or of more")
 
 
+def _floor(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
+    """Only what a mask made -inf is below the lowest number; `prove_masks` looks at that."""
+    if not step.operand <= torch.finfo(step.at.dtype).min:
+        raise Refusal("score_op", f"scores below {step.operand:g} are raised to it, which is not the lowest number")
+    logits.is_floored = True
+
+
 def _sinks(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
     if logits.is_shifted or logits.row_shifted:
         raise Refusal(
@@ -224,6 +234,7 @@ _FOLD = {
     "sinks": _sinks,
     "second": _second,
     "causal": _causal,
+    "floor": _floor,
 }
 
 

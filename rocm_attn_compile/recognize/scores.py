@@ -26,7 +26,7 @@ class Step:
     kind: "cast", "scale" (number), "tensor_scale" (Value; `invert` divides), "tanh", "bias" (Value, `factor`),
     "mask" (Value, `keeps` polarity, number fill), "shift" (number), "row_shift", "second" (ScorePath),
     "sinks" (Value; `factor` is the axis along which it is one column, the first one if `invert`, else the last; None
-    if it rescales the output instead: see `rescale`).
+    if it rescales the output instead: see `rescale`), "floor" (number that lower scores are raised to).
     """
 
     kind: str
@@ -188,6 +188,25 @@ class ScoreWalk:
         if maximum_chain(right, left):
             return self._through(value, left, Step("row_shift", value, right))
         return self._through(value, left, Step("bias", value, right, factor=-alpha))
+
+    def _maximum(self, value: Value) -> ScorePath:
+        """`maximum(scores, finfo.min)`, as XGLM and OPT write it after adding a mask."""
+        left, right = value.args[:2]
+        for score, other in ((left, right), (right, left)):
+            lowest = number_of(other)
+            if isinstance(lowest, (int, float)) and isinstance(score, Value):
+                return self._through(value, score, Step("floor", value, lowest))
+        raise Refusal("score_op", "the scores are compared with another tensor, of which the larger is taken")
+
+    def _clamp(self, value: Value) -> ScorePath:
+        lowest = value.args[1] if len(value.args) > 1 else value.kwargs.get("min")
+        highest = value.args[2] if len(value.args) > 2 else value.kwargs.get("max")
+        lowest = number_of(lowest)
+        if highest is not None or not isinstance(lowest, (int, float)):
+            raise Refusal("score_op", "the scores are clamped to a range")
+        return self._through(value, value.args[0], Step("floor", value, lowest))
+
+    _clamp_min = _clamp
 
     def _masked_fill(self, value: Value) -> ScorePath:
         score, mask, fill = value.args

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,15 @@ def test_the_page_shows_the_baseline() -> None:
                     cells = [cell.strip() for cell in line.strip("|").split("|")]
                     assert cells[1].split()[0] == str(row["vgprs"]), name
                     assert cells[4].split()[0] == str(row["occupancy"]), name
+
+
+def test_the_page_shows_what_is_stored_of_aiter() -> None:
+    stored = json.loads(isa_baseline.AITER.read_text())
+    section = isa_baseline.PAGE.read_text().split("## Beside AITER's")[1].split("\n## ")[0]
+    assert stored["commit"][:10] in section
+    for arch in ("gfx942", "gfx950"):
+        lines = [line for line in section.split(f"### {arch}, ")[1].split("###")[0].splitlines() if line[:1] == "|"]
+        assert lines[2].startswith("| ours: attention_forward |")
+        shown = [(cells[1].split(",")[0], cells[2]) for cells in (re.split(r" ?\| ?", line) for line in lines[3:])]
+        rows = [row for row in stored["rows"] if row["arch"] == arch]
+        assert shown == [(row["kernel"], str(row["metrics"]["vgprs"])) for row in rows]

@@ -81,7 +81,8 @@ def load_code_object(blob: bytes, arch: str, name: str) -> CodeObject:
     descriptor_at = symbols[name + ".kd"]["st_value"]
     descriptor = ctypes.string_at(base + descriptor_at, 64)
     entry = descriptor_at + struct.unpack_from("<q", descriptor, 16)[0]
-    length = symbols[name]["st_size"] if name in symbols else size - entry
+    # Hand-written kernels may have no symbol, or one without a size.
+    length = (symbols[name]["st_size"] if name in symbols else 0) or size - entry
     with tempfile.NamedTemporaryFile(suffix=".o") as file:
         file.write(blob)
         file.flush()

@@ -73,7 +73,7 @@ def run(
             continue
         if isinstance(value, torch.Tensor):
             values.append(("Q", value.data_ptr()))
-            memory.append(_extent(value, value.data_ptr() not in protected))
+            memory.append(extent(value, value.data_ptr() not in protected))
         else:
             values.append((_FORMATS[kind], value))
     grid, block = (launch.grid, 1, 1), (compiled.metadata.num_warps * kernel.wave_size, 1, 1)
@@ -90,7 +90,7 @@ def run(
     return Run(launch, compiled, report)
 
 
-def _extent(tensor: torch.Tensor, writable: bool) -> Memory:
+def extent(tensor: torch.Tensor, writable: bool) -> Memory:
     """The bytes from a tensor's first to its last element; gaps of a strided view count as part of it."""
     if tensor.numel() == 0:
         return Memory(tensor.data_ptr(), 0, writable)
