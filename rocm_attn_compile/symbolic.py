@@ -19,6 +19,8 @@ def to_expr(size: Size) -> sympy.Expr:
     if isinstance(size, torch.SymInt):
         size = size.node.expr
     if isinstance(size, sympy.Expr):
+        if size.is_Atom:
+            return size
         return size.replace(_is_exact_floor_div, lambda e: sympy.cancel(e.args[0] / e.args[1]))
     return sympy.Integer(int(size))
 

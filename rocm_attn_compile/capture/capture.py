@@ -37,11 +37,14 @@ def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any] | None =
 
 
 def _shape_env_of(graph_module: fx.GraphModule, example_inputs: Sequence[Any] | None) -> Any:
-    """The shape environment of the first symbol in the examples, or None if all sizes are numbers."""
+    """The shape environment of the first symbol in the examples, or None if all sizes are numbers.
+
+    The ragged size of a nested tensor that was made outside Dynamo is a symbol without one.
+    """
     examples: list[Any] = [example_of(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
     for example in [*examples, *(example_inputs or ())]:
         sizes = example.shape if isinstance(example, torch.Tensor) else (example,)
         for size in sizes:
-            if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) and hasattr(size.node, "shape_env"):
                 return size.node.shape_env
     return None

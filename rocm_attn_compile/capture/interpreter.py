@@ -156,7 +156,7 @@ class Shadow:
         if policy.is_functorch(node):
             raise Opaque("functorch", f"{name} crosses a vmap, grad or jvp level")
         if foreign is not None:
-            raise Opaque(foreign, f"{name} works on a tensor that fakes cannot stand for")
+            raise Opaque(foreign, f"{name} works on {_kinds_of(node) or 'a tensor that fakes cannot stand for'}")
         if node in self._foreign:
             raise Opaque(self._foreign[node], f"{name} makes a tensor that is reshaped in place later")
         if any(is_foreign(tensor) for tensor in tensors_in(example)):
@@ -256,3 +256,10 @@ class Shadow:
             self.memory.may_alias(fakes)
             for fake in fakes:
                 self.memory.state_of(fake).storage.shared_input = True
+
+
+def _kinds_of(node: fx.Node) -> str:
+    """The foreign tensors a node reads, in words; "" if they are foreign in another way than by their class."""
+    examples = [example for used in node.all_input_nodes for example in tensors_in(example_of(used))]
+    kinds = dict.fromkeys(f"{type(t).__name__} ({t.layout})" for t in examples if is_foreign(t))
+    return f"{', '.join(kinds)}, not on plain strided tensors" if kinds else ""

@@ -70,7 +70,7 @@ def forward(
         and empty_rows in EMPTY_ROWS
         and out_layout in OUT_LAYOUTS
         and can_fuse(q, k, v)
-        and not unfused_is_faster(q, k, v, band_upper == 0 and q.shape[2] > 1)
+        and not unfused_is_faster(q, k, v)
     ):
         is_causal = simple_band(q.shape[2], k.shape[2], softmax_scale, band_lower, band_upper)
         if is_causal is not None:
@@ -83,7 +83,7 @@ def forward(
             out, lse = reference_forward(
                 q, k, v, attn_bias, *masks, sinks, softmax_scale=softmax_scale, empty_rows=empty_rows
             )
-        elif not takes_fused(q, k, v, logits_soft_cap, dropout_p, band_upper == 0 and q.shape[2] > 1):
+        elif not takes_fused(q, k, v, logits_soft_cap, dropout_p):
             numbers = (softmax_scale, logits_soft_cap, dropout_p)
             bands = (band_lower, band_upper)
             out, lse = cpu_unfused.forward(
@@ -104,27 +104,20 @@ def forward(
         return with_layout(out, out_layout), lse.contiguous()
 
 
-def takes_fused(
-    q: Tensor, k: Tensor, v: Tensor, logits_soft_cap: float | None, dropout_p: float, skips_blocks: bool
-) -> bool:
-    """True if ATen's kernel is to be used for inputs that are not empty: it has no soft cap and no dropout.
+def takes_fused(q: Tensor, k: Tensor, v: Tensor, logits_soft_cap: float | None, dropout_p: float) -> bool:
+    """True if ATen's kernel is to be used for inputs that are not empty: it has no soft cap and no dropout."""
+    return logits_soft_cap is None and dropout_p == 0.0 and not unfused_is_faster(q, k, v)
 
-    `skips_blocks` as for `unfused_is_faster`.
+
+def unfused_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """True if separate operations beat ATen's kernel, by measurement (benchmarks/cpu_compiled.py).
+
+    In half precision its matrix products are slower than eager's; for the sake of memory it is taken all the same for
+    big scores. One query with unequal head sizes is not worth padding all of v.
     """
-    return logits_soft_cap is None and dropout_p == 0.0 and not unfused_is_faster(q, k, v, skips_blocks)
-
-
-def unfused_is_faster(q: Tensor, k: Tensor, v: Tensor, skips_blocks: bool) -> bool:
-    """True if separate operations beat ATen's kernel, by measurement (benchmarks/cpu_attention.py).
-
-    In half precision its matrix products are slower than eager's, unless it makes up for that by skipping the upper
-    triangle (`skips_blocks`: in its forward, if causal); for the sake of memory it is taken all the same for big
-    scores. One query with unequal head sizes is not worth padding all of v.
-    """
-    same_heads = q.shape[3] == v.shape[3]
     if q.dtype in _HALF:
-        return not (skips_blocks and same_heads) and q.numel() // q.shape[3] * k.shape[2] <= _SMALL_SCORES
-    return q.shape[2] == 1 and not same_heads
+        return q.numel() // q.shape[3] * k.shape[2] <= _SMALL_SCORES
+    return q.shape[2] == 1 and q.shape[3] != v.shape[3]
 
 
 def simple_band(

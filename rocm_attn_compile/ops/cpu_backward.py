@@ -111,7 +111,7 @@ def takes_fused_backward(q: Tensor, k: Tensor, v: Tensor, logits_soft_cap: float
 
     Of one query the weights are small, and nothing is saved by computing them block by block.
     """
-    return q.shape[2] != 1 and takes_fused(q, k, v, logits_soft_cap, dropout_p, skips_blocks=False)
+    return q.shape[2] != 1 and takes_fused(q, k, v, logits_soft_cap, dropout_p)
 
 
 def _fused_backward(

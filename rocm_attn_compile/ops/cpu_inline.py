@@ -25,8 +25,7 @@ def forward(_name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
         return None
     q, k, v = (arguments[name] for name in ("q", "k", "v"))
     is_decode = q.shape[2] == 1
-    skips_blocks = arguments["band_upper"] == 0 and not is_decode
-    is_fused = cpu.takes_fused(q, k, v, arguments["logits_soft_cap"], arguments["dropout_p"], skips_blocks)
+    is_fused = cpu.takes_fused(q, k, v, arguments["logits_soft_cap"], arguments["dropout_p"])
     # The fused kernel takes the heads of a group as rows of one query, but only in a decode step.
     if _has_groups(q, k) and is_fused != is_decode:
         return None

@@ -29,6 +29,7 @@ from .roles import assign_roles
 from .scores import ScoreWalk
 from .sdpa_site import prove_sdpa_site
 from .softmax_site import prove_softmax_site
+from .unseen import unseen
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def recognize(trace: Trace) -> tuple[list[Region], list[LookAlike]]:
     """All attentions of the trace in order of execution, and all softmaxes that are none (with reasons)."""
     live = LiveUsers(trace)
     regions: list[Region] = []
-    others: list[LookAlike] = []
+    others = list(unseen(trace))
     anchors: list[tuple[int, SoftmaxAnchor | Value]] = [(a.weights.id, a) for a in find_softmaxes(trace)]
     anchors += [(value.id, value) for value in trace.values if value.op == "sdpa"]
     for _, anchor in sorted(anchors, key=lambda pair: pair[0]):

@@ -18,6 +18,7 @@ from ..capture.trace import Value
 from ..reasons import Refusal
 from .axes import Atom, Dim, atoms_of, resolve, unify
 from .labels import source_of
+from .maximum import includes_own_row, maximum_chain
 from .numbers import narrows, rounded
 from .proof import Proof
 from .region import Operand, Roles
@@ -53,6 +54,7 @@ class Logits:
     row_shifted: bool = False
     sinks: Operand | None = None
     sinks_rescale: bool = False
+    is_floored: bool = False
     second_scale: Any = 1.0
 
 
@@ -62,6 +64,8 @@ def compose(proof: Proof, roles: Roles) -> Logits:
     for step in proof.steps:
         if logits.sinks is not None and step.kind not in ("row_shift", "cast"):
             raise Refusal("after_sinks", f"a {step.kind} follows the concatenation of the sinks")
+        if logits.is_floored and step.kind not in ("row_shift", "cast"):
+            raise Refusal("after_floor", f"a {step.kind} follows the raising of low scores to the lowest number")
         _FOLD[step.kind](logits, step, proof, roles)
     for step in proof.steps:
         column = None if step.factor is None else "first" if step.invert else "last"
@@ -179,16 +183,21 @@ def _shift(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
 
 
 def _row_shift(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
-    value: Value = step.operand
-    dims = proof.labels.of(step.at)
-    offset = len(dims) - value.ndim
-    key = set(roles.key)
+    scores: Value = step.at.args[0]
+    dims, key = proof.labels.of(scores), set(roles.key)
     logits.row_shifted = True
     if logits.cap is None and any(later.kind == "tanh" for later in proof.steps):
         raise Refusal("bias_before_cap", "the scores are shifted inside the soft cap")
-    for i, size in enumerate(value.shape):
-        if size != 1 and key & set(resolve(dims[offset + i])):
-            raise Refusal("shift_axis", "what is subtracted from the scores varies along the softmax axis")
+    key_dims = {i for i, dim in enumerate(dims) if key & set(resolve(dim))}
+    if not includes_own_row(maximum_chain(step.operand, scores), scores, key_dims):
+        raise Refusal("shift_axis", "what is subtracted from the scores is not the maximum of the row, or of more")
+
+
+def _floor(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
+    """Only what a mask made -inf is below the lowest number; `prove_masks` looks at that."""
+    if not step.operand <= torch.finfo(step.at.dtype).min:
+        raise Refusal("score_op", f"scores below {step.operand:g} are raised to it, which is not the lowest number")
+    logits.is_floored = True
 
 
 def _sinks(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
@@ -225,6 +234,7 @@ _FOLD = {
     "sinks": _sinks,
     "second": _second,
     "causal": _causal,
+    "floor": _floor,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.fx as fx
 
 from ..capture.trace import Trace, Value
+from ..capture.unread import unread_nodes
 from ..reasons import Refusal
 
 
@@ -15,6 +16,7 @@ class LiveUsers:
         self._order = trace.order
         self._holders: dict[int, list[fx.Node]] = {}
         self._blind = {node for node, _, _ in trace.not_executed}
+        self._unread = unread_nodes(trace)
         for node, tensor in trace.tensors.items():
             held = {tensor.value.id}
             if tensor.is_base:
@@ -32,6 +34,8 @@ class LiveUsers:
         """Live SSA users, each once, in order; a use outside the trace raises Refusal with `code`."""
         for node in self.holders(value):
             for use in node.users:
+                if use in self._unread:
+                    continue
                 if use.op == "output":
                     raise Refusal(
                         code, f"{node.name} is returned by the graph, to the caller or to what follows a graph break"
@@ -41,8 +45,8 @@ class LiveUsers:
         return [user for user in dict.fromkeys(value.users) if not self.is_dead(user)]
 
     def is_dead(self, value: Value) -> bool:
-        """True if nothing reads the value, directly or through views."""
-        if any(node.users for node in self.holders(value)):
+        """True if nothing reads the value, directly or through what nobody reads either."""
+        if not self._unread.issuperset(self.holders(value)):
             return False
         return all(self.is_dead(user) for user in value.users)
 

@@ -128,6 +128,8 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool,
     if found is None:
         raise Refusal("mixed_fills", "masks with different fills meet, and a row may keep no key")
     closed, mode = found
+    if logits.is_floored:
+        _check_floor(mode, [*replaced, *added], low, requires_grad)
     mode = _with_sinks(logits, mode)
     mode = account_for_zeroed(proof, symbols, mode, closed, [*replaced, *added], requires_grad, low)
     dense = [MaskTerm(t.operand, t.keeps) for t in replaced if t.stays_dense]
@@ -183,6 +185,22 @@ def _filled_biases(
     closed = prover.classify(evaluator, True, symbols.context)
     mode = _with_sinks(logits, EmptyRows.NAN_ADDED)
     return ProvedMasks(_spec(closed, False, mode), closed, symbols.context, [], biases, notes)
+
+
+def _check_floor(mode: EmptyRows, terms: list[Term], low_biases: bool, requires_grad: bool) -> None:
+    """Raises Refusal unless raising scores to the lowest number changes nothing.
+
+    A key that is masked beside a kept one has probability 0 either way. In a row that keeps none, -inf becomes a
+    number, and the gradient of `maximum` is shared between score and number where they are equal.
+    """
+    if low_biases:
+        raise Refusal("floor_of_bias", "a float tensor is added that may hold -inf, which is then raised to a number")
+    if mode is EmptyRows.IMPOSSIBLE:
+        return
+    if not all(term.is_finite for term in terms):
+        raise Refusal("floor_of_fills", "a row may keep no key, and its -inf is raised to a number")
+    if requires_grad:
+        raise Refusal("floor_grad", "a row may keep no key, and maximum() gives its scores half of their gradient")
 
 
 def _with_sinks(logits: Logits, mode: EmptyRows) -> EmptyRows:

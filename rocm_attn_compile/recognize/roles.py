@@ -66,7 +66,7 @@ def _batch_and_heads(
 ) -> tuple[list[Atom], list[Atom], list[Atom]]:
     if sinks:
         if not set(sinks) <= set(rest) or not set(groups) <= set(sinks):
-            raise Refusal("sink_axis", "the learned sinks do not vary with exactly the query heads")
+            raise Refusal("sink_axis", "the sinks vary along other axes than the query heads (one per query, say)")
         kv_heads = [a for a in sinks if a in shared]
         if [*kv_heads, *groups] != sinks:
             raise Refusal("sink_axis", "the order of the sinks' axes is not (kv head, group)")

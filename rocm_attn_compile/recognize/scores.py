@@ -10,10 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..capture.trace import Value
 from ..reasons import Refusal
 from ..symbolic import is_one
 from .labels import cuts_gradient, is_cast, is_contraction, is_view, number_of
+from .maximum import maximum_chain
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +26,7 @@ class Step:
     kind: "cast", "scale" (number), "tensor_scale" (Value; `invert` divides), "tanh", "bias" (Value, `factor`),
     "mask" (Value, `keeps` polarity, number fill), "shift" (number), "row_shift", "second" (ScorePath),
     "sinks" (Value; `factor` is the axis along which it is one column, the first one if `invert`, else the last; None
-    if it rescales the output instead: see `rescale`).
+    if it rescales the output instead: see `rescale`), "floor" (number that lower scores are raised to).
     """
 
     kind: str
@@ -182,9 +185,28 @@ class ScoreWalk:
             return self._through(value, left, Step("shift", value, number_of(right)))
         if not isinstance(left, Value):
             raise Refusal("score_op", "the scores are subtracted from a number")
-        if _is_shift_of(right, left):
+        if maximum_chain(right, left):
             return self._through(value, left, Step("row_shift", value, right))
         return self._through(value, left, Step("bias", value, right, factor=-alpha))
+
+    def _maximum(self, value: Value) -> ScorePath:
+        """`maximum(scores, finfo.min)`, as XGLM and OPT write it after adding a mask."""
+        left, right = value.args[:2]
+        for score, other in ((left, right), (right, left)):
+            lowest = number_of(other)
+            if isinstance(lowest, (int, float)) and isinstance(score, Value):
+                return self._through(value, score, Step("floor", value, lowest))
+        raise Refusal("score_op", "the scores are compared with another tensor, of which the larger is taken")
+
+    def _clamp(self, value: Value) -> ScorePath:
+        lowest = value.args[1] if len(value.args) > 1 else value.kwargs.get("min")
+        highest = value.args[2] if len(value.args) > 2 else value.kwargs.get("max")
+        lowest = number_of(lowest)
+        if highest is not None or not isinstance(lowest, (int, float)):
+            raise Refusal("score_op", "the scores are clamped to a range")
+        return self._through(value, value.args[0], Step("floor", value, lowest))
+
+    _clamp_min = _clamp
 
     def _masked_fill(self, value: Value) -> ScorePath:
         score, mask, fill = value.args
@@ -225,22 +247,13 @@ class ScoreWalk:
 def _bias_steps(at: Value, bias: Value, factor: Any) -> list[Step]:
     """One step per term of a sum: `scores + (position_bias + mask)` adds a bias and a mask."""
     is_sum = bias.name == "add" and not isinstance(bias.op, str) and bias.kwargs.get("alpha", 1) == 1
-    if is_sum and not cuts_gradient(bias):
+    # Beside -1e9 the other term vanishes in float32, and would not in float64.
+    is_narrow = at.dtype == torch.float64 and bias.dtype != torch.float64
+    if is_sum and not is_narrow and not cuts_gradient(bias):
         terms = bias.args[:2]
         if all(isinstance(t, Value) and t.dtype == bias.dtype and number_of(t) is None for t in terms):
             return [step for term in terms for step in _bias_steps(at, term, factor)]
     return [Step("bias", at, bias, factor=factor)]
-
-
-def _is_shift_of(shift: Any, scores: Value) -> bool:
-    """True for a row maximum (or any amax/max of the scores with size 1 along the reduced axes)."""
-    while isinstance(shift, Value) and shift.name in ("detach", "alias", "expand", "unsqueeze"):
-        shift = shift.args[0]
-    if not isinstance(shift, Value) or isinstance(shift.op, str) or not shift.args:
-        return False
-    if shift.name == "max" and len(shift.args) > 1 and shift.output_index != 0:
-        return False
-    return shift.name in ("amax", "max") and shift.args[0] is scores
 
 
 def _where(value: Value) -> str:

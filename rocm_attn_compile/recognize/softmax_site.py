@@ -24,6 +24,7 @@ from ..symbolic import same_size
 from .axes import Dim, atoms_of, broadcast, resolve
 from .labels import Labels, is_cast, is_view, label_contraction, operands_of, product_under_sum
 from .live import LiveUsers
+from .maximum import maximum_chain
 from .proof import Factor, Proof
 from .rescale import Rescale, find_rescale, label_rescale
 from .scores import ScorePath, ScoreWalk, Step
@@ -211,7 +212,7 @@ def _check_scores_stay_inside(
         inside.add(rescale.lse.id)
     for step in path.steps:
         if step.kind == "row_shift":
-            inside |= _chain_ids(step.operand)
+            inside |= {v.id for v in maximum_chain(step.operand, step.at.args[0])}
     for value in (path.contraction, *path.values):
         users = live.users(value, "scores_used_elsewhere")
         outside = [u for u in users if u.id not in inside and u.name not in _SHAPE_ONLY]
@@ -227,11 +228,3 @@ def _check_scores_stay_inside(
     modes = {v.grad_mode for v in site}
     if len(modes) > 1:
         raise Refusal("mixed_grad_mode", "part of the attention is computed under no_grad and part is not")
-
-
-def _chain_ids(value: Value) -> set[int]:
-    ids = {value.id}
-    while not isinstance(value.op, str) and value.name in ("detach", "alias", "expand", "unsqueeze") and value.args:
-        value = value.args[0]
-        ids.add(value.id)
-    return ids

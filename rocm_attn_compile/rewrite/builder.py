@@ -117,7 +117,7 @@ class GraphBuilder:
     def size(self, size: Size) -> Any:
         """An int, or a node that holds the symbolic size."""
         expr = to_expr(size)
-        if expr.is_number:
+        if expr.is_Integer:
             return int(expr)
         if expr not in self._sizes:
             self._sizes[expr] = self._size_node(expr)
@@ -204,10 +204,12 @@ class GraphBuilder:
             for dim, size in enumerate(example.shape):
                 if not isinstance(size, int) and from_size(size) == wanted:
                     return self.call(aten.sym_size.int, self._replaced.get(node, node), dim)
-        combine = _COMBINES.get(type(expr).__name__)
+        combine, parts = _COMBINES.get(type(expr).__name__), expr.args
+        if isinstance(expr, sympy.Pow) and expr.exp.is_Integer and expr.exp > 1:
+            combine, parts = operator.mul, (expr.base,) * int(expr.exp)
         if combine is None:
             raise Refusal("size_unavailable", f"no node of the graph holds the size {expr}")
-        return functools.reduce(lambda a, b: self._combine(combine, a, b), [self.size(e) for e in expr.args])
+        return functools.reduce(lambda a, b: self._combine(combine, a, b), [self.size(e) for e in parts])
 
     def _combine(self, op: Any, left: Any, right: Any) -> Any:
         return op(left, right) if isinstance(left, int) and isinstance(right, int) else self.call(op, left, right)

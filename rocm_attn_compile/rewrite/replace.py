@@ -167,7 +167,14 @@ class Rewriter:
                 node = builder.call(aten.mul.Tensor, node, bias.factor)
             if bias.rounded_to is not None:
                 node = builder.call(aten._to_copy.default, node, dtype=bias.rounded_to)
-            total = node if total is None else builder.call(aten.add.Tensor, total, node)
+            if total is None:
+                total = node
+                continue
+            # Eager adds one after the other to the scores: what two narrower biases would lose to one another it keeps.
+            dtype = torch.promote_types(builder.look(total).dtype, bias.added_in or region.anchor.args[0].dtype)
+            if builder.look(total).dtype != dtype:
+                total = builder.call(aten._to_copy.default, total, dtype=dtype)
+            total = builder.call(aten.add.Tensor, total, node)
         in_half = any(isinstance(bias, MaskTerm) or bias.added_in == torch.float16 for bias in region.biases)
         return self._lowest(builder, total) if in_half and total is not None else total
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from pipeline_harness import SCALE, B, H, M, causal, check, rand, sites, square
+from pipeline_harness import SCALE, B, H, M, Pipeline, causal, check, rand, sites, square
 
 
 def dropped(lengths=(0, 4)):
@@ -125,6 +125,29 @@ def test_sdpa_with_a_finite_float_mask_is_uniform_where_all_is_masked():
 
     check(function, square, calls=1)
     assert sites()[0].data["mask"]["empty_rows"] == "mean_added"
+
+
+def one_by_one(scores, mask, bias):
+    return scores + mask + bias
+
+
+def as_a_sum(scores, mask, bias):
+    return scores + (mask + bias)
+
+
+@pytest.mark.parametrize("add", [one_by_one, as_a_sum])
+def test_narrow_biases_are_added_in_the_dtype_in_which_eager_adds_them(add):
+    """Found by the fuzzer: float32's -1e9 keeps another bias when float64 scores are added first, and only then."""
+
+    def attention(q, k, v, mask, bias):
+        scores = add(q @ k.mT * SCALE, mask, bias)
+        return scores.masked_fill(~causal(M), -math.inf).softmax(-1) @ v
+
+    inputs = (*(t.double() for t in square()), torch.where(dropped(), -1e9, 0.0), torch.arange(M) * 0.5)
+    pipeline = Pipeline("eager")
+    got = torch.compile(attention, backend=pipeline)(*inputs)
+    torch.testing.assert_close(got, attention(*inputs), rtol=1e-6, atol=1e-6)
+    assert pipeline.calls == 1
 
 
 def test_two_pairs_of_document_ids():

@@ -12,6 +12,8 @@ import torch
 import torch.fx as fx
 from pipeline_harness import SCALE, B, D, H, Pipeline, rand, reports, sites
 
+from rocm_attn_compile.testing import peak_memory
+
 LENGTH = 160
 WINDOW = 16
 
@@ -184,3 +186,27 @@ def test_an_opaque_mask_is_not_expanded_over_the_heads():
     torch.testing.assert_close(torch.compile(attention, backend=pipeline)(*inputs), attention(*inputs))
     assert pipeline.calls == 1
     assert largest(pipeline.graphs[0].graph) <= B * LENGTH * LENGTH
+
+
+@pytest.mark.parametrize(("name", "heads"), [("window", 3), ("padding_bool", 1)])
+def test_a_call_needs_less_memory_than_the_scores(name, heads):
+    """Less than the scores of `heads` of the B * H heads.
+
+    On the CPU ATen's kernel is given a window as one float mask, for all heads; Triton's kernels are not.
+    """
+    keep, make = CASES[name]
+    length = 512
+
+    def attention(q, k, v, extra):
+        return masked_fill(q @ k.mT * SCALE, keep(q, k, extra)).softmax(-1) @ v
+
+    inputs = (*(rand(B, H, length, D) for _ in range(3)), None if make is None else make(length))
+    pipeline = Pipeline("eager")
+    compiled = torch.compile(attention, backend=pipeline, fullgraph=True)
+    with torch.no_grad():
+        compiled(*inputs)
+        peak = peak_memory(lambda: compiled(*inputs))
+        scores = length * length * inputs[0].element_size()  # of one head of one sequence
+        assert peak_memory(lambda: attention(*inputs)) > B * H * scores
+    assert pipeline.calls == 1
+    assert peak < heads * scores

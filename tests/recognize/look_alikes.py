@@ -186,6 +186,20 @@ def maximum_of_another_row(q, k, v):
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
+@look_alike("shift_axis", cube)
+def maximum_of_a_column_subtracted_from_a_row(q, k, v):
+    # one number per row, but -inf, and the row NaN, where no query sees the key of that number
+    s = (q @ k.mT).masked_fill(torch.arange(S) < 2, -math.inf)
+    return (s - s.amax(2).unsqueeze(3)).softmax(-1) @ v
+
+
+@look_alike("shift_axis", cube)
+def maximum_of_the_same_rows_of_another_head(q, k, v):
+    # (batch, queries, 1) is aligned with (heads, queries, keys)
+    s = (q @ k.mT).masked_fill(torch.arange(S).view(-1, 1, 1, 1) < 2, torch.finfo(q.dtype).min)
+    return (s - s.amax([1, 3]).unsqueeze(-1)).softmax(-1) @ v
+
+
 @look_alike("weights_changed")
 def weights_zeroed_along_other_axes(q, k, v):
     drop = torch.ones(M, M, dtype=torch.bool).triu(-1)
@@ -426,3 +440,74 @@ def rescaled_twice_by_the_logsumexp(q, k, v, sinks):
 def nan_rows_rescaled_by_sinks(q, k, v, sinks, drop):
     s = (q @ k.mT * SCALE).masked_fill(drop, -math.inf)
     return (s.softmax(-1) @ v) * (s.logsumexp(-1) - sinks.view(1, -1, 1)).sigmoid().unsqueeze(-1)
+
+
+@look_alike("weights_used_elsewhere", lambda: (*square(), rand(B, H, M, M)))
+def weights_written_to_memory_of_the_caller(q, k, v, kept):
+    p = (q @ k.mT * SCALE).softmax(-1)
+    kept.detach().copy_(p.detach())
+    return p @ v
+
+
+@look_alike(None)
+def weights_reshaped_in_place(q, k, v):
+    p = (q @ k.mT * SCALE).softmax(-1)
+    p.unsqueeze_(0)
+    return (p @ v)[0]
+
+
+@look_alike("weights_used_elsewhere")
+def unread_draw_over_the_weights(q, k, v):
+    # the generator moves on, so what is drawn after it is another number
+    p = (q @ k.mT * SCALE).softmax(-1)
+    torch.bernoulli(p)
+    return p @ v
+
+
+# --- scores raised to a number ---
+
+
+@look_alike("score_op")
+def scores_raised_to_a_number(q, k, v):
+    return (q @ k.mT).clamp(min=-1.0).softmax(-1) @ v
+
+
+@look_alike("score_op")
+def scores_clamped_to_a_range(q, k, v):
+    return (q @ k.mT).clamp(torch.finfo(q.dtype).min, 1.0).softmax(-1) @ v
+
+
+@look_alike("score_op")
+def larger_of_two_scores(q, k, v):
+    return torch.maximum(q @ k.mT, k @ q.mT).softmax(-1) @ v
+
+
+@look_alike("score_op")
+def low_scores_of_float32_raised_to_the_lowest_of_float16(q, k, v):
+    s = (q @ k.mT).masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), torch.finfo(q.dtype).min)
+    return s.clamp(min=torch.finfo(torch.float16).min).softmax(-1) @ v
+
+
+@look_alike("floor_of_bias", lambda: (*square(), rand(B, 1, M, M).log()))
+def float_mask_raised_to_the_lowest_number(q, k, v, mask):
+    return torch.clamp(q @ k.mT + mask, min=torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+@look_alike("floor_of_fills", lambda: (*square(), torch.tensor([0, 4])))
+def infinite_fills_raised_in_rows_that_may_be_empty(q, k, v, lengths):
+    drop = torch.arange(M) >= lengths[:, None, None, None]
+    s = (q @ k.mT).masked_fill(drop, -math.inf)
+    return s.clamp(min=torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+@look_alike("floor_grad", lambda: (*square(), torch.tensor([0, 4])))
+def maximum_shares_the_gradient_of_empty_rows(q, k, v, lengths):
+    drop = torch.arange(M) >= lengths[:, None, None, None]
+    s = (q @ k.mT).masked_fill(drop, torch.finfo(q.dtype).min)
+    return torch.maximum(s, torch.tensor(torch.finfo(q.dtype).min)).softmax(-1) @ v
+
+
+@look_alike("after_floor")
+def scores_masked_after_they_were_raised(q, k, v):
+    s = (q @ k.mT).clamp(min=torch.finfo(q.dtype).min)
+    return s.masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), -math.inf).softmax(-1) @ v

@@ -691,3 +691,42 @@ def granite_sinks_rescale_the_output(q, k, v, sinks):
     factor = (torch.logsumexp(s, dim=-1) - sinks.view(1, -1, 1)).to(torch.float32).sigmoid()
     p = F.softmax(s, dim=-1, dtype=torch.float32).to(q.dtype)
     return ((p @ v) * factor.unsqueeze(-1).to(q.dtype)).transpose(1, 2).contiguous()
+
+
+# --- weights that the layer returns and nobody reads ---
+
+
+@spelling(lambda: (rand(M, B, H * D), rand(3 * H * D, H * D), rand(H * D, H * D), rand(B * H, M, M)))
+def wavlm_weights_returned_and_not_read(x, in_proj, out_proj, position_bias):
+    out, weights = F.multi_head_attention_forward(
+        x, x, x, H * D, H, in_proj, None, None, None, False, 0.0, out_proj, None,
+        training=False, need_weights=True, attn_mask=position_bias,
+    )  # fmt: skip
+    weights[:, None].broadcast_to(B, H, M, M)
+    return out
+
+
+@spelling(bhsd)
+def mean_of_the_weights_not_read(q, k, v):
+    p = (q @ k.mT * SCALE).softmax(-1)
+    (p.mean(1, keepdim=True) * 2.0).log().flatten(1)
+    return p @ v
+
+
+# --- scores raised to the lowest number ---
+
+
+@spelling(square)
+def xglm_causal_mask_then_maximum(q, k, v):
+    lowest = torch.finfo(q.dtype).min
+    mask = torch.full((M, M), lowest, dtype=q.dtype).triu(1)
+    s = (q @ k.mT * SCALE).view(B, H, M, M) + mask
+    s = torch.max(s, torch.full((), lowest)).flatten(0, 1)
+    return torch.bmm(s.softmax(-1), v.flatten(0, 1)).unflatten(0, (B, H))
+
+
+@spelling(square)
+def infinite_causal_mask_then_clamp(q, k, v):
+    drop = torch.ones(M, M, dtype=torch.bool).triu(1)
+    s = (q @ k.mT * SCALE).masked_fill(drop, -math.inf)
+    return s.clamp_min(torch.finfo(q.dtype).min).softmax(-1) @ v
