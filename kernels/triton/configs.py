@@ -306,6 +306,15 @@ def rounds_bits(arch: str) -> bool:
     return arch.startswith("gfx") and not arch.startswith("gfx95")
 
 
+def transposes_keys(arch: str) -> bool:
+    """Whether the forward kernel transposes a tile of keys by its pointers instead of with tl.trans.
+
+    Triton's pipeliner for AMD (3.7) keeps a tile that is not itself an operand of tl.dot in local memory without a
+    swizzle. Reading it back there has 16-way bank conflicts in the simulator (docs/amd.md).
+    """
+    return arch.startswith("gfx")
+
+
 def programs_per_unit(arch: str) -> int:
     """Split-KV decode fills each compute unit with this many programs.
 

@@ -30,7 +30,7 @@ from .common import (
     narrow,
     score_tile,
 )
-from .tiles import load_head_tile
+from .tiles import load_head_tile, load_key_tile
 
 # These change from call to call (lengths grow while decoding); specialising on them would recompile.
 _RUNTIME_SIZES = ["q_len", "kv_len", "num_splits", "band_lower", "band_upper"]
@@ -50,7 +50,7 @@ def attention_forward_kernel(
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, MERGED: tl.constexpr,
-    KV_HEADS_FIRST: tl.constexpr, ROUND_BITS: tl.constexpr,
+    KV_HEADS_FIRST: tl.constexpr, ROUND_BITS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr,
     RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -199,17 +199,17 @@ def attention_forward_kernel(
             kv_pos = start_n + tl.arange(0, BLOCK_N)
             n_ok = kv_pos < kv_len
             cut = (block < full_begin) | (block >= full_end)
-            k_tile = load_head_tile(
+            k_tile = load_key_tile(
                 k, batch, kv_head, start_n, stride_kn, stride_kd, kv_len, 0, HEAD_DIM, BLOCK_N, BLOCK_D,
-                MERGED or phase > 0, WIDE, TMA,
+                MERGED or phase > 0, WIDE, TMA, TRANSPOSE_KEYS,
             )  # fmt: skip
-            qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            qk = tl.dot(q_tile, k_tile, input_precision=PRECISION)
             if BLOCK_REST > 0:
-                k_rest_tile = load_head_tile(
+                k_rest_tile = load_key_tile(
                     k_rest, batch, kv_head, start_n, stride_kn, stride_kd, kv_len, BLOCK_D, HEAD_DIM, BLOCK_N,
-                    BLOCK_REST, MERGED or phase > 0, WIDE, TMA,
+                    BLOCK_REST, MERGED or phase > 0, WIDE, TMA, TRANSPOSE_KEYS,
                 )  # fmt: skip
-                qk = tl.dot(q_rest_tile, tl.trans(k_rest_tile), qk, input_precision=PRECISION)
+                qk = tl.dot(q_rest_tile, k_rest_tile, qk, input_precision=PRECISION)
 
             bias = 0.0
             mask_keep = 0

@@ -225,6 +225,7 @@ def forward_plan(
         MERGED=config.merged,
         KV_HEADS_FIRST=configs.kv_heads_first(arch),
         ROUND_BITS=configs.rounds_bits(arch),
+        TRANSPOSE_KEYS=configs.transposes_keys(arch),
         HAS_SINKS=has_sinks,
         # With a sink no row can be empty: the sink takes all the weight.
         EMPTY_ROWS=EMPTY_ROWS["zero" if has_sinks else empty_rows],

@@ -53,6 +53,35 @@ def load_head_tile(source, batch, head, first, stride_row, stride_col, row_end, 
 
 
 @triton.jit
+def load_key_tile(source, batch, head, first, stride_row, stride_col, row_end, FIRST_COL: tl.constexpr,
+                  SIZE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, CHECK_ROWS: tl.constexpr,
+                  WIDE: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
+    """load_head_tile, transposed: (BLOCK_COL, BLOCK_ROW). TRANSPOSED: by the pointers, see configs.py."""
+    if TMA or not TRANSPOSED:
+        tile = tl.trans(load_head_tile(source, batch, head, first, stride_row, stride_col, row_end, FIRST_COL, SIZE,
+                                       BLOCK_ROW, BLOCK_COL, CHECK_ROWS, WIDE, TMA))  # fmt: skip
+    else:
+        offs_row = tl.arange(0, BLOCK_ROW)
+        offs_col = tl.arange(0, BLOCK_COL)
+        row_ok = first + offs_row < row_end
+        col_ok = FIRST_COL + offs_col < SIZE
+        if WIDE:
+            offs_row = offs_row.to(tl.int64)
+            offs_col = offs_col.to(tl.int64)
+        ptr = source + first.to(tl.int64) * stride_row + FIRST_COL * stride_col
+        ptrs = ptr + offs_row[None, :] * stride_row + offs_col[:, None] * stride_col
+        if CHECK_ROWS and FIRST_COL + BLOCK_COL > SIZE:
+            tile = tl.load(ptrs, mask=row_ok[None, :] & col_ok[:, None], other=0.0)
+        elif CHECK_ROWS:
+            tile = tl.load(ptrs, mask=row_ok[None, :], other=0.0)
+        elif FIRST_COL + BLOCK_COL > SIZE:
+            tile = tl.load(ptrs, mask=col_ok[:, None], other=0.0)
+        else:
+            tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
 def store_tile(ptr, tile, first, stride_row, stride_col, row_end, FIRST_COL: tl.constexpr, SIZE: tl.constexpr,
                BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """The counterpart of load_tile; converts to the pointer's dtype."""
