@@ -3,7 +3,8 @@
     python benchmarks/op_overhead.py [--json PATH]
 
 Prints microseconds per call, the ratio to ATen, and of what the difference consists. Runs on one thread; takes the
-smallest of many short rounds, interleaved, so that other work on the machine disturbs little.
+smallest of many short rounds, interleaved, so that other work on the machine disturbs little. This is the op called
+from Python; what a call costs in a compiled program, where it is written out, is in cpu_compiled.py.
 """
 
 from __future__ import annotations
