@@ -6,11 +6,9 @@ csrc/include/mha_fwd.h and csrc/cpp_itfs/mha_fwd.cu, commit e4048607.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import struct
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,23 +22,10 @@ pytest.importorskip("triton")
 
 import aiter_objects
 import isa_baseline
+import kernel_oracle as oracle
 from gcnsim.triton_launch import extent
 
 from rocm_attn_compile.kernels.isa.metrics import metrics
-
-
-def sibling(name: str) -> Any:
-    """Import a helper file of this folder (tests are not a package)."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-oracle = sibling("kernel_oracle")
 
 needs_aiter = pytest.mark.skipif(
     not os.environ.get(aiter_objects.VARIABLE),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,21 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
-
-def sibling(name: str) -> Any:
-    """Import a helper file of this folder (tests are not a package)."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-oracle_module = sibling("kernel_oracle")
-cases_module = sibling("kernel_cases")
-worker_module = sibling("interpreter_worker")
+import interpreter_worker as worker_module
+import kernel_cases as cases_module
+import kernel_oracle as oracle_module
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,6 @@ The host code that ships plans the launches, for the architecture's shipped conf
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,24 +12,11 @@ import torch
 
 pytest.importorskip("triton")
 
+import kernel_oracle as oracle
+import simulated_grid as grid
 from gcnsim.triton_launch import simulated_device
 
 from rocm_attn_compile.kernels.triton.attention import attention_backward, attention_forward
-
-
-def sibling(name: str) -> Any:
-    """Import a helper file of this folder (tests are not a package)."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-oracle = sibling("kernel_oracle")
-grid = sibling("simulated_grid")
 
 
 def parameters() -> list[Any]:

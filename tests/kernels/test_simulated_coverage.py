@@ -6,8 +6,6 @@ docs/contributing.md has the rule. What fails here is named; add a row to simula
 from __future__ import annotations
 
 import ast
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import kernel_oracle as oracle
+import simulated_grid as grid
 from gcnsim.triton_launch import simulated_device
 
 from rocm_attn_compile.kernels.triton import configs, forward_launch
@@ -25,21 +25,6 @@ from rocm_attn_compile.kernels.triton.attention import attention_backward, atten
 from rocm_attn_compile.kernels.triton.launch import Launch
 
 KERNELS = Path(configs.__file__).parent
-
-
-def sibling(name: str) -> Any:
-    """Import a helper file of this folder (tests are not a package)."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-oracle = sibling("kernel_oracle")
-grid = sibling("simulated_grid")
 
 
 def launched_kernels(folder: Path) -> set[str]:
