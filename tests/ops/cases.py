@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 from oracle import INF, Call
+from torch import Tensor
 
 LOWEST = torch.finfo(torch.float32).min
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from cases import CASES, EMPTY_CASES, make, randn, seeded
 from functorch.compile import make_boxed_func
+from oracle import Call, attend, grads_of, keep_of
 from torch._dynamo.backends.common import aot_autograd
 
 import rocm_attn_compile.ops as ops
 from rocm_attn_compile.testing import assert_as_accurate_as_eager, count_calls
-
-sys.path.insert(0, str(Path(__file__).parent))
-from cases import CASES, EMPTY_CASES, make, randn, seeded
-from oracle import Call, attend, grads_of, keep_of
 
 MODES = ["nan", "nan_added", "zero", "mean", "mean_added"]
 FUSED = "aten._scaled_dot_product_flash_attention_for_cpu"

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from cases import CASES, make, randn, seeded
+from oracle import Call, attend
 from torch.library import opcheck
 
 import rocm_attn_compile.ops as ops
-
-sys.path.insert(0, str(Path(__file__).parent))
-from cases import CASES, make, randn, seeded
-from oracle import Call, attend
 
 NAMES = ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids", "sinks", "dropout_seed")
 CHECKED = {

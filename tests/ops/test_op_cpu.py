@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from cases import CASES, EMPTY_CASES, LOWEST, make, randn, seeded
+from oracle import INF, Call, attend, grads_of, keep_of
 
 import rocm_attn_compile.ops as ops
 from rocm_attn_compile.ops.schemas import OPTIONAL_TENSORS
 from rocm_attn_compile.testing.compare import assert_as_accurate_as_eager
-
-sys.path.insert(0, str(Path(__file__).parent))
-from cases import CASES, EMPTY_CASES, LOWEST, make, randn, seeded
-from oracle import INF, Call, attend, grads_of, keep_of
 
 IMPLS = ["", "REFERENCE"]
 MODES = ["nan", "nan_added", "zero", "mean", "mean_added"]

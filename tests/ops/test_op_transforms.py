@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from cases import CASES, EMPTY_CASES, make, randn, seeded
+from oracle import Call, attend
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import rocm_attn_compile.ops as ops
-
-sys.path.insert(0, str(Path(__file__).parent))
-from cases import CASES, EMPTY_CASES, make, randn, seeded
-from oracle import Call, attend
 
 TRANSFORMED = [
     "causal-square", "gqa-causal", "gqa-decode", "bias-heads", "bias-keys", "key-mask-bias-causal", "kv-range-batch",
