@@ -89,14 +89,11 @@ def _scale(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
                     "scale_after_mask", f"masked scores are scaled by {factor}, which is not known to be positive"
                 )
             mask.fill = rounded(mask.fill * factor, step.at.dtype)
-    if logits.biases:
-        if logits.cap is not None:
-            raise Refusal("scale_after_bias", "scores with soft cap and bias are scaled")
-        for bias in logits.biases:
-            if bias.rounded_to is not None and factor != 1:
-                raise Refusal("scale_after_cast", f"scores with a bias are scaled after a cast to {bias.rounded_to}")
-            bias.factor = bias.factor * factor
-    if logits.cap is not None:
+    for bias in logits.biases:
+        if bias.rounded_to is not None:
+            raise Refusal("scale_after_cast", f"scores with a bias are scaled after a cast to {bias.rounded_to}")
+        bias.factor = bias.factor * factor
+    if logits.cap is not None:  # f (c tanh(s) + bias) = (f c) tanh(s) + f bias
         logits.cap = logits.cap * factor
         return
     logits.scale = logits.scale * factor

@@ -535,6 +535,13 @@ def gemma2_soft_cap(q, k, v):
     return F.softmax(s, dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
+@spelling(lambda: (*square(), rand(H, 1, M)))
+def soft_cap_and_bias_scaled(q, k, v, bias):
+    s = 5.0 * torch.tanh((q @ k.mT) * (SCALE / 5.0))
+    s = (s + bias) * -0.5
+    return s.masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ v
+
+
 @spelling(square)
 def soft_cap_and_causal(q, k, v):
     s = 5.0 * torch.tanh((q @ k.mT) * (SCALE / 5.0))
