@@ -97,7 +97,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         if cap < 0:
             cap = -cap  # c tanh(s / c) is even in c; the product above already carries the sign
     requires_grad = _requires_grad(proof, live)
-    masks = prove_masks(proof, roles, logits, requires_grad, live)
+    masks = prove_masks(proof, roles, logits, dtype, requires_grad, live)
     spec = AttentionSpec(
         batch=_size(roles.batch),
         num_heads=_size(roles.heads),

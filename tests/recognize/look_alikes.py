@@ -488,6 +488,13 @@ def low_scores_of_float32_raised_to_the_lowest_of_float16(q, k, v):
     return s.clamp(min=torch.finfo(torch.float16).min).softmax(-1) @ v
 
 
+@look_alike("bias_too_wide", lambda: (*square(), rand(B, 1, M, M).double().log()))
+def float64_mask_beside_an_op_in_float32(q, k, v, mask):
+    """In a row of nothing but float64's lowest number, float32 sees nothing but -inf."""
+    lowest = torch.finfo(torch.float64).min
+    return ((q @ k.mT).double() + mask.clamp(min=lowest)).softmax(-1).to(v.dtype) @ v
+
+
 @look_alike("floor_of_bias", lambda: (*square(), rand(B, 1, M, M).log()))
 def float_mask_raised_to_the_lowest_number(q, k, v, mask):
     return torch.clamp(q @ k.mT + mask, min=torch.finfo(q.dtype).min).softmax(-1) @ v
