@@ -4,6 +4,9 @@
 
 Beside a kept key, what the scores' masks drop has weight exactly 0 already. So a mask that drops only what they drop
 changes nothing in such a row; to empty rows it gives 0 if it drops all that they drop.
+
+The gradient of an empty row of -inf is NaN behind the softmax. Where -inf took the place of the scores it ends there:
+`masked_fill` and `where` give a replaced score no gradient. Where it was added, or a bias was added after it, it goes on.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ def account_for_zeroed(
     for zeroing in proof.zeroed:
         if zeroing.mask is None:
             if mode in (EmptyRows.NAN, EmptyRows.NAN_ADDED):
-                if requires_grad:
+                if requires_grad and not _nan_ends_at_the_mask(proof, mode, terms):
                     raise Refusal("masked_rows_grad", "nan_to_num hides NaN rows whose gradient is NaN in eager")
                 mode = EmptyRows.ZERO
             continue
@@ -64,12 +67,19 @@ def account_for_zeroed(
             raise Refusal("weights_changed", "a mask after the softmax does not cover what a float tensor masks")
         if not drops_all:
             raise Refusal("weights_changed", "a mask after the softmax covers only part of the masks before it")
-        if is_nan and requires_grad:
+        if is_nan and requires_grad and not _nan_ends_at_the_mask(proof, mode, terms):
             raise Refusal(
                 "masked_rows_grad", "masked rows are set to 0 after the softmax, but their gradient is NaN in eager"
             )
         mode = EmptyRows.ZERO
     return mode
+
+
+def _nan_ends_at_the_mask(proof: Proof, mode: EmptyRows, terms: list[Term]) -> bool:
+    """True if no score or bias gets the NaN gradient of an empty row."""
+    # A maximum over several rows, subtracted by hand, carries it into the others.
+    is_by_row = proof.anchor.name in ("_softmax", "exp") and not any(s.kind == "row_shift" for s in proof.steps)
+    return mode is EmptyRows.NAN and is_by_row and not any(term.moved for term in terms)
 
 
 def _drops_what_the_scores_drop(
