@@ -6,7 +6,7 @@ Beside a kept key, what the scores' masks drop has weight exactly 0 already. So 
 changes nothing in such a row; to empty rows it gives 0 if it drops all that they drop.
 
 The gradient of an empty row of -inf is NaN behind the softmax. Where -inf took the place of the scores it ends there:
-`masked_fill` and `where` give a replaced score no gradient. Where it was added, or a bias was added after it, it goes on.
+`masked_fill` and `where` give a replaced score no gradient. Where it was added, or a bias was added later, it goes on.
 """
 
 from __future__ import annotations
