@@ -19,6 +19,7 @@ from ..spec import AttentionSpec
 from ..symbolic import product
 from .axes import Atom, resolve
 from .compose import Logits, compose, sink_atoms
+from .empty_rows import score_dtype
 from .kinship import stands_between_products
 from .labels import scaled_source_of
 from .live import LiveUsers
@@ -97,7 +98,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         if cap < 0:
             cap = -cap  # c tanh(s / c) is even in c; the product above already carries the sign
     requires_grad = _requires_grad(proof, live)
-    masks = prove_masks(proof, roles, logits, dtype, requires_grad, live)
+    masks = prove_masks(proof, roles, logits, requires_grad, live)
     spec = AttentionSpec(
         batch=_size(roles.batch),
         num_heads=_size(roles.heads),
@@ -170,8 +171,10 @@ def _op_dtype(proof: Proof) -> torch.dtype:
     """The dtype in which the op must run to lose nothing that eager keeps.
 
     Widening casts of q, k, v are undone (the kernel accumulates in float32 anyway) as far as the product with V, the
-    last rounding of the weights, and every source allow.
+    last rounding of the weights, and every source allow. A softmax in float64 is one.
     """
+    if score_dtype(proof) == torch.float64:
+        return torch.float64
     tensors = [factor.value for factor in proof.factors()]
     dtypes = {scaled_source_of(t)[0].dtype for t in tensors} | {proof.output.dtype}
     for dtype in dtypes:

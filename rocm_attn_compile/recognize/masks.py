@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
-import torch
 
 from ..capture.trace import Value
 from ..reasons import Reason, Refusal
@@ -106,10 +105,8 @@ class Symbols:
         return total
 
 
-def prove_masks(
-    proof: Proof, roles: Roles, logits: Logits, dtype: torch.dtype, requires_grad: bool, live: LiveUsers
-) -> ProvedMasks:
-    """All masks of a site, for an op in `dtype`; raises Refusal where eager's meaning cannot be kept."""
+def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool, live: LiveUsers) -> ProvedMasks:
+    """Prove all masks of a site; raises Refusal where eager's meaning cannot be kept."""
     symbols = Symbols(roles)
     notes: list[Reason] = []
     replaced = [_boolean(symbols, step, notes) for step in logits.masks]
@@ -125,8 +122,8 @@ def prove_masks(
         notes.append(Reason("mask_kept_as_bias", "a row may keep no key, and finite masks would not make it uniform"))
         added, low = [], True
         found = _together(proof, logits, symbols, replaced, added, low)
-    if low and dtype != torch.float64 and torch.float64 in _dtypes_of_biases(proof, logits):
-        raise Refusal("bias_too_wide", f"a tensor in float64 may mask, and the op in {dtype} adds it in float32")
+    if low and logits.bias_cast_after_shift:  # -inf, but in a row of nothing but fills 0
+        raise Refusal("cast_after_shift", "scores with a bias are cast after a maximum was subtracted")
     is_filled = low and any(t.is_finite for t in replaced)
     if is_filled and not (found is None and requires_grad):
         return _filled_biases(proof, logits, symbols, replaced, requires_grad, notes)
@@ -165,11 +162,6 @@ def _low_biases(logits: Logits, added: list[Term], live: LiveUsers) -> bool:
     masks = {id(t.operand) for t in added}
     biases = [bias for bias in logits.biases if id(bias) not in masks]
     return any(abs(b.factor) > _LARGEST_FACTOR or not is_moderate(b.value, live) for b in biases)
-
-
-def _dtypes_of_biases(proof: Proof, logits: Logits) -> set[torch.dtype]:
-    """In which biases are, and are added: a fill of float64 is -inf in float32."""
-    return {score_dtype(proof), *(d for b in logits.biases for d in (b.value.dtype, b.added_in) if d is not None)}
 
 
 def _filled_biases(

@@ -488,11 +488,18 @@ def low_scores_of_float32_raised_to_the_lowest_of_float16(q, k, v):
     return s.clamp(min=torch.finfo(torch.float16).min).softmax(-1) @ v
 
 
-@look_alike("bias_too_wide", lambda: (*square(), rand(B, 1, M, M).double().log()))
-def float64_mask_beside_an_op_in_float32(q, k, v, mask):
-    """In a row of nothing but float64's lowest number, float32 sees nothing but -inf."""
-    lowest = torch.finfo(torch.float64).min
-    return ((q @ k.mT).double() + mask.clamp(min=lowest)).softmax(-1).to(v.dtype) @ v
+@look_alike("cast_after_shift", lambda: (*square(), rand(B, 1, M, M).double().log()))
+def float64_mask_cast_after_the_maximum_is_subtracted(q, k, v, mask):
+    """-inf in float32, but 0 in a row of nothing but fills."""
+    s = (q @ k.mT).double() + mask.clamp(min=torch.finfo(torch.float64).min)
+    return (s - s.amax(-1, keepdim=True)).float().softmax(-1) @ v
+
+
+@look_alike("cast_after_shift", lambda: (*square(), torch.tensor([0, 4])))
+def float64_fill_cast_after_the_maximum_is_subtracted(q, k, v, lengths):
+    drop = torch.arange(M) >= lengths[:, None, None, None]
+    s = (q @ k.mT).double().masked_fill(drop, torch.finfo(torch.float64).min)
+    return (s - s.amax(-1, keepdim=True)).float().softmax(-1) @ v
 
 
 @look_alike("floor_of_bias", lambda: (*square(), rand(B, 1, M, M).log()))
