@@ -168,6 +168,8 @@ def _filled_biases(
     proof: Proof, logits: Logits, symbols: Symbols, replaced: list[Term], requires_grad: bool, notes: list[Reason]
 ) -> ProvedMasks:
     """All masks as numbers in the bias: the op then adds up what eager adds up, and no row is empty."""
+    if logits.is_floored:
+        raise Refusal("floor_of_bias", "a float tensor is added that may hold -inf, which is then raised to a number")
     if requires_grad or proof.zeroed:
         raise Refusal(
             "bias_beside_finite_fill",

@@ -507,6 +507,13 @@ def float_mask_raised_to_the_lowest_number(q, k, v, mask):
     return torch.clamp(q @ k.mT + mask, min=torch.finfo(q.dtype).min).softmax(-1) @ v
 
 
+@look_alike("floor_of_bias", lambda: (*square(), rand(B, 1, M, M).log()))
+def float_mask_beside_a_finite_fill_raised_to_the_lowest_number(q, k, v, mask):
+    lowest = torch.finfo(q.dtype).min
+    s = (q @ k.mT).masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), lowest)
+    return torch.clamp(s + mask, min=lowest).softmax(-1) @ v
+
+
 @look_alike("floor_of_fills", lambda: (*square(), torch.tensor([0, 4])))
 def infinite_fills_raised_in_rows_that_may_be_empty(q, k, v, lengths):
     drop = torch.arange(M) >= lengths[:, None, None, None]
