@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 
 import torch
 
@@ -17,6 +18,7 @@ from ..normalize.softmax import SoftmaxAnchor, find_softmaxes
 from ..reasons import INTERNAL_ERROR, Reason, Refusal
 from ..spec import AttentionSpec
 from ..symbolic import product
+from .alibi import with_positions
 from .axes import Atom, resolve
 from .compose import Logits, compose, sink_atoms
 from .empty_rows import score_dtype
@@ -99,6 +101,9 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
             cap = -cap  # c tanh(s / c) is even in c; the product above already carries the sign
     requires_grad = _requires_grad(proof, live)
     masks = prove_masks(proof, roles, logits, requires_grad, live)
+    biases, has_alibi = with_positions(
+        masks.biases, roles, logits, masks.closed, dtype, partial(_value_requires_grad, live=live)
+    )
     spec = AttentionSpec(
         batch=_size(roles.batch),
         num_heads=_size(roles.heads),
@@ -113,6 +118,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         logits_soft_cap=cap,
         mask=masks.spec,
         has_bias=bool(masks.biases),
+        has_alibi=has_alibi,
         bias_requires_grad=requires_grad
         and any(_value_requires_grad(b.value, live) for b in logits.biases if b in masks.biases),
         has_sinks=logits.sinks is not None,
@@ -129,7 +135,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         anchor=proof.anchor,
         labels=proof.labels,
         second=second,
-        biases=masks.biases,
+        biases=biases,
         masks=masks.terms,
         closed_mask=masks.closed,
         mask_context=masks.context,

@@ -32,8 +32,9 @@ from .labels import aligned
 from .live import LiveUsers
 from .mask.integers import FloorDiv, modulo
 from .moderate import is_moderate
+from .numbers import rounded
 from .proof import Proof
-from .region import MaskTerm, Operand, Roles
+from .region import Bias, MaskTerm, Operand, Roles
 from .zeroed import account_for_zeroed
 
 _LARGEST_FACTOR = 1e4
@@ -48,7 +49,7 @@ class ProvedMasks:
     closed: Any
     context: Any
     terms: list[MaskTerm]
-    biases: list[Operand | MaskTerm]
+    biases: list[Bias]
     notes: list[Reason] = field(default_factory=list)
 
 
@@ -115,7 +116,7 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool,
             raise Refusal(
                 "finite_fill", f"masked scores become {term.fills[0]:g}, which is not low enough to count as masked"
             )
-    added = [mask for bias in logits.biases if (mask := _additive(proof, symbols, bias, notes)) is not None]
+    added = [mask for bias in logits.biases if (mask := _additive(proof, symbols, logits, bias, notes)) is not None]
     low = _low_biases(logits, added, live)
     found = None if low and any(t.is_finite for t in added) else _together(proof, logits, symbols, replaced, added, low)
     if found is None and added:  # the additive masks stay the tensors they are, which is always exact
@@ -136,7 +137,7 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool,
     mode = account_for_zeroed(proof, symbols, mode, closed, [*replaced, *added], requires_grad, low)
     dense = [MaskTerm(t.operand, t.keeps) for t in replaced if t.stays_dense]
     masks = {id(t.operand) for t in added}
-    biases: list[Operand | MaskTerm] = [bias for bias in logits.biases if id(bias) not in masks]
+    biases: list[Bias] = [bias for bias in logits.biases if id(bias) not in masks]
     if not low:
         for bias in logits.biases:
             bias.added_in = None  # nothing in it is as low as the lowest number
@@ -182,7 +183,7 @@ def _filled_biases(
             "a fill that is not the lowest number masks scores to which a float tensor is added; fill with -inf",
         )
     notes.append(Reason("mask_in_bias", "a float tensor beside a finite fill may mask the rest of a row"))
-    biases: list[Operand | MaskTerm] = list(logits.biases)
+    biases: list[Bias] = list(logits.biases)
     for step, term in reversed(list(zip(logits.masks, replaced))):
         biases.insert(step.biases_before, MaskTerm(term.operand, term.keeps, step.fill))
     evaluator = prover.make_evaluator(symbols.context)
@@ -226,16 +227,16 @@ def _boolean(symbols: Symbols, step: MaskStep, notes: list[Reason]) -> Term:
     return Term(form, (step.fill,), False, operand, step.keeps, moved=step.is_followed_by_bias)
 
 
-def _additive(proof: Proof, symbols: Symbols, bias: Operand, notes: list[Reason]) -> Term | None:
+def _additive(proof: Proof, symbols: Symbols, logits: Logits, bias: Operand, notes: list[Reason]) -> Term | None:
     """A bias that is a mask as a whole, with a closed form; None if it is (also) something else."""
-    if bias.factor not in (1, -1) or bias.rounded_to is not None:
+    if bias.factor not in (1, -1) or (bias.rounded_to is not None and logits.bias_cast_after_shift):
         return None
     index = [symbols.of(dim) for dim in bias.dims]
     found = prover.prove_additive(bias.value, index, symbols.context, subtracted=bias.factor == -1)
     if isinstance(found, prover.OpaqueMask):
         notes.append(found.reason)
         return None
-    fills = tuple(fill for fill, _ in found.fills)
+    fills = tuple(rounded(fill, bias.rounded_to or bias.value.dtype) for fill, _ in found.fills)
     if found.keep.residual or not all(prover.is_hard(fill, bias.added_in or score_dtype(proof)) for fill in fills):
         return None
     return Term(found.keep, fills, True, bias, True)
