@@ -1,8 +1,9 @@
 """Remove what a rewritten site no longer needs, and nothing else.
 
 FX's own dead-code elimination is unsafe here: it takes in-place methods (`masked_fill_`) for pure and deletes live
-writes. Here only nodes that computed a value of a rewritten site may go, with what reads them in vain, and a node
-that writes to memory goes only together with every tensor that shares the memory, when nobody outside reads it.
+writes. Here only nodes that computed a value of a rewritten site may go, with what reads them in vain and what only
+they read. A node that writes to memory goes only together with every tensor that shares the memory, when nobody
+outside reads it.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import torch.fx as fx
 from ..capture.trace import Storage, Trace, Value
 from ..capture.unread import unread_nodes
 
+_KEPT = ("placeholder", "get_attr", "output")
+
 
 def remove_dead(trace: Trace, values: Iterable[Value]) -> None:
     """Erase unused nodes that computed `values`."""
     graph = trace.graph_module.graph
-    candidates = {
-        v.node for v in values if v.node is not None and v.node.op not in ("placeholder", "get_attr", "output")
-    }
+    candidates = {v.node for v in values if v.node is not None and v.node.op not in _KEPT}
     unread = unread_nodes(trace)
     for node in trace.order:  # in order, so that readers of readers follow
         if node in unread and any(source in candidates for source in node.all_input_nodes):
+            candidates.add(node)
+    for node in reversed(trace.order):  # what only they read: masks
+        if node in unread and node.op not in _KEPT and node.users and candidates.issuperset(node.users):
             candidates.add(node)
     by_time = {position: node for node, position in trace.order.items()}
     writers: dict[fx.Node, Storage] = {}
