@@ -3,7 +3,7 @@
     python benchmarks/zoo.py run --results FILE [--attention eager] [--padded] [--gradients] [--jobs N]
     python benchmarks/zoo.py table --results FILE ...
 
-`run` builds a tiny random model of every architecture, each in a process of its own, counts its attention sites by
+`run` builds a tiny random model of every architecture in processes of its own, counts its attention sites by
 watching it run, and compares what the package and Inductor's matcher make of it. Finished cases in FILE, one JSON
 object a line, are skipped, so an interrupted run goes on where it was. `table` merges the files into
 results/zoo.jsonl, which is kept, and writes docs/coverage.md from it.
@@ -79,7 +79,6 @@ def write_table(paths: list[Path]) -> None:
 
 def run_all(options: argparse.Namespace) -> None:
     """All cases that FILE lacks; progress on stderr."""
-    prepare()
     source = importlib.import_module(f"zoo_lib.{options.source}")
     setting = {"attention": options.attention, "padded": options.padded, "gradients": options.gradients}
     setting["lowering"] = options.lowering
@@ -87,8 +86,9 @@ def run_all(options: argparse.Namespace) -> None:
     done = set() if options.again else finished(options.results, setting)
     seen = {row["name"] for row in read(options.results)}
     todo = sorted((name for name in names if name not in done), key=lambda name: name in seen)  # what is new first
-    tasks = ((name, partial(one, source, name, setting, not options.no_peer)) for name in todo)
-    results = in_children(tasks, jobs=options.jobs, timeout=options.timeout, seconds=options.seconds)
+    tasks = ((name, partial(one, options.source, name, setting, not options.no_peer)) for name in todo)
+    limits = {"jobs": options.jobs, "timeout": options.timeout, "seconds": options.seconds}
+    results = in_children(tasks, prepare=partial(prepare, options.gradients), **limits)
     for number, (name, result) in enumerate(results, 1):
         result = {"name": name, **setting, "versions": versions(options.source), **result}
         with options.results.open("a") as file:
@@ -102,8 +102,8 @@ def finished(path: Path, setting: dict[str, Any]) -> set[str]:
     return {row["name"] for row in rows if row["status"] == "run" and all(row[k] == v for k, v in setting.items())}
 
 
-def prepare() -> None:
-    """Import what every child needs, once: a child is a fork of this process."""
+def prepare(gradients: bool) -> None:
+    """What every process does first."""
     import types
     import warnings
 
@@ -111,29 +111,28 @@ def prepare() -> None:
     sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
     import torch
     import transformers
-    from zoo_lib import judge, peer
+    from zoo_lib import huggingface, judge, peer
 
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     torch.backends.mha.set_fastpath_enabled(False)  # one fused op that no compiler sees: it is eager's alone
     peer.prepare()
-    from zoo_lib import huggingface
-
-    # What Dynamo imports and caches when it first compiles, children then have. But where PyTorch was built for a GPU,
-    # autograd does not work in a child of a process that has used it.
-    has_gpu_build = torch.version.cuda is not None or torch.version.hip is not None
-    for gradients in (False,) if has_gpu_build else (False, True):
-        case, _ = huggingface.case("llama", "eager", True, gradients)
-        judge.judge(case)
-    torch._dynamo.reset()
+    # What Dynamo imports and caches when it first compiles must not count as time of a model.
+    case, _ = huggingface.case("llama", "eager", True, gradients)
+    judge.judge(case)
 
 
-def one(source: Any, name: str, setting: dict[str, Any], with_peer: bool) -> dict[str, Any]:
+def one(source: str, name: str, setting: dict[str, Any], with_peer: bool) -> dict[str, Any]:
+    """One model, judged."""
+    import torch
     from zoo_lib.judge import judge
 
+    torch.set_default_dtype(torch.float32)  # whatever a model that failed has left
     try:
-        case, about = source.case(name, setting["attention"], setting["padded"], setting["gradients"])
+        case, about = importlib.import_module(f"zoo_lib.{source}").case(
+            name, setting["attention"], setting["padded"], setting["gradients"]
+        )
     except Exception as error:
         return {"status": "not built", "error": str(error)[:1500]}
     start = time.perf_counter()

@@ -1,16 +1,18 @@
-"""Run functions in forked processes, several at a time, each with a limit of processor time."""
+"""Run functions in other processes, several at a time, each with a limit of processor time.
+
+The processes are started afresh: where PyTorch was built for a GPU, forks that use autograd abort.
+"""
 
 from __future__ import annotations
 
-import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import resource
-import selectors
-import signal
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 Key = TypeVar("Key")
@@ -18,17 +20,46 @@ _PATIENCE = 20
 """A process that waits is ended after so many times its limit: other work on the machine must not count."""
 
 
-@dataclass
 class _Child:
-    key: Any
-    process: int
-    started: float
-    parts: list[bytes] = field(default_factory=list)
+    """A process that does one thing after the other; `begin` gives it one, its `pipe` has the result."""
+
+    def __init__(self, prepare: Callable[[], None], timeout: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._log = Path(tempfile.mkstemp(suffix=".log")[1])
+        self.pipe, theirs = context.Pipe()
+        arguments = (theirs, str(self._log), prepare, timeout)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.key: Any = None
+        self.started = time.monotonic()
+
+    def begin(self, key: Any, function: Callable[[], dict[str, Any]]) -> None:
+        self.key, self.started = key, time.monotonic()
+        self.pipe.send(function)
+
+    def result(self) -> tuple[dict[str, Any], bool]:
+        """The result that has come, and whether the process still lives."""
+        try:
+            return self.pipe.recv(), True
+        except EOFError:
+            self.process.join()
+            said = self._log.read_text(errors="replace").strip()[-300:]
+            code = self.process.exitcode or 0
+            status = "timeout" if -code in (9, 24) else "died"  # SIGKILL, SIGXCPU
+            self.end()
+            return {"status": status, "error": f"exit status {code}; {said}"}, False
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self._log.unlink(missing_ok=True)
 
 
 def in_children(
     functions: Iterable[tuple[Key, Callable[[], dict[str, Any]]]],
     *,
+    prepare: Callable[[], None],
     jobs: int,
     timeout: int,
     seconds: float | None = None,
@@ -36,65 +67,54 @@ def in_children(
     """Results of the functions as they come; one that fails gives a dict with "status" and "error".
 
     Args:
-        functions: Pairs of a key and a function of plain data.
+        functions: Pairs of a key and a function of plain data, which can be pickled.
+        prepare: Called first in each process.
         jobs: Processes at a time.
-        timeout: Seconds of processor time that each may use.
+        timeout: Seconds of processor time that each function may use.
         seconds: After so long no more are started, and what still runs is given up without a result.
     """
     waiting = iter(functions)
     deadline = float("inf") if seconds is None else time.monotonic() + seconds
-    with selectors.DefaultSelector() as selector:
-        running: dict[int, _Child] = {}
-        while True:
-            while len(running) < jobs and time.monotonic() < deadline and (task := next(waiting, None)) is not None:
-                descriptor, process = _start(task[1], timeout)
-                running[descriptor] = _Child(task[0], process, time.monotonic())
-                selector.register(descriptor, selectors.EVENT_READ)
-            if not running:
-                return
-            for event, _ in selector.select(timeout=1.0):
-                part = os.read(event.fd, 1 << 16)
-                running[event.fd].parts.append(part)
-                if not part:
-                    selector.unregister(event.fd)
-                    os.close(event.fd)
-                    child = running.pop(event.fd)
-                    yield child.key, _result(child)
-            for child in running.values():
-                if time.monotonic() > min(child.started + _PATIENCE * timeout, deadline):
-                    os.kill(child.process, signal.SIGKILL)
-            if time.monotonic() > deadline:
-                for child in running.values():
-                    os.waitpid(child.process, 0)
-                return
-
-
-def _start(function: Callable[[], dict[str, Any]], timeout: int) -> tuple[int, int]:
-    read, write = os.pipe()
-    sys.stderr.flush()
-    sys.stdout.flush()
-    process = os.fork()
-    if process:
-        os.close(write)
-        return read, process
-    os.close(read)
-    resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout))
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 1)
-    os.dup2(devnull, 2)
+    idle: list[_Child] = []
+    busy: list[_Child] = []
     try:
-        text = json.dumps(function())
-    except BaseException as error:
-        text = json.dumps({"status": "harness error", "error": repr(error)[:1500]})
-    with os.fdopen(write, "w") as pipe:
-        pipe.write(text)
-    os._exit(0)
+        while True:
+            while len(busy) < jobs and time.monotonic() < deadline and (task := next(waiting, None)) is not None:
+                child = idle.pop() if idle else _Child(prepare, timeout)
+                child.begin(*task)
+                busy.append(child)
+            if not busy or time.monotonic() > deadline:
+                return
+            ready = multiprocessing.connection.wait([child.pipe for child in busy], timeout=1.0)
+            for child in [child for child in busy if child.pipe in ready]:
+                busy.remove(child)
+                found, lives = child.result()
+                if lives:
+                    idle.append(child)
+                yield child.key, found
+            for child in busy:
+                if time.monotonic() > child.started + _PATIENCE * timeout:
+                    child.process.kill()
+    finally:
+        for child in (*idle, *busy):
+            child.end()
 
 
-def _result(child: _Child) -> dict[str, Any]:
-    _, status = os.waitpid(child.process, 0)
-    text = b"".join(child.parts)
-    if text:
-        return json.loads(text)
-    ended = status & 0x7F
-    return {"status": "timeout" if ended in (signal.SIGKILL, signal.SIGXCPU) else "died", "error": f"signal {ended}"}
+def _serve(pipe: Any, log: str, prepare: Callable[[], None], timeout: int) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    prepare()
+    while True:
+        try:
+            function = pipe.recv()
+        except EOFError:
+            return
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        limit = int(usage.ru_utime + usage.ru_stime) + timeout
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        try:
+            found = function()
+        except Exception as error:
+            found = {"status": "harness error", "error": repr(error)[:1500]}
+        pipe.send(found)

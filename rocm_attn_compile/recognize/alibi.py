@@ -27,6 +27,7 @@ from . import mask as prover
 from .axes import Atom, Dim, atoms_of
 from .compose import Logits
 from .labels import number_of
+from .live import LiveUsers
 from .mask.evaluate import Evaluator
 from .mask.integers import ZERO, expand
 from .mask.values import FloatLoad, If, Opaque
@@ -43,12 +44,13 @@ def with_positions(
     logits: Logits,
     keep: prover.ClosedForm,
     dtype: torch.dtype,
+    live: LiveUsers,
     requires_grad: Callable[[Value], bool],
 ) -> tuple[list[Bias], bool]:
     """The biases, those of them that are ALiBi as positions where that is shorter; and whether there are such."""
     if logits.sinks is not None or not biases or any(isinstance(bias, MaskTerm) for bias in biases):
         return biases, False  # sinks see what is added to a whole row
-    symbols = Symbols(roles)
+    symbols = Symbols(roles, live.proofs)
     found = [find_position_bias(b, symbols, roles, keep, requires_grad) for b in biases if isinstance(b, Operand)]
     shorter = [bias if new is None or not new.varies or dtype not in _HALF else new for bias, new in zip(biases, found)]
     return shorter, any(new is not None for new in found)

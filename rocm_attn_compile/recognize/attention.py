@@ -102,7 +102,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
     requires_grad = _requires_grad(proof, live)
     masks = prove_masks(proof, roles, logits, requires_grad, live)
     biases, has_alibi = with_positions(
-        masks.biases, roles, logits, masks.closed, dtype, partial(_value_requires_grad, live=live)
+        masks.biases, roles, logits, masks.closed, dtype, live, partial(_value_requires_grad, live=live)
     )
     spec = AttentionSpec(
         batch=_size(roles.batch),

@@ -15,8 +15,9 @@ gets NaN, also those that eager gives none.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 
@@ -34,8 +35,11 @@ from .mask.integers import FloorDiv, modulo
 from .moderate import is_moderate
 from .numbers import rounded
 from .proof import Proof
+from .proofs import Proofs
 from .region import Bias, MaskTerm, Operand, Roles
 from .zeroed import account_for_zeroed
+
+T = TypeVar("T")
 
 _LARGEST_FACTOR = 1e4
 """A bias is scaled by no more than this, or it may be as low as a fill."""
@@ -54,9 +58,10 @@ class ProvedMasks:
 
 
 class Symbols:
-    """Index symbols for the atoms of a site, as `recognize.mask` wants them."""
+    """Index symbols for the atoms of a site, as `recognize.mask` wants them, and what is proved with them."""
 
-    def __init__(self, roles: Roles) -> None:
+    def __init__(self, roles: Roles, proofs: Proofs) -> None:
+        self._proofs = proofs
         self._of: dict[Atom, sympy.Expr] = {}
         # Dynamo's shape symbols are s0, u1, ...: these names must stay apart from them
         q, k = (prover.index_symbol(name) for name in ("q", "k"))
@@ -91,6 +96,21 @@ class Symbols:
             self._of[atom] = rest if is_first else modulo(rest, atom.size)
             rest = FloorDiv(rest, atom.size)
 
+    def prove(self, how: Callable[..., Any], value: Value, index: list[sympy.Expr], **kwargs: Any) -> Any:
+        """`how(value, index, context, **kwargs)`, one of the functions of `recognize.mask`."""
+        key = (how, self._proofs.number(value), tuple(index), *kwargs.values())
+        return self.once(key, lambda: how(value, index, self.context, **kwargs))
+
+    def once(self, key: Hashable, prove: Callable[[], T]) -> T:
+        """What was proved under `key` with the same symbols and sizes."""
+        context = self.context
+        sizes = (context.q_len, context.kv_len, *context.batch.items(), *context.heads.items())
+        return self._proofs.once((key, sizes), prove)
+
+    def are_equal(self, left: Value, right: Value) -> bool:
+        """True if two values are computed alike from the same values."""
+        return self._proofs.number(left) == self._proofs.number(right)
+
     def index(self, dims: list[Dim], shape: tuple, value: Value) -> list[sympy.Expr]:
         """Index of `value`, broadcast against a tensor with axes `dims` (aligned right)."""
         offset = len(dims) - value.ndim
@@ -108,7 +128,7 @@ class Symbols:
 
 def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool, live: LiveUsers) -> ProvedMasks:
     """Prove all masks of a site; raises Refusal where eager's meaning cannot be kept."""
-    symbols = Symbols(roles)
+    symbols = Symbols(roles, live.proofs)
     notes: list[Reason] = []
     replaced = [_boolean(symbols, step, notes) for step in logits.masks]
     for step, term in zip(logits.masks, replaced):
@@ -149,13 +169,18 @@ def _together(
 ) -> tuple[prover.ClosedForm, EmptyRows] | None:
     """The conjunction of all closed forms and what empty rows give; None if that is nothing the op knows."""
     forms = [t.form for t in (*replaced, *added) if t.form is not None]
-    evaluator = prover.make_evaluator(symbols.context)
-    predicates = [form.predicate for form in forms]
-    if logits.is_causal:
-        predicates.append(evaluator.logic.le(symbols.context.k - symbols.context.q))
-    closed = prover.classify(evaluator, evaluator.logic.all_of(predicates), symbols.context)
+    key = ("together", logits.is_causal, *map(id, forms))  # forms are remembered, too: an id is of one only
+    closed = symbols.once(key, lambda: _conjunction(forms, logits.is_causal, symbols.context))
     mode = empty_rows(proof, replaced, added, closed, len(logits.biases) > len(added), low_biases)
     return None if mode is None else (closed, mode)
+
+
+def _conjunction(forms: list[prover.ClosedForm], is_causal: bool, context: prover.MaskContext) -> prover.ClosedForm:
+    evaluator = prover.make_evaluator(context)
+    predicates = [form.predicate for form in forms]
+    if is_causal:
+        predicates.append(evaluator.logic.le(context.k - context.q))
+    return prover.classify(evaluator, evaluator.logic.all_of(predicates), context)
 
 
 def _low_biases(logits: Logits, added: list[Term], live: LiveUsers) -> bool:
@@ -220,7 +245,7 @@ def _with_sinks(logits: Logits, mode: EmptyRows) -> EmptyRows:
 def _boolean(symbols: Symbols, step: MaskStep, notes: list[Reason]) -> Term:
     index = symbols.index(step.dims, step.shape, step.value)
     prove = prover.prove_keep if step.keeps else prover.prove_drop
-    found = prove(step.value, index, symbols.context)
+    found = symbols.prove(prove, step.value, index)
     form = None if isinstance(found, prover.OpaqueMask) else found
     notes.extend([found.reason] if isinstance(found, prover.OpaqueMask) else found.notes)
     operand = Operand(step.value, aligned(step.dims, step.value))
@@ -232,7 +257,7 @@ def _additive(proof: Proof, symbols: Symbols, logits: Logits, bias: Operand, not
     if bias.factor not in (1, -1) or (bias.rounded_to is not None and logits.bias_cast_after_shift):
         return None
     index = [symbols.of(dim) for dim in bias.dims]
-    found = prover.prove_additive(bias.value, index, symbols.context, subtracted=bias.factor == -1)
+    found = symbols.prove(prover.prove_additive, bias.value, index, subtracted=bias.factor == -1)
     if isinstance(found, prover.OpaqueMask):
         notes.append(found.reason)
         return None

@@ -11,17 +11,16 @@ The gradient of an empty row of -inf is NaN behind the softmax. Where -inf took 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..capture.trace import Value
 from ..reasons import Refusal
 from ..spec import EmptyRows
-from ..symbolic import same_size
 from . import mask as prover
 from .axes import resolve
-from .labels import aligned, number_of
+from .labels import aligned
 from .proof import Proof
 from .weights import Zeroing
 
@@ -96,10 +95,10 @@ def _drops_what_the_scores_drop(
             _positive(term.operand.value, term.keeps),
             _positive(value, keeps),
         )
-        if same_axes and keeps_before == keeps_after and _is_same(before, after):
+        if same_axes and keeps_before == keeps_after and symbols.are_equal(before, after):
             return True
     prove = prover.prove_zero_one if zeroing.is_factor else prover.prove_keep if keeps else prover.prove_drop
-    kept = prove(value, symbols.index(dims, zeroing.at.shape, value), symbols.context)
+    kept = symbols.prove(prove, value, symbols.index(dims, zeroing.at.shape, value))
     if isinstance(kept, prover.OpaqueMask):
         raise Refusal("weights_changed", f"the attention weights are masked after the softmax by {kept.reason.text}")
     logic = prover.make_evaluator(symbols.context).logic
@@ -121,23 +120,3 @@ def _positive(mask: Value, keeps: bool) -> tuple[Value, bool]:
     ):
         mask, keeps = mask.args[0], not keeps
     return mask, keeps
-
-
-def _is_same(left: Any, right: Any) -> bool:
-    """True if two values, or arguments, are computed alike from the same values."""
-    if left is right:
-        return True
-    if isinstance(left, Value) and isinstance(right, Value):
-        numbers = number_of(left), number_of(right)
-        if all(isinstance(n, (bool, int, float)) for n in numbers) and left.shape == right.shape == ():
-            return left.dtype == right.dtype and numbers[0] == numbers[1]
-        if isinstance(left.op, str) or left.op is not right.op or left.output_index != right.output_index:
-            return False
-        if torch.Tag.nondeterministic_seeded in left.op.tags or "empty" in left.name:
-            return False
-        return _is_same(left.args, right.args) and _is_same(list(left.kwargs.items()), list(right.kwargs.items()))
-    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
-        return len(left) == len(right) and all(map(_is_same, left, right))
-    if isinstance(left, torch.SymInt) or isinstance(right, torch.SymInt):
-        return not isinstance(left, Value) and not isinstance(right, Value) and same_size(left, right)
-    return type(left) is type(right) and bool(left == right)
