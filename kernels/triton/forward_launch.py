@@ -107,7 +107,7 @@ def forward_launches(
          layout(kv_end), layout(q_ids), layout(kv_ids)),
         (softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p),
         out.stride(), arch, num_units, q.element_size(), dot_precision(q.dtype, arch), sinks is not None, empty_rows,
-        not (tuning and tuning.plain) and aligned(q, k, v), tuning,
+        aligned(q, k, v, traced=bool(tuning and tuning.traced)), tuning,
     )  # fmt: skip
     tensors = {
         "q": q, "k": k, "v": v, "q_rest": None, "k_rest": None, "out": out, "lse": lse, "partial": None,

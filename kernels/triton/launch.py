@@ -23,9 +23,25 @@ Layout = tuple[torch.Size, tuple[int, ...]] | None
 """Sizes and strides of a tensor, None where it is absent."""
 
 
+@dataclass(frozen=True)
+class Descriptor:
+    """A tensor that a kernel reads through a tensor descriptor, one `block_shape` at a time.
+
+    Attributes:
+        base: Gives data and dtype.
+        shape, strides: What the descriptor says; for an expanded or a one-element dimension not those of `base`.
+        block_shape: Of one read.
+    """
+
+    base: torch.Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block_shape: tuple[int, ...]
+
+
 @dataclass
 class Launch:
-    """One kernel launch: `kernel[(grid,)](**arguments, **options)`."""
+    """One kernel launch: `kernel[(grid,)](**arguments, **options)`, each `Descriptor` as Triton's."""
 
     kernel: Any
     grid: int
@@ -35,7 +51,16 @@ class Launch:
     def run(self) -> None:
         """Launch on the current stream of the current device."""
         if self.grid:
-            self.kernel[(self.grid,)](**self.arguments, **self.options)
+            arguments = {k: _encode(v) if isinstance(v, Descriptor) else v for k, v in self.arguments.items()}
+            self.kernel[(self.grid,)](**arguments, **self.options)
+
+
+def _encode(described: Descriptor) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(
+        described.base, list(described.shape), list(described.strides), list(described.block_shape)
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,8 +75,7 @@ class Tuning:
         tma: With `config`: whether the kernels read through tensor descriptors (Hopper only). False also keeps the
             tables' configurations from doing so.
         separate: With `config`: one launch for dk and one for dv.
-        plain: Neither tensor descriptors nor programmatic dependent launch, which only Triton's own launcher knows;
-            the tensors need not have data.
+        traced: The tensors have no data: what is aligned is told by their offsets in their storages.
     """
 
     config: configs.KernelConfig | None = None
@@ -60,7 +84,7 @@ class Tuning:
     arch: str | None = None
     tma: bool | None = None
     separate: bool = False
-    plain: bool = False
+    traced: bool = False
 
 
 @functools.cache
@@ -104,20 +128,26 @@ def takes_tma(where: Layout, itemsize: int) -> bool:
     return outer and strides[3] == 1 and shape[3] * itemsize >= 32
 
 
-def aligned(*tensors: torch.Tensor) -> bool:
-    """Whether all start at a multiple of 16 bytes, as tensor descriptors must."""
+def aligned(*tensors: torch.Tensor, traced: bool = False) -> bool:
+    """Whether all start at a multiple of 16 bytes, as tensor descriptors must. For `traced` see Tuning.
+
+    A storage is aligned; and where an input of the compiled program begins elsewhere than it did when it was compiled,
+    Inductor copies it.
+    """
+    if traced:
+        return all(tensor.storage_offset() * tensor.element_size() % 16 == 0 for tensor in tensors)
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
-def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Any:
-    """The tensor descriptor of a 4-D tensor (see takes_tma) read in blocks of `rows` x `columns` of one head."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Descriptor:
+    """The descriptor of a 4-D tensor (see takes_tma) read in blocks of `rows` x `columns` of one head."""
     # The stride of a dimension of size 1 says nothing, but must be valid.
+    unit = 16 // tensor.element_size()
     strides = [
-        stride if size > 1 else 16 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3])
-    ]  # fmt: skip
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns])
+        stride if size > 1 or (stride > 0 and stride % unit == 0) else unit
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3])
+    ]
+    return Descriptor(tensor, tuple(tensor.shape), (*strides, 1), (1, 1, rows, columns))
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty_rows: str, out_layout: str = "bhsd") -> None:
