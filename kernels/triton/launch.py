@@ -50,6 +50,7 @@ class Tuning:
         tma: With `config`: whether the kernels read through tensor descriptors (Hopper only). False also keeps the
             tables' configurations from doing so.
         separate: With `config`: one launch for dk and one for dv.
+        in_flight: With `config`: latent decode by the Hopper kernel in Gluon.
         plain: Neither tensor descriptors nor programmatic dependent launch, which only Triton's own launcher knows;
             the tensors need not have data.
     """
@@ -60,6 +61,7 @@ class Tuning:
     arch: str | None = None
     tma: bool | None = None
     separate: bool = False
+    in_flight: bool = False
     plain: bool = False
 
 

@@ -45,37 +45,32 @@ DECODE: dict[str, Table] = {
 DECODE_TMA: dict[str, Table] = {"sm90": _HOPPER_TMA}
 """The same where it reads the cache through tensor descriptors."""
 
+DECODE_IN_FLIGHT: dict[str, Table] = {"sm90": {(ANY, ANY, 2): C(64, 128, 8, 1)}}
+"""The same of mla_decode_hopper.py's kernel, which has this one tile."""
+
 MIN_SPLIT_KEYS = 64
 MAX_SPLITS = 64
 
 
-def find(table: Table, rows: int, columns: int, itemsize: int) -> KernelConfig | None:
-    """The first row of a table that fits."""
-    for (max_rows, max_columns, max_bytes), config in table.items():
+def select(tables: dict[str, Table], arch: str, rows: int, columns: int, itemsize: int) -> KernelConfig | None:
+    """The first configuration that fits, None where there is none.
+
+    Args:
+        tables: One of the dictionaries above.
+        arch: "gfx942", "sm90", ... or "interpreter".
+        rows: q_len * num_heads.
+        columns: Padded kv_lora_rank plus qk_rope_head_dim.
+        itemsize: Bytes of one element of the cache.
+    """
+    for (max_rows, max_columns, max_bytes), config in tables.get(family(arch), {}).items():
         if rows <= max_rows and columns <= max_columns and itemsize <= max_bytes:
             return config
     return None
 
 
-def select_decode(arch: str, rows: int, columns: int, itemsize: int, batch: int) -> KernelConfig:
-    """The configuration of the decode kernel.
-
-    Args:
-        arch: "gfx942", "sm90", ... or "interpreter".
-        rows: q_len * num_heads.
-        columns: Padded kv_lora_rank plus qk_rope_head_dim.
-        itemsize: Bytes of one element of the cache.
-        batch: Batch size.
-    """
-    config = find(DECODE[family(arch)], rows, columns, itemsize)
-    assert config, f"no configuration for {arch}, {rows} rows, {columns} columns, {itemsize} bytes"
-    return config
-
-
-def select_decode_tma(arch: str, rows: int, columns: int, itemsize: int, page: int) -> KernelConfig | None:
-    """The same with tensor descriptors, None where there is none; a block of tokens must lie in one page."""
-    config = find(DECODE_TMA.get(family(arch), {}), rows, columns, itemsize)
-    return config if config and page % config.block_n == 0 else None
+def fits_in_flight(blocks: tuple[int, int]) -> bool:
+    """Whether the Hopper kernel takes these padded sizes of kv_lora_rank and qk_rope_head_dim."""
+    return blocks[0] == 512 and blocks[1] <= 64
 
 
 def blocks(arch: str, itemsize: int, latent: int, rope: int) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from .mla_decode import mla_decode_kernel
 MAX_LATENT, MAX_ROPE = 512, 128
 MIN_PAGE = 16
 MEANS = ("mean", "mean_added")
+NAN_ROWS = (EMPTY_ROWS["nan"], EMPTY_ROWS["nan_added"])
 
 
 def check(
@@ -152,11 +153,14 @@ def mla_decode_launches(
         tensors["partial"] = torch.empty((shares, latent), dtype=torch.float32, device=out.device)
         tensors["partial_stats"] = torch.empty((shares, 2), dtype=torch.float32, device=out.device)
     arguments = {**plan.arguments, **tensors}
-    if plan.arguments["TMA"]:
-        arguments["kv"] = token_descriptor(kv_c, plan.arguments["BLOCK_N"], plan.arguments["BLOCK_C"])
-        if k_pe is not None:
-            arguments["k_pe"] = token_descriptor(k_pe, plan.arguments["BLOCK_N"], plan.arguments["BLOCK_R"])
-    launches = [Launch(mla_decode_kernel, plan.grid, arguments, plan.options)]
+    if plan.in_flight:
+        launches = [hopper_launch(plan, arguments)]
+    else:
+        if plan.arguments["TMA"]:
+            arguments["kv"] = token_descriptor(kv_c, plan.arguments["BLOCK_N"], plan.arguments["BLOCK_C"])
+            if k_pe is not None:
+                arguments["k_pe"] = token_descriptor(k_pe, plan.arguments["BLOCK_N"], plan.arguments["BLOCK_R"])
+        launches = [Launch(mla_decode_kernel, plan.grid, arguments, plan.options)]
     if plan.num_splits > 1:
         combined = {
             "partial": tensors["partial"], "partial_stats": tensors["partial_stats"], "v": kv_c, "out": out, "lse": lse,
@@ -179,6 +183,24 @@ def token_descriptor(cache: Tensor, tokens: int, columns: int) -> Any:
     return TensorDescriptor(cache, list(cache.shape), [*strides, 1], [1, tokens, columns])
 
 
+def hopper_launch(plan: DecodePlan, arguments: dict[str, Any]) -> Launch:
+    """The launch of mla_decode_hopper.py's kernel, whose arguments are among those of mla_decode_kernel."""
+    # Here, since Gluon is experimental, and only Hopper needs it.
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .mla_decode_hopper import mla_decode_hopper_kernel
+
+    given = {**arguments, "NAN_ROWS": arguments["EMPTY_ROWS"] in NAN_ROWS}
+    for name, columns in (("kv", 128), ("k_pe", arguments["BLOCK_R"])):
+        if (cache := arguments[name]) is not None:
+            plain = token_descriptor(cache, plan.arguments["BLOCK_N"], columns)
+            swizzled = NVMMASharedLayout(min(128, columns * cache.element_size()), 16, rank=3)
+            given[name] = TensorDescriptor(cache, plain.shape, plain.strides, plain.block_shape, swizzled)
+    names = [parameter.name for parameter in mla_decode_hopper_kernel.params]
+    return Launch(mla_decode_hopper_kernel, plan.grid, {name: given[name] for name in names}, plan.options)
+
+
 def takes_tma(where: Layout, itemsize: int) -> bool:
     """Whether the tensor memory accelerator can address a cache: strides of whole 16 bytes, at least 32 bytes wide."""
     if where is None:
@@ -195,7 +217,36 @@ class DecodePlan(NamedTuple):
     options: dict[str, int]
     grid: int
     num_splits: int
+    in_flight: bool
     combine: dict[str, Any]
+
+
+def choose(
+    arch: str, rows: int, blocks: tuple[int, int], itemsize: int, page: int, empty_rows: str, descriptors: bool,
+    tuning: Tuning,
+) -> tuple[configs.KernelConfig, bool, bool]:  # fmt: skip
+    """The launch configuration, whether it reads through tensor descriptors, and whether it is the Hopper kernel's.
+
+    Args:
+        arch, itemsize, empty_rows, tuning: As of mla_decode_plan.
+        rows: q_len * num_heads.
+        blocks: Padded kv_lora_rank and qk_rope_head_dim.
+        page: Block size of a paged cache, 0 for a contiguous one.
+        descriptors: Whether tensor descriptors can address the cache.
+    """
+    if tuning.config is not None:
+        return tuning.config, bool(tuning.tma), tuning.in_flight
+    if descriptors and tuning.tma is not False:
+        for in_flight, table in ((True, mla_configs.DECODE_IN_FLIGHT), (False, mla_configs.DECODE_TMA)):
+            config = mla_configs.select(table, arch, rows, sum(blocks), itemsize)
+            if config and page % config.block_n == 0:
+                if not in_flight:
+                    return config, True, False
+                if mla_configs.fits_in_flight(blocks) and empty_rows not in MEANS:
+                    return config, True, True
+    config = mla_configs.select(mla_configs.DECODE, arch, rows, sum(blocks), itemsize)
+    assert config, f"no configuration for {arch}, {rows} rows, {blocks}, {itemsize} bytes"
+    return config, False, False
 
 
 @functools.lru_cache(maxsize=1024)
@@ -239,17 +290,10 @@ def mla_decode_plan(
         band_upper = None if band_upper >= kv_len - 1 else max(band_upper, -q_len)
     block_c, block_r = mla_configs.blocks(arch, itemsize, latent, rope)
     rows = q_len * num_heads
-    config, tma = mla_configs.select_decode(arch, rows, block_c + block_r, itemsize, batch), bool(tuning.tma)
-    if tuning.config is not None:
-        config = tuning.config
-    elif (
-        tuning.tma is not False
-        and is_aligned
-        and takes_tma(kv, itemsize)
-        and takes_tma(k_pe, itemsize)
-        and (faster := mla_configs.select_decode_tma(arch, rows, block_c + block_r, itemsize, page))
-    ):
-        config, tma = faster, True
+    config, tma, in_flight = choose(
+        arch, rows, (block_c, block_r), itemsize, page, empty_rows,
+        is_aligned and takes_tma(kv, itemsize) and takes_tma(k_pe, itemsize), tuning,
+    )  # fmt: skip
     tiles = batch * triton.cdiv(rows, config.block_m)
     num_splits = tuning.num_splits or mla_configs.choose_splits(arch, tiles, kv_len, num_units)
     if empty_rows in MEANS:
@@ -283,4 +327,4 @@ def mla_decode_plan(
         "V_HEAD_DIM": latent, "BLOCK_E": block_c, "HAS_BIAS": False, "HAS_SINKS": False,
         "EMPTY_ROWS": EMPTY_ROWS[empty_rows], "BLOCK_S": triton.next_power_of_2(num_splits), "CHUNK": 16, "BLOCK_N": 16,
     }  # fmt: skip
-    return DecodePlan(arguments, config.options(arch.startswith("gfx")), tiles * num_splits, num_splits, combine)
+    return DecodePlan(arguments, config.options(arch.startswith("gfx")), tiles * num_splits, num_splits, in_flight, combine)
