@@ -1,6 +1,6 @@
 """TRITON_MLA on a real GPU: every feature against float64, every result twice and equal to the bit.
 
-    python benchmarks/gpu/check_mla.py [--only TEXT] [--workers 12]
+python benchmarks/gpu/check_mla.py [--only TEXT] [--workers 12]
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "kernels"))
 
-import mla_cases  # noqa: E402
-import mla_oracle  # noqa: E402
+import mla_cases
+import mla_oracle
 
-from rocm_attn_compile.kernels.triton.launch import Tuning  # noqa: E402
-from rocm_attn_compile.kernels.triton.mla_decode_launch import mla_decode_launches  # noqa: E402
+from rocm_attn_compile.kernels.triton.launch import Tuning
+from rocm_attn_compile.kernels.triton.mla_decode_launch import mla_decode_launches
 
 
 def decode(case: dict[str, Any]) -> dict[str, tuple[float, float]]:

@@ -143,9 +143,7 @@ def mla_decode_hopper_kernel(
             batch_long * stride_pb + head * stride_ph + q_row * stride_pm, gl.SliceLayout(1, operand)
         )
         columns = gl.arange(0, BLOCK_R, layout=gl.SliceLayout(0, operand))
-        q_pe_tile = gl.load(
-            q_pe + pe_offset[:, None] + columns[None, :], mask=(columns < ROPE)[None, :], other=0.0
-        )
+        q_pe_tile = gl.load(q_pe + pe_offset[:, None] + columns[None, :], mask=(columns < ROPE)[None, :], other=0.0)
     fence_async_shared()
     barrier()
 

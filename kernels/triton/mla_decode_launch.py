@@ -327,4 +327,5 @@ def mla_decode_plan(
         "V_HEAD_DIM": latent, "BLOCK_E": block_c, "HAS_BIAS": False, "HAS_SINKS": False,
         "EMPTY_ROWS": EMPTY_ROWS[empty_rows], "BLOCK_S": triton.next_power_of_2(num_splits), "CHUNK": 16, "BLOCK_N": 16,
     }  # fmt: skip
-    return DecodePlan(arguments, config.options(arch.startswith("gfx")), tiles * num_splits, num_splits, in_flight, combine)
+    options = config.options(arch.startswith("gfx"))
+    return DecodePlan(arguments, options, tiles * num_splits, num_splits, in_flight, combine)

@@ -96,7 +96,7 @@ def gathered(tensors: dict[str, Tensor | None]) -> tuple[Tensor, Tensor | None]:
 
 
 def oracle(tensors: dict[str, Tensor | None], scalars: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """"out" and "lse" with everything in `dtype`."""
+    """ "out" and "lse" with everything in `dtype`."""
     kv_c, k_pe = gathered(tensors)
     q, kv_c = tensors["q_latent"].to(dtype), kv_c.to(dtype)
     s = torch.einsum("bhmc,bnc->bhmn", q, kv_c)
