@@ -192,7 +192,7 @@ def hopper_launch(plan: DecodePlan, arguments: dict[str, Any]) -> Launch:
     from .mla_decode_hopper import mla_decode_hopper_kernel
 
     given = {**arguments, "NAN_ROWS": arguments["EMPTY_ROWS"] in NAN_ROWS}
-    for name, columns in (("kv", 128), ("k_pe", arguments["BLOCK_R"])):
+    for name, columns in (("kv", 256), ("k_pe", arguments["BLOCK_R"])):
         if (cache := arguments[name]) is not None:
             plain = token_descriptor(cache, plan.arguments["BLOCK_N"], columns)
             swizzled = NVMMASharedLayout(min(128, columns * cache.element_size()), 16, rank=3)
@@ -222,13 +222,13 @@ class DecodePlan(NamedTuple):
 
 
 def choose(
-    arch: str, rows: int, blocks: tuple[int, int], itemsize: int, page: int, empty_rows: str, descriptors: bool,
-    tuning: Tuning,
+    arch: str, rows: int, blocks: tuple[int, int], itemsize: int, page: int, softmax_scale: float,
+    empty_rows: str, descriptors: bool, tuning: Tuning,
 ) -> tuple[configs.KernelConfig, bool, bool]:  # fmt: skip
     """The launch configuration, whether it reads through tensor descriptors, and whether it is the Hopper kernel's.
 
     Args:
-        arch, itemsize, empty_rows, tuning: As of mla_decode_plan.
+        arch, itemsize, softmax_scale, empty_rows, tuning: As of mla_decode_plan.
         rows: q_len * num_heads.
         blocks: Padded kv_lora_rank and qk_rope_head_dim.
         page: Block size of a paged cache, 0 for a contiguous one.
@@ -242,7 +242,7 @@ def choose(
             if config and page % config.block_n == 0:
                 if not in_flight:
                     return config, True, False
-                if mla_configs.fits_in_flight(blocks) and empty_rows not in MEANS:
+                if softmax_scale > 0 and mla_configs.fits_in_flight(blocks) and empty_rows not in MEANS:
                     return config, True, True
     config = mla_configs.select(mla_configs.DECODE, arch, rows, sum(blocks), itemsize)
     assert config, f"no configuration for {arch}, {rows} rows, {blocks}, {itemsize} bytes"
@@ -291,11 +291,13 @@ def mla_decode_plan(
     block_c, block_r = mla_configs.blocks(arch, itemsize, latent, rope)
     rows = q_len * num_heads
     config, tma, in_flight = choose(
-        arch, rows, (block_c, block_r), itemsize, page, empty_rows,
+        arch, rows, (block_c, block_r), itemsize, page, softmax_scale, empty_rows,
         is_aligned and takes_tma(kv, itemsize) and takes_tma(k_pe, itemsize), tuning,
     )  # fmt: skip
     tiles = batch * triton.cdiv(rows, config.block_m)
-    num_splits = tuning.num_splits or mla_configs.choose_splits(arch, tiles, kv_len, num_units)
+    num_splits = tuning.num_splits or mla_configs.choose_splits(
+        arch, tiles, kv_len, num_units, 2 * config.block_n if in_flight else config.block_n
+    )
     if empty_rows in MEANS:
         num_splits = max(num_splits, 2)  # only the combine kernel knows the mean
     arguments: dict[str, Any] = {}
