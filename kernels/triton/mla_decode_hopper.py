@@ -111,10 +111,10 @@ def copy_blocks(
 
 @gluon.jit
 def attend(
-    q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem,
-    row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm,
-    stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower,
-    band_upper, begin, end, full_begin, full_end,
+    q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem, row_smem,
+    full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_ob, stride_oh,
+    stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch, num_heads, q_len, kv_len, num_splits,
+    scale_log2, band_lower, band_upper, begin, end, full_begin, full_end,
     SIDE: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, SPLIT: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr,
     HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
@@ -316,21 +316,24 @@ def mla_decode_hopper_kernel(
 
     barrier()
     scale_log2 = softmax_scale * LOG2E
+    # Written out twice: constants stay constants only in the call itself.
     gl.warp_specialize(
         [
             (attend, (
-                q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem,
-                p_smem, row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
-                stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch, num_heads, q_len, kv_len, num_splits,
-                scale_log2, band_lower, band_upper, begin, end, full_begin, full_end, 0, LATENT, ROPE, BLOCK_R, SPLIT,
-                HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
+                q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem,
+                row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm,
+                stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch,
+                num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end, full_begin,
+                full_end, 0, LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER,
+                NAN_ROWS,
             )),
             (attend, (
-                q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem,
-                p_smem, row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
-                stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch, num_heads, q_len, kv_len, num_splits,
-                scale_log2, band_lower, band_upper, begin, end, full_begin, full_end, 1, LATENT, ROPE, BLOCK_R, SPLIT,
-                HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
+                q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem,
+                row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm,
+                stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch,
+                num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end, full_begin,
+                full_end, 1, LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER,
+                NAN_ROWS,
             )),
             (copy_blocks, (
                 kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, BLOCK_R, PAGE,
