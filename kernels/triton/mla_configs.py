@@ -13,14 +13,14 @@ ANY = 1 << 30
 
 # A tile of 16 rows is bound by memory: 16 tokens leave room for two workgroups on a compute unit, whose loads and
 # products overlap. More rows are bound by products or LDS: a wave owns 16 rows, whose queries it keeps
-# in registers. Compiled and counted, not run; see docs/mla.md.
+# in registers. One stage: a transposed tile that the pipeliner keeps in LDS has bank conflicts, see
+# configs.transposes_keys. Compiled, counted and simulated, not run on hardware; see docs/mla.md.
 _CDNA: Table = {
     (16, ANY, 2): C(16, 16, 4, 1),
     (32, ANY, 2): C(32, 16, 4, 1),
     (ANY, ANY, 2): C(64, 16, 4, 1, 0, 16),
     (ANY, ANY, 4): C(16, 16, 4, 1),
 }
-_GFX950: Table = {**_CDNA, (ANY, ANY, 2): C(64, 32, 4, 2, 0, 16)}
 _RDNA: Table = {
     (ANY, ANY, 2): C(16, 16, 8, 1),
     (ANY, ANY, 4): C(16, 16, 16, 1),
@@ -44,7 +44,7 @@ _INTERPRETER: Table = {(ANY, ANY, 4): C(16, 16, 1, 1)}
 DECODE: dict[str, Table] = {
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
-    "gfx950": _GFX950,
+    "gfx950": _CDNA,
     "rdna": _RDNA,
     "sm90": _HOPPER,
     "cuda": _CUDA,
