@@ -14,6 +14,7 @@ from .combine import attention_combine_kernel
 from .launch import (
     DTYPES,
     EMPTY_ROWS,
+    Descriptor,
     Launch,
     Layout,
     Tuning,
@@ -142,7 +143,7 @@ def mla_decode_launches(
         (layout(q_latent), layout(q_pe), layout(kv_c), layout(k_pe), layout(block_table), layout(key_mask),
          layout(kv_start), layout(kv_end)),
         (softmax_scale, band_lower, band_upper), out.stride(), arch, num_units, q_latent.element_size(),
-        dot_precision(q_latent.dtype, arch), empty_rows, not (tuning and tuning.plain) and aligned(*given), tuning,
+        dot_precision(q_latent.dtype, arch), empty_rows, aligned(*given, traced=bool(tuning and tuning.traced)), tuning,
     )  # fmt: skip
     tensors: dict[str, Any] = {
         "q": q_latent, "q_pe": q_pe, "kv": kv_c, "k_pe": k_pe, "block_table": block_table, "out": out, "lse": lse,
@@ -174,29 +175,23 @@ def mla_decode_launches(
     return launches, out, lse
 
 
-def token_descriptor(cache: Tensor, tokens: int, columns: int) -> Any:
-    """The tensor descriptor of a `(batch or blocks, tokens, width)` cache, read in blocks of `tokens` x `columns`."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+def token_descriptor(cache: Tensor, tokens: int, columns: int, swizzle: int = 0) -> Descriptor:
+    """The descriptor of a `(batch or blocks, tokens, width)` cache, read in blocks of `tokens` x `columns`."""
     # The stride of a dimension of size 1 says nothing, but must be valid.
     strides = [stride if size > 1 else 16 for size, stride in zip(cache.shape[:2], cache.stride()[:2])]
-    return TensorDescriptor(cache, list(cache.shape), [*strides, 1], [1, tokens, columns])
+    return Descriptor(cache, tuple(cache.shape), (*strides, 1), (1, tokens, columns), swizzle)
 
 
 def hopper_launch(plan: DecodePlan, arguments: dict[str, Any]) -> Launch:
     """The launch of mla_decode_hopper.py's kernel, whose arguments are among those of mla_decode_kernel."""
     # Here, since Gluon is experimental, and only Hopper needs it.
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from .mla_decode_hopper import mla_decode_hopper_kernel
 
     given = {**arguments, "NAN_ROWS": arguments["EMPTY_ROWS"] in NAN_ROWS}
     for name, columns in (("kv", 256), ("k_pe", arguments["BLOCK_R"])):
         if (cache := arguments[name]) is not None:
-            plain = token_descriptor(cache, plan.arguments["BLOCK_N"], columns)
-            swizzled = NVMMASharedLayout(min(128, columns * cache.element_size()), 16, rank=3)
-            given[name] = TensorDescriptor(cache, plain.shape, plain.strides, plain.block_shape, swizzled)
+            swizzle = min(128, columns * cache.element_size())
+            given[name] = token_descriptor(cache, arguments["BLOCK_N"], columns, swizzle)
     names = [parameter.name for parameter in mla_decode_hopper_kernel.params]
     return Launch(mla_decode_hopper_kernel, plan.grid, {name: given[name] for name in names}, plan.options)
 
