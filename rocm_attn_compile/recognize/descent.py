@@ -1,0 +1,103 @@
+"""From a tensor down to what it is re-indexed from: views, exact casts, copies, and ranges of one axis.
+
+    cache[:, :n] -> slice -> view -> linear          `descend` gives the way, `label` the axes on it
+
+Unlike `labels`, which follows what keeps every index, this also follows `x[..., :512]`, `split` and `unbind`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..capture.trace import Value
+from .axes import Atom, Dim
+from .labels import Labels, cuts_gradient, is_exact_cast, is_view
+from .region import Cut
+from ..symbolic import is_one, same_size
+
+
+def descend(value: Value) -> list[Value]:
+    """`value`, what it is re-indexed from, and so on down to what is not re-indexed from anything."""
+    path = [value]
+    while (source := below(path[-1])) is not None:
+        path.append(source)
+    return path
+
+
+def below(value: Value) -> Value | None:
+    """The tensor whose elements `value` holds, some or all of them, or None."""
+    if isinstance(value.op, str) or cuts_gradient(value):
+        return None
+    if is_view(value) or is_exact_cast(value) or range_of(value) is not None:
+        return value.args[0]
+    if value.name == "copy":
+        source = value.args[1]
+        return source if isinstance(source, Value) and source.dtype == value.dtype else None
+    if value.name == "cat":
+        pieces = [piece for piece in value.args[0] if not any(same_size(size, 0) for size in piece.shape)]
+        is_identity = len(pieces) == 1 and pieces[0].dtype == value.dtype and not hides_gradient(value, pieces)
+        return pieces[0] if is_identity else None
+    return None
+
+
+def hides_gradient(value: Value, sources: Iterable[Value]) -> bool:
+    """True if `value` was made under `no_grad` from sources that were not: see `labels.cuts_gradient`."""
+    return not value.grad_mode and any(source.grad_mode for source in sources)
+
+
+def range_of(value: Value) -> tuple[int, int, int] | None:
+    """`(dimension, start, length)` if the value is a known range of the indices of one dimension of its first argument.
+
+    A `select` or `unbind` is a range of one index, of a dimension that the value no longer has.
+    """
+    if value.name not in ("slice", "select", "split_with_sizes", "split", "unbind"):
+        return None
+    source, numbers = value.args[0], value.args[1:]
+    if value.name == "split_with_sizes":
+        dim, start = (numbers[1] if len(numbers) > 1 else 0), 0
+        for size in numbers[0][: value.output_index]:
+            start = start + size
+    elif value.name == "split":
+        dim, start = (numbers[1] if len(numbers) > 1 else 0), numbers[0] * value.output_index
+    elif value.name == "unbind":
+        dim, start = (numbers[0] if numbers else 0), value.output_index
+    elif value.name == "select":
+        dim, start = numbers
+    else:
+        dim, start = (numbers[0] if numbers else 0), (numbers[1] if len(numbers) > 1 else 0) or 0
+        if len(numbers) > 3 and numbers[3] != 1:
+            return None
+    dim = dim % source.ndim
+    size, length = source.shape[dim], (1 if value.ndim < source.ndim else value.shape[dim])
+    if not all(isinstance(number, int) for number in (start, size, length)):
+        return None
+    start = start + size if start < 0 else start
+    return dim, max(start, 0), length
+
+
+def label(labels: Labels, path: Sequence[Value]) -> list[Cut]:
+    """Label the values of a `descend`, from its end upwards; returns the ranges taken on the way, inner to outer."""
+    cuts = []
+    for source, value in zip(reversed(path), reversed(path[:-1])):
+        if is_view(value) or is_exact_cast(value):
+            labels.of(value)  # through `source`, which is labelled
+            continue
+        found, dims = range_of(value), labels.of(source)
+        if found is not None:
+            dim, start, length = found
+            after: Dim = () if length == 1 else (Atom(length),)
+            cuts.append(Cut(dims[dim], start, length, after))
+            dims[dim : dim + 1] = [after] if value.ndim == source.ndim else []
+            labels.set(value, dims)
+            continue
+        offset = value.ndim - source.ndim  # a copy, which may broadcast
+        wide = [
+            dims[i - offset] if i >= offset and same_size(source.shape[i - offset], size) else _axis(size)
+            for i, size in enumerate(value.shape)
+        ]
+        labels.set(value, wide if value.name == "copy" else dims)
+    return cuts
+
+
+def _axis(size) -> Dim:
+    return () if is_one(size) else (Atom(size),)

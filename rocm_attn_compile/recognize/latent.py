@@ -1,0 +1,99 @@
+"""Multi-head latent attention (MLA): prove that keys and values of an attention come from one latent per token.
+
+    expanded   k = [c W_uk | k_pe, the same for all heads]      v = c W_uv      q = [q_nope | q_pe]
+    absorbed   scores = (q_nope W_uk) c^T + q_pe k_pe^T         p c             DeepSeek's inference code
+
+The attention itself is proved already, from the softmax outwards; this is a further step inwards. Axes are copied first:
+a proof that fails half-way must not have merged any of the attention's own. What is nearly latent attention stays a
+plain one, with a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from torch.utils import _pytree as pytree
+
+from ..capture.trace import Value
+from ..reasons import Refusal
+from ..spec import AttentionSpec
+from .labels import is_contraction, operands_of
+from .latent_absorbed import find_absorbed
+from .latent_cache import expanded_cache
+from .latent_expanded import find_expanded
+from .latent_form import latent_spec
+from .latent_paged import read_pages
+from .latent_terms import Attempt
+from .region import Latent, Operand, Region
+
+
+def add_latent(region: Region) -> None:
+    """Make `region` one of kind "mla" with its `latent`, if that is proved; else say what it lacks, if that is little."""
+    try:
+        attempt = Attempt(region)
+    except Refusal:
+        return
+    try:
+        latent = find_absorbed(region, attempt) or find_expanded(region, attempt)
+        attempt.is_near = True
+        _check_features(region.spec, latent)
+    except Refusal as refusal:
+        region.latent_note = refusal.reason if attempt.is_near else expanded_cache(region)
+        return
+    if latent.q_latent is not None or not region.spec.requires_grad:
+        read_pages(latent)
+    latent.leaves = [operand.value for operand in _operands(latent)]
+    latent.values = list(_between(region, latent))
+    region.latent = latent
+    region.spec = replace(region.spec, kind="mla", latent=latent_spec(region.spec, latent))
+
+
+def _check_features(spec: AttentionSpec, latent: Latent) -> None:
+    """The MLA ops take bands, key masks and bounds per row; everything else is refused."""
+    refused = (
+        (spec.has_bias, "latent_attn_bias", "a bias is added to the scores"),
+        (spec.logits_soft_cap is not None, "latent_soft_cap", "the scores have a soft cap"),
+        (spec.has_sinks, "latent_sinks", "the softmax has learned sinks"),
+        (spec.dropout_p != 0, "latent_dropout", "the attention weights pass a dropout"),
+        (spec.mask.has_segment_ids, "latent_segment_ids", "documents are packed"),
+        (spec.mask.has_attn_mask, "latent_attn_mask", "a part of the mask has no closed form"),
+        (
+            latent.q_latent is not None and spec.requires_grad,
+            "latent_training",
+            "it is written in its absorbed form, which has no gradients",
+        ),
+    )
+    for is_there, code, text in refused:
+        if is_there:
+            raise Refusal(code, f"latent attention, but {text}, which the MLA ops do not take")
+
+
+def _operands(latent: Latent) -> Iterator[Operand]:
+    """What the latent form is computed from. k_nope and v are not: they are maps of kv_c."""
+    found = (latent.q_nope, latent.q_latent, latent.q_pe, latent.kv_c, latent.k_pe, latent.w_uk, latent.w_uv)
+    yield from (operand for operand in found if operand is not None)
+
+
+def _between(region: Region, latent: Latent) -> Iterator[Value]:
+    """Everything that is computed from the leaves on the way to the attention."""
+    inside = {value.id for value in region.values}
+    stop = {value.id for value in latent.leaves} | inside
+    todo = [factor for value in region.values for factor in _factors(value) if factor.id not in inside]
+    while todo:
+        value = todo.pop()
+        if value.id in stop:
+            continue
+        stop.add(value.id)
+        yield value
+        todo += _tensors((value.args, value.kwargs))
+
+
+def _factors(value: Value) -> Iterable[Value]:
+    if value.op == "sdpa":
+        return [value.kwargs[name] for name in ("query", "key", "value")]
+    return operands_of(value) if is_contraction(value) else ()
+
+
+def _tensors(tree: object) -> list[Value]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Value)]

@@ -1,0 +1,135 @@
+"""Which tensors a tensor is put together from along one axis.
+
+    torch.cat([k_nope, k_pe.expand(...)], -1)                          one piece per argument
+    k = kv.new_empty(...); k[..., :P] = k_nope; k[..., P:] = k_pe      one piece per range that is written
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..capture.trace import Value
+from ..reasons import Refusal
+from ..symbolic import same_size
+from .axes import Atom, Dim, resolve, unify
+from .descent import hides_gradient
+from .labels import Labels, source_of
+from .region import Cut, Operand
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """The indices `start` to `start + length` of dimension `axis` of `value`, whose dimensions have the axes `dims`."""
+
+    value: Value
+    dims: list[Dim]
+    axis: int
+    start: int
+    length: int
+
+    @property
+    def is_whole(self) -> bool:
+        return same_size(self.value.shape[self.axis], self.length)
+
+    def operand(self) -> tuple[Operand, Dim]:
+        """The piece as an operand, and the axis it has in the place of the one that was cut."""
+        if self.is_whole:
+            return settled(self.value, self.dims), self.dims[self.axis]
+        after: Dim = (Atom(self.length),)
+        return Operand(self.value, self.dims, cuts=[Cut(self.dims[self.axis], self.start, self.length, after)]), after
+
+
+def settled(value: Value, dims: Sequence[Dim]) -> Operand:
+    """`value`, whose axes are `dims`, as the tensor behind its views and exact casts."""
+    labels = Labels()
+    for own, given in zip(labels.of(value), dims):
+        unify(given, own)
+    labels.check_distinct()
+    source = source_of(value)
+    return Operand(source, labels.of(source))
+
+
+def pieces_of(value: Value, dims: Sequence[Dim], axis: int) -> list[Piece]:
+    """The pieces of `value` along dimension `axis`, in order; one, the whole, if nothing else is known."""
+    whole = [Piece(value, list(dims), axis, 0, int(value.shape[axis]))]
+    if value.op == "view_scatter":
+        return (None if hides_gradient(value, value.args[:2]) else _written(value, dims, axis)) or whole
+    if isinstance(value.op, str) or value.name != "cat" or hides_gradient(value, value.args[0]):
+        return whole
+    if (value.args[1] if len(value.args) > 1 else 0) % value.ndim != axis:
+        return whole
+    if not all(piece.ndim == value.ndim and isinstance(piece.shape[axis], int) for piece in value.args[0]):
+        return whole
+    return [part for piece in value.args[0] for part in _inside(piece, dims, axis)]
+
+
+def taken(pieces: Sequence[Piece], start: int, length: int) -> Piece | None:
+    """The indices `start` to `start + length` of what the pieces make up, if they lie in one piece."""
+    position = 0
+    for piece in pieces:
+        if position <= start and start + length <= position + piece.length:
+            return Piece(piece.value, piece.dims, piece.axis, piece.start + start - position, length)
+        position += piece.length
+    return None
+
+
+def _inside(value: Value, dims: Sequence[Dim], axis: int) -> list[Piece]:
+    """Pieces of an argument of `cat`, or of what is written: it shares all axes of the whole but one."""
+    own: Dim = (Atom(value.shape[axis]),)
+    inner = [own if i == axis else dim for i, dim in enumerate(dims)]
+    try:
+        operand = settled(value, inner)
+    except Refusal:
+        operand = Operand(value, inner)
+    for position, dim in enumerate(operand.dims):
+        if resolve(dim) == resolve(own) and operand.value is not value and not isinstance(operand.value.op, str):
+            found = pieces_of(operand.value, operand.dims, position)
+            if len(found) > 1:
+                return found
+    return [Piece(value, inner, axis, 0, int(value.shape[axis]))]
+
+
+def _written(value: Value, dims: Sequence[Dim], axis: int) -> list[Piece] | None:
+    """Pieces of a tensor into a range of which another one was written."""
+    base, source, chain = value.args
+    start, length = 0, int(value.shape[axis])
+    shape = list(base.shape)
+    for op, others, kwargs, _ in chain:
+        if op.overloadpacket.__name__ != "slice" or kwargs:
+            return None
+        dim, first, last, step = (*others, *(0, None, None, 1)[len(others) :])
+        if step != 1:
+            return None
+        dim, first = dim % len(shape), first or 0
+        if dim != axis:
+            if first != 0 or not (last is None or last == _END or same_size(last, shape[dim])):
+                return None
+            continue
+        size = length
+        last = size if last is None else last
+        if not isinstance(first, int) or not isinstance(last, int):
+            return None
+        first, last = (min(max(n + size if n < 0 else n, 0), size) for n in (first, last))
+        start, length = start + first, max(last - first, 0)
+    if source.ndim != value.ndim or not same_size(source.shape[axis], length):
+        return None
+    below = pieces_of(base, dims, axis)
+    total = int(value.shape[axis])
+    out = [] if start == 0 else [taken(below, 0, start)]
+    out += _inside(_copied(source), dims, axis)
+    out += [] if start + length == total else [taken(below, start + length, total - start - length)]
+    return None if None in out else [piece for piece in out if piece is not None]
+
+
+_END = 9223372036854775807
+"""The end that Python's `x[a:]` has in ATen."""
+
+
+def _copied(value: Value) -> Value:
+    """What `copy(target, source)` writes, if it has the target's shape and dtype."""
+    if isinstance(value.op, str) or value.name != "copy":
+        return value
+    source = value.args[1]
+    fits = isinstance(source, Value) and source.dtype == value.dtype and source.ndim == value.ndim
+    return source if fits and all(same_size(a, b) for a, b in zip(source.shape, value.shape)) else value
