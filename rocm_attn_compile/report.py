@@ -44,6 +44,7 @@ class Site:
         choice: The sentences that led to the backend.
         rejected: Every other backend -> its reasons.
         impl: The op's `impl` argument, which is in the compile caches' keys.
+        notes: What the site comes near to and is not, such as latent attention, each with why.
     """
 
     kind: str
@@ -59,10 +60,18 @@ class Site:
     choice: list[str] = field(default_factory=list)
     rejected: dict[str, list[Reason]] = field(default_factory=dict)
     impl: str = ""
+    notes: list[Reason] = field(default_factory=list)
 
     @classmethod
     def recognized(
-        cls, spec: AttentionSpec, outcome: Choice | Rejected, *, source: str, code: str = "", module: str = ""
+        cls,
+        spec: AttentionSpec,
+        outcome: Choice | Rejected,
+        *,
+        source: str,
+        code: str = "",
+        module: str = "",
+        notes: Sequence[Reason] = (),
     ) -> Site:
         """A proved attention with what the selection said; `replaced` if it chose a backend.
 
@@ -83,6 +92,7 @@ class Site:
             choice=list(outcome.sentences),
             rejected={name: list(reasons) for name, reasons in outcome.rejected.items()},
             impl=outcome.impl if isinstance(outcome, Choice) else "",
+            notes=list(notes),
         )
 
     @classmethod
@@ -256,6 +266,8 @@ def _site_lines(site: Site) -> Iterator[str]:
         yield f"because {sentence}"
     for reason in site.reasons:
         yield f"reason {reason}"
+    for note in site.notes:
+        yield f"note {note}"
     for name, reasons in site.rejected.items():
         yield f"not {name}: " + "; ".join(map(str, reasons))
 
@@ -293,7 +305,8 @@ def _plural(count: int, noun: str) -> str:
 
 def _site_from_dict(data: Mapping[str, Any]) -> Site:
     values = dict(data)
-    values["reasons"] = [Reason(**reason) for reason in values.get("reasons", [])]
+    for name in ("reasons", "notes"):
+        values[name] = [Reason(**reason) for reason in values.get(name, [])]
     values["rejected"] = {
         name: [Reason(**reason) for reason in reasons] for name, reasons in values.get("rejected", {}).items()
     }

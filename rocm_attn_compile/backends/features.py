@@ -155,7 +155,7 @@ MASK_FEATURES = frozenset(
     | {f"empty_rows_{mode.value}" for mode in EmptyRows if mode is not EmptyRows.IMPOSSIBLE}
 )
 
-_CHECKED_BY_BASE = {"dtype", "device", "kind", "mask", "mask.text"}
+_CHECKED_BY_BASE = {"dtype", "device", "kind", "latent", "mask", "mask.text"}
 KNOWN_FIELDS = _CHECKED_BY_BASE.union(*(feature.reads for feature in FEATURES))
 """Spec fields that some check accounts for; "mask.text" is words only."""
 

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..capture.trace import Value
-from ..reasons import Refusal
 from ..symbolic import same_size
-from .axes import Atom, Dim, resolve, unify
+from .axes import Atom, Dim, unify
 from .descent import hides_gradient
 from .labels import Labels, source_of
 from .region import Cut, Operand
@@ -61,7 +60,7 @@ def pieces_of(value: Value, dims: Sequence[Dim], axis: int) -> list[Piece]:
         return whole
     if not all(piece.ndim == value.ndim and isinstance(piece.shape[axis], int) for piece in value.args[0]):
         return whole
-    return [part for piece in value.args[0] for part in _inside(piece, dims, axis)]
+    return [_inside(piece, dims, axis) for piece in value.args[0]]
 
 
 def taken(pieces: Sequence[Piece], start: int, length: int) -> Piece | None:
@@ -74,20 +73,11 @@ def taken(pieces: Sequence[Piece], start: int, length: int) -> Piece | None:
     return None
 
 
-def _inside(value: Value, dims: Sequence[Dim], axis: int) -> list[Piece]:
-    """Pieces of an argument of `cat`, or of what is written: it shares all axes of the whole but one."""
-    own: Dim = (Atom(value.shape[axis]),)
-    inner = [own if i == axis else dim for i, dim in enumerate(dims)]
-    try:
-        operand = settled(value, inner)
-    except Refusal:
-        operand = Operand(value, inner)
-    for position, dim in enumerate(operand.dims):
-        if resolve(dim) == resolve(own) and operand.value is not value and not isinstance(operand.value.op, str):
-            found = pieces_of(operand.value, operand.dims, position)
-            if len(found) > 1:
-                return found
-    return [Piece(value, inner, axis, 0, int(value.shape[axis]))]
+def _inside(value: Value, dims: Sequence[Dim], axis: int) -> Piece:
+    """An argument of `cat`, or what is written, as a piece: it shares all axes of the whole but one."""
+    size = value.shape[axis]
+    own: Dim = () if same_size(size, 1) else (Atom(size),)
+    return Piece(value, [own if i == axis else dim for i, dim in enumerate(dims)], axis, 0, int(size))
 
 
 def _written(value: Value, dims: Sequence[Dim], axis: int) -> list[Piece] | None:
@@ -116,9 +106,9 @@ def _written(value: Value, dims: Sequence[Dim], axis: int) -> list[Piece] | None
         return None
     below = pieces_of(base, dims, axis)
     total = int(value.shape[axis])
-    out = [] if start == 0 else [taken(below, 0, start)]
-    out += _inside(_copied(source), dims, axis)
-    out += [] if start + length == total else [taken(below, start + length, total - start - length)]
+    before = [taken(below, 0, start)] if start else []
+    after = [taken(below, start + length, total - start - length)] if start + length < total else []
+    out = [*before, _inside(_copied(source), dims, axis), *after]
     return None if None in out else [piece for piece in out if piece is not None]
 
 

@@ -72,7 +72,10 @@ class _Leaves:
         operands += [factor for operand in operands for factor, _ in operand.factors]
         if region.sinks is not None:
             operands.append(region.sinks)
-        self.cut = frozenset(operand.value.id for operand in operands if operand.value.op != "constant")
+        # A latent form may be computed from what lies before k and v, so both ways start there.
+        starts = [operand.value for operand in operands] if region.latent is None else region.latent.leaves
+        self.cut = frozenset(value.id for value in starts if value.op != "constant")
+        self.opened = frozenset(() if region.latent is None else (value.id for value in region.latent.opened))
         self._inputs, self._round = inputs, index
         self._generator = torch.Generator().manual_seed(index)
         self._known: dict[int, Tensor] = {}
@@ -146,9 +149,9 @@ def _run(
     builder: GraphBuilder, region: Region, value: Value, result: fx.Node, leaves: _Leaves
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """`(what, old, new, exact)` for the result and each gradient."""
-    replay = Replay(leaves, leaves.cut)
+    replay = Replay(leaves, leaves.cut, opened=leaves.opened)
     old = replay(value)
-    exact = Replay(leaves, leaves.cut, wide=True)(value)
+    exact = Replay(leaves, leaves.cut, wide=True, opened=leaves.opened)(value)
     new = _run_emitted(builder, result, replay)
     yield "result", old, new, exact
     floats = leaves.floats
