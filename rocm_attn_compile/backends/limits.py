@@ -75,7 +75,6 @@ MLA_SHAPES = Limit(
 )
 
 
-
 def _latent_sizes(spec: AttentionSpec, env: Environment) -> str | None:
     """Sizes the Triton kernels have; on the CPU, without an explicit architecture, ATen takes any."""
     latent = spec.latent
@@ -93,7 +92,7 @@ def _latent_sizes(spec: AttentionSpec, env: Environment) -> str | None:
         if latent.form != "absorbed" and size is not None and not (static(size) or 999) <= 128:
             return f"{name}={size}; takes up to 128"
     size = latent.block_size
-    if size is not None and (static(size) or 1) % 16:
+    if size is not None and static(size) != 1 and (static(size) is None or to_expr(size) % 16 != 0):
         return f"a cache in blocks of {size}; takes multiples of 16"
     return None
 

@@ -23,7 +23,7 @@ class Replay:
         leaf: Makes the tensor of a value that has no visible producer, or is in `cut`.
         cut: Ids of values that are taken from `leaf` although they are computed.
         wide: Every float dtype becomes float64.
-        opened: Ids of calls of `F.linear` that are computed from their factors; others are leaves, as all opaque values.
+        opened: Ids of calls of `F.linear` that are computed from their factors; others are leaves, as all opaque ones.
     """
 
     def __init__(
@@ -76,7 +76,8 @@ class Replay:
             return self._scatter(value)
         if value.op == "opaque":  # autocast may have cast the factors to the result's dtype
             dtype = torch.float64 if self._wide else value.dtype
-            return F.linear(*(None if factor is None else factor.to(dtype) for factor in kwargs["linear"]))
+            tensor, weight, bias = pytree.tree_map_only(Tensor, lambda factor: factor.to(dtype), kwargs["linear"])
+            return F.linear(tensor, weight, bias)
         assert not isinstance(value.op, str), value
         result = value.op(*args, **kwargs)
         return result if value.output_index is None else result[value.output_index]

@@ -8,12 +8,13 @@ Unlike `labels`, which follows what keeps every index, this also follows `x[...,
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ..capture.trace import Value
+from ..symbolic import is_one, same_size
 from .axes import Atom, Dim
 from .labels import Labels, cuts_gradient, is_exact_cast, is_view
 from .region import Cut
-from ..symbolic import is_one, same_size
 
 
 def descend(value: Value) -> list[Value]:
@@ -53,6 +54,7 @@ def range_of(value: Value) -> tuple[int, int, int] | None:
     if value.name not in ("slice", "select", "split_with_sizes", "split", "unbind"):
         return None
     source, numbers = value.args[0], value.args[1:]
+    start: Any
     if value.name == "split_with_sizes":
         dim, start = (numbers[1] if len(numbers) > 1 else 0), 0
         for size in numbers[0][: value.output_index]:
@@ -69,7 +71,7 @@ def range_of(value: Value) -> tuple[int, int, int] | None:
             return None
     dim = dim % source.ndim
     size, length = source.shape[dim], (1 if value.ndim < source.ndim else value.shape[dim])
-    if not all(isinstance(number, int) for number in (start, size, length)):
+    if not (isinstance(start, int) and isinstance(size, int) and isinstance(length, int)):
         return None
     start = start + size if start < 0 else start
     return dim, max(start, 0), length

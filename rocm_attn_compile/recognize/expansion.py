@@ -71,7 +71,8 @@ def prove_expansion(what: str, value: Value, dims: list[Dim], channels: Dim, rol
         of_weight = (of_weight - before) | set(resolve(cut.after))
     if of_weight & batch:
         raise Refusal("latent_weight_varies", f"the weight that expands {what} depends on the batch")
-    if not (have <= batch | key | inner and of_weight <= heads | free | inner) or (inner & (batch | key | heads | free)):
+    outer = batch | key | heads | free
+    if not (have <= batch | key | inner and of_weight <= heads | free | inner) or inner & outer:
         raise Refusal("latent_axes", f"{what} are expanded along other axes than head and channel")
     return Expansion(latent, weight, rank, path)
 

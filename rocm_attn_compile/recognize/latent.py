@@ -3,9 +3,9 @@
     expanded   k = [c W_uk | k_pe, the same for all heads]      v = c W_uv      q = [q_nope | q_pe]
     absorbed   scores = (q_nope W_uk) c^T + q_pe k_pe^T         p c             DeepSeek's inference code
 
-The attention itself is proved already, from the softmax outwards; this is a further step inwards. Axes are copied first:
-a proof that fails half-way must not have merged any of the attention's own. What is nearly latent attention stays a
-plain one, with a reason.
+The attention itself is proved already, from the softmax outwards; this is a further step inwards. Axes are copied
+first: a proof that fails half-way must not have merged any of the attention's own. What is nearly latent attention
+stays a plain one, with a reason.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .region import Latent, Operand, Region
 
 
 def add_latent(region: Region) -> None:
-    """Make `region` one of kind "mla" with its `latent`, if that is proved; else say what it lacks, if that is little."""
+    """Make `region` one of kind "mla" with its `latent`, if that is proved; if it comes near, say what it lacks."""
     try:
         attempt = Attempt(region)
     except Refusal:

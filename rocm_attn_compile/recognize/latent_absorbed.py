@@ -46,7 +46,7 @@ def find_absorbed(region: Region, attempt: Attempt) -> Latent | None:
             return None
         if any(other.varies_with(roles.heads) for other in rope):
             attempt.is_near = True
-            raise Refusal("latent_pe_per_head", "the part of the keys that is not the latent differs from head to head")
+            raise Refusal("latent_pe_per_head", "the part of the keys beside the latent differs from head to head")
         return _latent(term, shared, rope, roles, attempt)
     return None
 
@@ -74,8 +74,9 @@ def _rest(term: Term, shared: Shared) -> list[Term]:
     (k_first, k_length), (first, length) = shared.of_k, shared.of_v
     end, k_end = first + length, k_first + k_length
     ranges = [(k_first, first - k_first), (end, k_end - end)]
+    tensor, dims, axis = shared.value, shared.dims, shared.axis
     return [
-        Term(term.q_range(start - k_first, size), Piece(shared.value, shared.dims, shared.axis, start, size), term.factor)
+        Term(term.q_range(start - k_first, size), Piece(tensor, dims, axis, start, size), term.factor)
         for start, size in ranges
         if size
     ]

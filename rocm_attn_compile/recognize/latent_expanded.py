@@ -30,7 +30,7 @@ def find_expanded(region: Region, attempt: Attempt) -> Latent:
     nope, keys = _per_head_term(candidates, values, roles, attempt)
     others = [term for term in terms if term is not nope]
     if any(term in candidates for term in others) and resolve(roles.heads):
-        raise Refusal("latent_pe_per_head", "the part of the keys that is no map of the latent differs from head to head")
+        raise Refusal("latent_pe_per_head", "the part of the keys beside k_nope differs from head to head")
     if len(others) > 1:
         raise Refusal("latent_axes", f"the keys are put together from {len(terms)} parts")
     _check_products(region, keys, values)
@@ -60,9 +60,7 @@ def find_expanded(region: Region, attempt: Attempt) -> Latent:
     return latent
 
 
-def _per_head_term(
-    candidates: list[Term], values: Expansion, roles: Roles, attempt: Attempt
-) -> tuple[Term, Expansion]:
+def _per_head_term(candidates: list[Term], values: Expansion, roles: Roles, attempt: Attempt) -> tuple[Term, Expansion]:
     """The one piece of k that is a map of the latent of v."""
     found, refusals = [], []
     for term in candidates:

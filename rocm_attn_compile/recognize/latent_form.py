@@ -1,8 +1,8 @@
 """Which form a latent attention is computed in, and its spec.
 
-    prefill     k_nope and v as the graph computes them, k_pe once for all heads
-    absorbed    W_uk goes to the queries and W_uv to the result; keys and values are the latent itself
-    runtime     the op chooses when it knows the sizes
+prefill     k_nope and v as the graph computes them, k_pe once for all heads
+absorbed    W_uk goes to the queries and W_uv to the result; keys and values are the latent itself
+runtime     the op chooses when it knows the sizes
 """
 
 from __future__ import annotations
@@ -33,13 +33,24 @@ def _form(spec: AttentionSpec, latent: Latent) -> tuple[str, str]:
         return "absorbed", "the model is written in it"
     if spec.requires_grad:
         return "prefill", "training: only it has gradients"
-    sizes = (spec.q_len, spec.kv_len, spec.num_heads)
-    ranks = tuple(_size(axis) if axis else 0 for axis in (latent.roles.depth, latent.rope, latent.rank))
-    if not all(isinstance(size, int) for size in (*sizes, *ranks, spec.v_head_dim)):
+    channels = [_size(axis) if axis else 0 for axis in (latent.roles.depth, latent.rope, latent.rank)]
+    sizes = [spec.q_len, spec.kv_len, spec.num_heads, *channels, spec.v_head_dim]
+    numbers = [size for size in sizes if isinstance(size, int)]
+    if len(numbers) < len(sizes):
         return "runtime", "sizes are symbols: chosen at every call by the cost rule"
     lower, upper = (bound if isinstance(bound, int) else None for bound in (spec.mask.band_lower, spec.mask.band_upper))
+    q_len, kv_len, heads, nope, rope, rank, values = numbers
     absorbed = prefers_absorbed(
-        *sizes, *ranks, spec.v_head_dim, itemsize=spec.dtype.itemsize, band_lower=lower, band_upper=upper
+        q_len,
+        kv_len,
+        heads,
+        nope,
+        rope,
+        rank,
+        values,
+        itemsize=spec.dtype.itemsize,
+        band_lower=lower,
+        band_upper=upper,
     )
     less = "less" if absorbed else "more"
     return (

@@ -1,8 +1,8 @@
 """A paged latent cache: `cache[block_table].view(batch, -1, width)`, of which the op reads the blocks themselves.
 
-    cache (num_blocks, block_size, C)    block_table (batch, max_blocks)
-                   \\                      /
-                    index -> (batch, max_blocks, block_size, C)      key = (block of the row, row of the block)
+cache (num_blocks, block_size, C)    block_table (batch, max_blocks)
+               \\                      /
+                index -> (batch, max_blocks, block_size, C)      key = (block of the row, row of the block)
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Which tensors a tensor is put together from along one axis.
 
-    torch.cat([k_nope, k_pe.expand(...)], -1)                          one piece per argument
-    k = kv.new_empty(...); k[..., :P] = k_nope; k[..., P:] = k_pe      one piece per range that is written
+torch.cat([k_nope, k_pe.expand(...)], -1)                          one piece per argument
+k = kv.new_empty(...); k[..., :P] = k_nope; k[..., P:] = k_pe      one piece per range that is written
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..capture.trace import Value
 from ..symbolic import same_size
@@ -88,7 +89,8 @@ def _written(value: Value, dims: Sequence[Dim], axis: int) -> list[Piece] | None
     for op, others, kwargs, _ in chain:
         if op.overloadpacket.__name__ != "slice" or kwargs:
             return None
-        dim, first, last, step = (*others, *(0, None, None, 1)[len(others) :])
+        given: list[Any] = [*others, *[0, None, None, 1][len(others) :]]
+        dim, first, last, step = given
         if step != 1:
             return None
         dim, first = dim % len(shape), first or 0

@@ -17,7 +17,7 @@ from .labels import Labels
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A range of the indices of one axis: the axis `before` of a tensor becomes the axis `after` of `length` indices."""
+    """A range of the indices of one axis: `before` becomes `after`, the `length` indices from `start` on."""
 
     before: Dim
     start: int
@@ -84,7 +84,8 @@ class Latent:
         kv_c, k_pe: Read by all heads, over (batch, key, rank) and (batch, key, rope). Paged: over (block, row of the
             block, rank or rope), see `block_table`.
         q_pe: Over (batch, heads, query, rope).
-        q_nope, k_nope, v, w_uk, w_uv: Of the expanded spelling; the weights are over (heads, depth or value_depth, rank).
+        q_nope, k_nope, v: Of the expanded spelling, over (batch, heads, query or key, depth or value_depth).
+        w_uk, w_uv: Of the expanded spelling, over (heads, depth or value_depth, rank).
         q_latent: Of the absorbed spelling, over (batch, heads, query, rank).
         block_table: Over (batch, blocks), or None; then `block` has the axes (block, row of the block) of the caches.
         leaves: What old and new code both start from, for `verify`.

@@ -20,8 +20,8 @@ def remove_dead(trace: Trace, values: Iterable[Value]) -> None:
     graph, values = trace.graph_module.graph, list(values)
     ids = {value.id for value in values}
     # A dropout of nothing, or a cast to the same dtype, holds a value that another node computed.
-    nodes = [value.node for value in values] + [n for n, held in trace.tensors.items() if held.value.id in ids]
-    candidates = {n for n in nodes if n is not None and n.op not in ("placeholder", "get_attr", "output")}
+    holders = [*(value.node for value in values), *(n for n, held in trace.tensors.items() if held.value.id in ids)]
+    candidates = {n for n in holders if n is not None and n.op not in ("placeholder", "get_attr", "output")}
     unread = unread_nodes(trace)
     for node in trace.order:  # in order, so that readers of readers follow
         if node in unread and any(source in candidates for source in node.all_input_nodes):
