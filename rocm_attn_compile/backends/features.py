@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 
 from ..reasons import Reason
 from ..spec import AttentionSpec, EmptyRows
-from ..symbolic import Size, same_size, to_expr
+from ..symbolic import same_size, static
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,6 @@ class Feature:
     summary: str
     reads: tuple[str, ...]
     values: Callable[[AttentionSpec], str | None]
-
-
-def static(size: Size) -> int | None:
-    """The size as an int, None if it is symbolic."""
-    expr = to_expr(size)
-    return int(expr) if expr.is_Integer else None
 
 
 def _symbolic(*names: str) -> Callable[[AttentionSpec], str | None]:

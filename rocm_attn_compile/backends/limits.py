@@ -10,9 +10,8 @@ import sympy
 
 from ..env import Environment
 from ..spec import AttentionSpec
-from ..symbolic import Size, is_one, same_size, to_expr
+from ..symbolic import Size, is_one, same_size, static, to_expr
 from .base import Limit
-from .features import static
 
 
 def _shifted(bound: Size, spec: AttentionSpec) -> sympy.Expr:

@@ -22,6 +22,7 @@ TAKES = frozenset(
         "empty_rows_zero",
         "empty_rows_mean",
         "empty_rows_mean_added",
+        "symbolic_heads",
         "symbolic_lengths",
     }
 )

@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+from torch.utils import _pytree as pytree
+
 from ..capture.trace import Value
-from ..symbolic import is_one, same_size
+from ..symbolic import is_one, same_size, static
 from .axes import Atom, Dim
 from .labels import Labels, cuts_gradient, is_exact_cast, is_view
 from .region import Cut
+
+_RANGES = frozenset(("slice", "select", "split_with_sizes", "split", "unbind"))
 
 
 def descend(value: Value) -> list[Value]:
@@ -51,7 +56,7 @@ def range_of(value: Value) -> tuple[int, int, int] | None:
 
     A `select` or `unbind` is a range of one index, of a dimension that the value no longer has.
     """
-    if value.name not in ("slice", "select", "split_with_sizes", "split", "unbind"):
+    if value.name not in _RANGES:
         return None
     source, numbers = value.args[0], value.args[1:]
     start: Any
@@ -71,10 +76,29 @@ def range_of(value: Value) -> tuple[int, int, int] | None:
             return None
     dim = dim % source.ndim
     size, length = source.shape[dim], (1 if value.ndim < source.ndim else value.shape[dim])
-    if not (isinstance(start, int) and isinstance(size, int) and isinstance(length, int)):
+    first, size, length = static(start), static(size), static(length)
+    if first is None or size is None or length is None:
         return None
-    start = start + size if start < 0 else start
-    return dim, max(start, 0), length
+    return dim, max(first + size if first < 0 else first, 0), length
+
+
+def is_same_tensor(left: Value, right: Value) -> bool:
+    """True if two values are one, or the same views and ranges of one: `cache[:n]` written twice."""
+    return left is right or _identity(left) == _identity(right)
+
+
+def _identity(value: Value) -> Any:
+    if isinstance(value.op, str) or not (is_view(value) or value.name in _RANGES):
+        return value.id
+    return value.op, value.grad_mode, value.output_index, _plain((value.args, value.kwargs))
+
+
+def _plain(tree: Any) -> Any:
+    leaves, structure = pytree.tree_flatten(tree, is_leaf=lambda leaf: isinstance(leaf, Value))
+    return str(structure), tuple(
+        _identity(leaf) if isinstance(leaf, Value) else str(leaf.node.expr) if isinstance(leaf, torch.SymInt) else leaf
+        for leaf in leaves
+    )
 
 
 def label(labels: Labels, path: Sequence[Value]) -> list[Cut]:

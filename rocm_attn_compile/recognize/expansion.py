@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from ..capture.trace import Value
 from ..reasons import Refusal
-from .axes import Atom, Dim, atoms_of, resolve, unify
+from .axes import Dim, atoms_of, resolve, unify
 from .descent import descend, label
 from .labels import Labels, is_contraction, label_contraction, operands_of, source_of
 from .region import Operand, Roles
@@ -111,8 +111,3 @@ def _source(value: Value, labels: Labels) -> Operand:
 def same_axes(left: list[Dim], right: list[Dim]) -> bool:
     """True if two tensors of one shape lie along the same axes."""
     return [resolve(dim) for dim in left] == [resolve(dim) for dim in right]
-
-
-def is_axis(dim: Dim, atoms: list[Atom]) -> bool:
-    """True if `dim` is exactly the axis `atoms`."""
-    return list(resolve(dim)) == list(resolve(atoms))

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from ..capture.trace import Value
 from ..reasons import Refusal
+from ..symbolic import static
 from .axes import Dim, resolve, unify
-from .descent import descend, label
+from .descent import descend, is_same_tensor, label
 from .labels import Labels
 from .latent_terms import Attempt, Term
 from .pieces import Piece
@@ -22,13 +23,26 @@ from .region import Cut, Latent, Operand, Region, Roles
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """A piece of k and the values as ranges of the columns of one tensor, whose dimensions have the axes `dims`."""
+    """A piece of k and the values as ranges of the columns of one tensor.
+
+    Attributes:
+        value, dims: The tensor and its axes.
+        rows: What is taken of it along other axes (the part of a cache that is filled).
+        columns: The axis of which k has the indices `of_k` (start, length) and v has `of_v`.
+    """
 
     value: Value
     dims: list[Dim]
-    axis: int
+    rows: list[Cut]
+    columns: Dim
     of_k: tuple[int, int]
     of_v: tuple[int, int]
+
+    def piece(self, start: int, length: int) -> tuple[Operand, Dim]:
+        """Some of the columns, and the axis they are then."""
+        operand, axis = Piece(self.value, self.dims, self.columns, start, length).operand()
+        operand.cuts[:0] = self.rows
+        return operand, axis
 
 
 def find_absorbed(region: Region, attempt: Attempt) -> Latent | None:
@@ -47,14 +61,14 @@ def find_absorbed(region: Region, attempt: Attempt) -> Latent | None:
         if any(other.varies_with(roles.heads) for other in rope):
             attempt.is_near = True
             raise Refusal("latent_pe_per_head", "the part of the keys beside the latent differs from head to head")
-        return _latent(term, shared, rope, roles, attempt)
+        return _latent(term, shared, rope, roles)
     return None
 
 
-def _latent(term: Term, shared: Shared, rope: list[Term], roles: Roles, attempt: Attempt) -> Latent:
+def _latent(term: Term, shared: Shared, rope: list[Term], roles: Roles) -> Latent:
     first, length = shared.of_v
-    kv_c, rank = Piece(shared.value, shared.dims, shared.axis, first, length).operand()
-    q_latent, q_axis = term.q_range(first - shared.of_k[0], length).operand()
+    kv_c, rank = shared.piece(first, length)
+    q_latent, q_axis = term.q.range(first - shared.of_k[0], length).operand()
     unify(rank, q_axis)
     q_latent.factor = term.factor
     latent = Latent(
@@ -74,9 +88,9 @@ def _rest(term: Term, shared: Shared) -> list[Term]:
     (k_first, k_length), (first, length) = shared.of_k, shared.of_v
     end, k_end = first + length, k_first + k_length
     ranges = [(k_first, first - k_first), (end, k_end - end)]
-    tensor, dims, axis = shared.value, shared.dims, shared.axis
+    # `shared.of_k` starts where the term's piece does.
     return [
-        Term(term.q_range(start - k_first, size), Piece(tensor, dims, axis, start, size), term.factor)
+        Term(term.q.range(start - k_first, size), term.k.range(start - k_first, size), term.factor)
         for start, size in ranges
         if size
     ]
@@ -84,47 +98,60 @@ def _rest(term: Term, shared: Shared) -> list[Term]:
 
 def _shared(k: Piece, v: Operand, attempt: Attempt) -> Shared | None:
     """The nearest tensor of which both are ranges of columns, with the same batch and key axes for both."""
-    ways = [descend(k.value), descend(v.value)]
-    ids = {value.id for value in ways[1]}
-    meeting = next((value for value in ways[0] if value.id in ids), None)
+    of_k, of_v = descend(k.value), descend(v.value)
+    meeting = next(((i, j) for i, a in enumerate(of_k) for j, b in enumerate(of_v) if is_same_tensor(a, b)), None)
     if meeting is None:
         return None
     v_dims, v_axis = attempt.frame.dims(v.dims), tuple(attempt.frame.roles.value_depth)
-    found = []
-    for way, dims, channels in ((ways[0], k.dims, k.dims[k.axis]), (ways[1], v_dims, v_axis)):
-        way = way[: [value.id for value in way].index(meeting.id) + 1]
-        columns = _columns(way, dims, channels)
-        if columns is None:
+    left = _way(of_k[: meeting[0] + 1], k.dims, k.channels)
+    right = _way(of_v[: meeting[1] + 1], v_dims, v_axis)
+    if left is None or right is None or left.column != right.column or len(left.rows) != len(right.rows):
+        return None
+    of_k_range, of_v_range = (left.start + k.start, k.length), (right.start, right.length)
+    if not (of_k_range[0] <= right.start and right.start + right.length <= of_k_range[0] + k.length):
+        return None
+    for mine, other in zip(left.rows, right.rows):
+        if (mine.start, mine.length) != (other.start, other.length) or resolve(mine.after) != resolve(other.after):
             return None
-        found.append(columns)
-    (k_dims, k_at, k_start, _), (other, v_at, v_start, v_length) = found
-    k_range = (k_start + k.start, k.length)
-    inside = k_range[0] <= v_start and v_start + v_length <= k_range[0] + k_range[1]
-    if k_at != v_at or not inside:
-        return None
-    if any(resolve(a) != resolve(b) for i, (a, b) in enumerate(zip(k_dims, other)) if i != k_at):
-        return None
-    return Shared(meeting, k_dims, k_at, k_range, (v_start, v_length))
+    cut = [resolve(row.before) for row in (*left.rows, *right.rows)]
+    for i, pair in enumerate(zip(left.dims, right.dims)):
+        here, there = (resolve(dim) for dim in pair)
+        if i != left.column and here != there and not (here in cut and there in cut):
+            return None
+    return Shared(of_k[meeting[0]], left.dims, left.rows, left.dims[left.column], of_k_range, of_v_range)
 
 
-def _columns(way: Sequence[Value], dims: list[Dim], channels: Dim) -> tuple[list[Dim], int, int, int] | None:
-    """The axes of the last tensor of a `descend`, and which of its columns the first one is."""
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """How a tensor is taken from another: `start`, `length` of dimension `column`, and ranges of rows."""
+
+    dims: list[Dim]
+    column: int
+    start: int
+    length: int
+    rows: list[Cut]
+
+
+def _way(way: Sequence[Value], dims: list[Dim], channels: Dim) -> _Way | None:
+    """From the last tensor of a `descend` to the first, which has the axes `dims`."""
     labels = Labels()
-    cuts: list[Cut] = label(labels, way)
+    cuts = label(labels, way)
     try:
         for own, given in zip(labels.of(way[0]), dims):
             unify(given, own)
         labels.check_distinct()
     except Refusal:
         return None
-    base = labels.of(way[-1])
-    if len(cuts) > 1:
+    base, wanted = labels.of(way[-1]), resolve(channels)
+    columns = [cut for cut in cuts if resolve(cut.after) == wanted]
+    rows = [cut for cut in cuts if resolve(cut.after) != wanted]
+    if len(columns) > 1 or not all(any(resolve(row.before) == resolve(dim) for dim in base) for row in rows):
         return None
-    wanted = resolve(cuts[0].before if cuts else channels)
-    at = [i for i, dim in enumerate(base) if resolve(dim) == wanted]
-    if len(at) != 1 or (cuts and resolve(cuts[0].after) != resolve(channels)):
+    at = [i for i, dim in enumerate(base) if resolve(dim) == (resolve(columns[0].before) if columns else wanted)]
+    if len(at) != 1:
         return None
-    size = way[-1].shape[at[0]]
-    if not isinstance(size, int):
+    size = static(way[-1].shape[at[0]])
+    if size is None:
         return None
-    return (base, at[0], cuts[0].start, cuts[0].length) if cuts else (base, at[0], 0, size)
+    start, length = (columns[0].start, columns[0].length) if columns else (0, size)
+    return _Way(base, at[0], start, length, rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ..capture.trace import Value
 from ..reasons import Reason
+from ..symbolic import static
 from .axes import Dim, atoms_of, fresh_dims, resolve
 from .labels import is_exact_cast, is_view
 from .pieces import pieces_of
@@ -57,11 +58,11 @@ def _is_mla_key(value: Value) -> bool:
     """True if the last dimension is put together from a part with heads and a part that is expanded to them."""
     while is_view(value) or is_exact_cast(value):
         value = value.args[0]
-    if value.ndim < 3 or not isinstance(value.shape[-1], int):
+    if value.ndim < 3 or static(value.shape[-1]) is None:
         return False
     dims: list[Dim] = fresh_dims(value.shape)
     own = [set(resolve(dim)) for dim in dims]
-    pieces = pieces_of(value, dims, value.ndim - 1)
+    pieces = pieces_of(value, dims, dims[-1])
     if len(pieces) < 2:
         return False
     have = [set(atoms_of(piece.operand()[0].dims)) for piece in pieces]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from ..reasons import Refusal
 from ..symbolic import product
 from .axes import Dim, atoms_of, resolve, unify
+from .descent import is_same_tensor
 from .expansion import Expansion, prove_expansion, same_axes
 from .latent_terms import Attempt, Term
 from .region import Latent, Region, Roles
@@ -69,8 +70,8 @@ def _per_head_term(candidates: list[Term], values: Expansion, roles: Roles, atte
                 raise Refusal("latent_not_linear", "the keys are a part of another tensor")
             keys = prove_expansion("the keys", term.k.value, term.k.dims, _axis_of(term), roles)
             unify(values.rank, keys.rank)
-            same = keys.latent.value is values.latent.value and same_axes(keys.latent.dims, values.latent.dims)
-            if not same:
+            is_same = is_same_tensor(keys.latent.value, values.latent.value)
+            if not (is_same and same_axes(keys.latent.dims, values.latent.dims)):
                 attempt.is_near |= _is_low_rank(keys) and _is_low_rank(values)
                 raise Refusal("latent_differs", "keys and values are expanded from different latents")
             attempt.is_near |= _is_low_rank(keys)
@@ -85,7 +86,7 @@ def _per_head_term(candidates: list[Term], values: Expansion, roles: Roles, atte
 
 
 def _axis_of(term: Term) -> Dim:
-    return term.k.dims[term.k.axis]
+    return term.k.channels
 
 
 def _is_low_rank(expansion: Expansion) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..capture.trace import Value
+from ..symbolic import static
 from .axes import Atom, Dim, resolve
 from .pieces import settled
 from .region import Latent, Operand
@@ -45,9 +46,11 @@ def _pages(operand: Operand, latent: Latent) -> tuple[Operand, Value, list[Dim]]
         return None
     batch, blocks, row, *rest = dims
     roles = latent.roles
-    if list(resolve(batch)) != list(resolve(roles.batch)) or not isinstance(cache.shape[1], int):
+    if list(resolve(batch)) != list(resolve(roles.batch)) or static(cache.shape[1]) is None:
         return None
     if list(resolve((*blocks, *row))) != list(resolve(roles.key)) or not resolve(row):
+        return None
+    if not all(resolve(cut.before) in [resolve(dim) for dim in rest] for cut in operand.cuts):
         return None
     own: Dim = (Atom(cache.shape[0]),)
     return Operand(cache, [own, row, *rest], cuts=operand.cuts), table, [batch, blocks]

@@ -8,13 +8,13 @@ terms here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from ..reasons import Refusal
 from .axes import Atom, Dim, atoms_of, resolve, unify
-from .expansion import is_axis
-from .pieces import Piece, pieces_of, taken
+from .pieces import Piece, pieces_of
 from .region import Operand, Region, Roles
 
 
@@ -48,13 +48,7 @@ class Term:
 
     q: Piece
     k: Piece
-    factor: object = 1
-
-    def q_range(self, start: int, length: int) -> Piece:
-        """A part of q's piece, as the tensor it is put in from if there is one."""
-        inner = pieces_of(self.q.value, self.q.dims, self.q.axis)
-        start += self.q.start
-        return taken(inner, start, length) or Piece(self.q.value, self.q.dims, self.q.axis, start, length)
+    factor: Any = 1
 
     def rope_operands(self) -> tuple[Operand, Operand, list[Atom]]:
         """q_pe, k_pe and their axis, for a piece that all heads share."""
@@ -96,25 +90,13 @@ def terms_of(region: Region, frame: Frame) -> list[Term]:
     for q, k, depth in products:
         if q.factors or k.factors:
             raise Refusal("latent_tensor_scale", "the scores are scaled by a tensor")
-        axis = frame.axis(depth)
-        q_dims, k_dims = frame.dims(q.dims), frame.dims(k.dims)
-        q_at, k_at = _position(q_dims, axis), _position(k_dims, axis)
-        of_q, of_k = (pieces_of(t.value, dims, at) for t, dims, at in ((q, q_dims, q_at), (k, k_dims, k_at)))
-        whole, start = Piece(q.value, q_dims, q_at, 0, int(q.value.shape[q_at])), 0
-        for piece in of_k:
-            if piece.length == 0:
-                continue
-            mine = taken(of_q, start, piece.length) or taken([whole], start, piece.length)
-            assert mine is not None
-            found.append(Term(mine, piece, q.factor))
+        axis = tuple(frame.axis(depth))
+        if not all(atom.size.is_Integer for atom in axis):
+            raise Refusal("latent_symbolic", "the head dimension is a symbol")
+        of_q, of_k = (Piece.whole(tensor.value, frame.dims(tensor.dims), axis) for tensor in (q, k))
+        start = 0
+        # Two products are the two terms already; a rotary embedding puts k_pe together from two halves, too.
+        for piece in [of_k] if region.second else pieces_of(of_k.value, of_k.dims, axis):
+            found.append(Term(of_q.range(start, piece.length), piece, q.factor))
             start += piece.length
     return found
-
-
-def _position(dims: Sequence[Dim], axis: list[Atom]) -> int:
-    for position, dim in enumerate(dims):
-        if is_axis(dim, axis):
-            if not all(atom.size.is_Integer for atom in axis):
-                raise Refusal("latent_symbolic", "the head dimension is a symbol")
-            return position
-    raise Refusal("latent_axes", "the head dimension is not one dimension of the queries and of the keys")
