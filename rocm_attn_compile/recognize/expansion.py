@@ -54,6 +54,8 @@ def prove_expansion(what: str, value: Value, dims: list[Dim], channels: Dim, rol
     operands = [_source(tensor, own) for tensor, own in (left, right)]
     key, batch, heads = (set(resolve(group)) for group in (roles.key, roles.batch, roles.heads))
     inner, free = set(resolve(rank)), set(resolve(channels))
+    if any(set(resolve(cut.after)) & (key | batch) for cut in cuts):
+        raise Refusal("latent_sliced", f"a part of the tokens is cut off after {what} were expanded")
     latents = [operand for operand in operands if key & set(atoms_of(operand.dims))]
     if len(latents) != 1:
         raise Refusal("latent_not_linear", f"{what} are no product of a latent per key with a weight")
@@ -67,7 +69,7 @@ def prove_expansion(what: str, value: Value, dims: list[Dim], channels: Dim, rol
     for cut in cuts:
         before = set(resolve(cut.before))
         if not before <= of_weight:
-            raise Refusal("latent_sliced", f"a part of the keys is cut off after {what} were expanded")
+            raise Refusal("latent_axes", f"{what} are cut along an axis that is none of the weight")
         of_weight = (of_weight - before) | set(resolve(cut.after))
     if of_weight & batch:
         raise Refusal("latent_weight_varies", f"the weight that expands {what} depends on the batch")

@@ -16,8 +16,9 @@ from dataclasses import replace
 from torch.utils import _pytree as pytree
 
 from ..capture.trace import Value
-from ..reasons import Refusal
-from ..spec import AttentionSpec
+from ..reasons import Reason, Refusal
+from ..spec import LatentSpec
+from ..symbolic import static
 from .labels import is_contraction, operands_of
 from .latent_absorbed import find_absorbed
 from .latent_cache import expanded_cache
@@ -36,22 +37,41 @@ def add_latent(region: Region) -> None:
         return
     try:
         latent = find_absorbed(region, attempt) or find_expanded(region, attempt)
-        attempt.is_near = True
-        _check_features(region.spec, latent)
+        attempt.is_near = bool(latent.rope) or latent.q_latent is not None
+        _check_features(region, latent)
     except Refusal as refusal:
-        region.latent_note = refusal.reason if attempt.is_near else expanded_cache(region)
+        region.latent_note = _note(refusal) if attempt.is_near else expanded_cache(region)
         return
-    if latent.q_latent is not None or not region.spec.requires_grad:
+    if not region.spec.requires_grad:
         read_pages(latent)
+    spec = latent_spec(region.spec, latent)
+    if not latent.rope and _is_plain(spec):
+        return
     latent.leaves = [operand.value for operand in _operands(latent)]
     latent.values = list(_between(region, latent))
     region.latent = latent
-    region.spec = replace(region.spec, kind="mla", latent=latent_spec(region.spec, latent))
+    region.spec = replace(region.spec, kind="mla", latent=spec)
 
 
-def _check_features(spec: AttentionSpec, latent: Latent) -> None:
+def _is_plain(spec: LatentSpec) -> bool:
+    """Without a rotary half any keys and values that are wider than the hidden states are maps of a latent.
+
+    The prefill form of those is plain attention, and the kernels read no latents wider than 512.
+    """
+    return spec.form == "prefill" or (static(spec.kv_lora_rank) or 0) > 512
+
+
+def _note(refusal: Refusal) -> Reason:
+    """The reason as the report has it; that of the axis algebra is one of axes."""
+    reason = refusal.reason
+    return reason if reason.code.startswith("latent_") else Reason("latent_axes", reason.text)
+
+
+def _check_features(region: Region, latent: Latent) -> None:
     """The MLA ops take bands, key masks and bounds per row; everything else is refused."""
+    spec = region.spec
     refused = (
+        (bool(region.q.factors or region.k.factors), "latent_tensor_scale", "the scores are scaled by a tensor"),
         (spec.has_bias, "latent_attn_bias", "a bias is added to the scores"),
         (spec.logits_soft_cap is not None, "latent_soft_cap", "the scores have a soft cap"),
         (spec.has_sinks, "latent_sinks", "the softmax has learned sinks"),

@@ -69,8 +69,9 @@ def _per_head_term(candidates: list[Term], values: Expansion, roles: Roles, atte
             if not term.k.is_whole:
                 raise Refusal("latent_not_linear", "the keys are a part of another tensor")
             keys = prove_expansion("the keys", term.k.value, term.k.dims, _axis_of(term), roles)
-            unify(values.rank, keys.rank)
             is_same = is_same_tensor(keys.latent.value, values.latent.value)
+            if is_same:
+                unify(values.rank, keys.rank)
             if not (is_same and same_axes(keys.latent.dims, values.latent.dims)):
                 attempt.is_near |= _is_low_rank(keys) and _is_low_rank(values)
                 raise Refusal("latent_differs", "keys and values are expanded from different latents")

@@ -88,8 +88,6 @@ def terms_of(region: Region, frame: Frame) -> list[Term]:
     found = []
     products = [(region.q, region.k, region.roles.depth), *region.second]
     for q, k, depth in products:
-        if q.factors or k.factors:
-            raise Refusal("latent_tensor_scale", "the scores are scaled by a tensor")
         axis = tuple(frame.axis(depth))
         if not all(atom.size.is_Integer for atom in axis):
             raise Refusal("latent_symbolic", "the head dimension is a symbol")

@@ -262,7 +262,7 @@ def joint_cache_written_by_slices(x, w_q, w_kv_a, w_kv_b, c_cache, pe_cache):
     return one_token(x, w_q, w_kv_b, c, k_pe)
 
 
-@program(ABSORBED, lambda: (rand(B, 1, X), w(H * P, X), w(H * (P + E), C), rand(B, N, C)))
+@program(ABSORBED, lambda: (rand(B, 1, X), w(H * P, X), w(H * (P + E), C), rand(B, N, C)), trains=False)
 def no_rope(x, w_q, w_kv_b, c):
     q = F.linear(x, w_q).view(x.shape[0], x.shape[1], H, P).transpose(1, 2)
     k, v = expanded(c, w_kv_b)
@@ -322,9 +322,11 @@ def one_product_rope_first_sdpa(q, cache):
     return F.scaled_dot_product_attention(q, k, k[..., R:], scale=SCALE)
 
 
-@program(
-    ABSORBED, lambda: (rand(B, H, M, C), rand(B, H, M, R), rand(B, N, C), rand(B, N, R)), trains=False, dynamic=False
-)
+def two_caches() -> tuple:
+    return rand(B, H, M, C), rand(B, H, M, R), rand(B, N, C), rand(B, N, R)
+
+
+@program(ABSORBED, two_caches, trains=False, dynamic=False)
 def joined_caches(q_latent, q_pe, c, k_pe):
     kv = torch.cat([c, k_pe], -1)
     scores = torch.einsum("bhmd,bnd->bhmn", torch.cat([q_latent, q_pe], -1), kv) * SCALE
