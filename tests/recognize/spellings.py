@@ -722,7 +722,7 @@ def xglm_causal_mask_then_maximum(q, k, v):
     mask = torch.full((M, M), lowest, dtype=q.dtype).triu(1)
     s = (q @ k.mT * SCALE).view(B, H, M, M) + mask
     s = torch.max(s, torch.full((), lowest)).flatten(0, 1)
-    return torch.bmm(s.softmax(-1), v.flatten(0, 1)).unflatten(0, (B, H))
+    return torch.bmm(s.softmax(-1), v.flatten(0, 1)).view(B, H, M, -1)
 
 
 @spelling(square)
