@@ -8,8 +8,12 @@ latents instead, and `model.generate()` uses a static cache unless told otherwis
 weights stay where they are. With gradients enabled the model is what it was, with `attn_implementation="sdpa"`.
 
 How: transformers keeps attention and masks behind registries. We register one of each, and replace the method that
-expands the cache. Since `generate()` lets nothing through but a 4-D tensor, the mask in closed form is packed into one:
-`(B or 1, 1, 1, M)` int32 with each query's end among the keys, or `(B, 1, 1, N + M)` with the key mask before it.
+expands the cache. `generate()` lets no mask through but a 4-D tensor, so what closed form has is packed into one:
+
+- None: causal, and there are M keys; a static cache may be longer.
+- uint8 `(B or 1, 1, 1, N)`: causal, the last query with the last of N keys, and a key mask.
+- int32 `(B or 1, 1, 1, M)`: each query's end among the keys, from the length of a static cache on its device; or
+  `(B, 1, 1, N + M)`: the same behind a key mask.
 
 Letters: B batch, H query heads, M q_len, N kv_len, P qk_nope_head_dim, R qk_rope_head_dim, C kv_lora_rank,
 E v_head_dim.
@@ -148,28 +152,52 @@ def _mask(
         offsets: Any = (q_offset, kv_offset)
         settings |= {"mask_function": mask_function, "attention_mask": attention_mask, "device": device}
         return sdpa_mask(batch_size, q_length, kv_length, *offsets, **settings)
-    if attention_mask is None and isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length:
-        return None
+    if isinstance(q_offset, int):
+        kv_length = q_offset + q_length
+        if attention_mask is None and q_offset == 0:
+            return None
+    if attention_mask is None:
+        key_mask = torch.ones(1, kv_length, dtype=torch.uint8, device=device)
+    else:
+        missing = kv_length - attention_mask.shape[1]
+        key_mask = nn.functional.pad(attention_mask, (0, missing)).to(torch.uint8)  # or cut, if it is negative
+    if isinstance(q_offset, int):
+        return key_mask[:, None, None]
     end = (torch.arange(1, q_length + 1, device=device) + q_offset).to(torch.int32)[None]
     if attention_mask is not None:
-        key_mask = nn.functional.pad(attention_mask, (0, kv_length - attention_mask.shape[1]))
         end = torch.cat([key_mask.to(torch.int32), end.expand(key_mask.shape[0], -1)], 1)
     return end[:, None, None]
 
 
-def _unpacked(mask: Tensor, q_len: int) -> dict[str, Tensor]:
-    """A packed mask as arguments of the op."""
+def _is_packed(mask: Tensor | None) -> bool:
+    return mask is None or mask.dtype in (torch.uint8, torch.int32)
+
+
+def _unpacked(mask: Tensor | None, q_len: int, kv_len: int) -> tuple[dict[str, Any], int]:
+    """A packed mask as arguments of the op, and how many of the keys they are about."""
+    if mask is None:
+        return {"band_upper": 0}, q_len
+    if mask.dtype == torch.uint8:
+        kv_len = mask.shape[3]
+        return {"key_mask": mask[:, 0, 0].bool(), "band_upper": kv_len - q_len}, kv_len
     key_mask, end = mask[:, 0, 0].tensor_split([mask.shape[3] - q_len], 1)
-    return {"kv_end": end} if key_mask.shape[1] == 0 else {"key_mask": key_mask.bool(), "kv_end": end}
+    masks = {"kv_end": end} if key_mask.shape[1] == 0 else {"key_mask": key_mask.bool(), "kv_end": end}
+    return masks, kv_len
 
 
-def _dense(mask: Tensor | None, q_len: int, kv_len: int) -> Tensor | None:
-    """A mask as SDPA takes it, bool `(B or 1, 1, M, N)`."""
-    if mask is None or mask.dtype != torch.int32:
-        return mask
-    closed = _unpacked(mask, q_len)
-    keep = torch.arange(kv_len, device=mask.device) < closed["kv_end"][:, None, :, None]
-    return keep & closed["key_mask"][:, None, None, :] if "key_mask" in closed else keep
+def _dense(
+    kv_len: int,
+    q_len: int,
+    device: torch.device,
+    key_mask: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    band_upper: int = 0,
+) -> Tensor:
+    """An unpacked mask as SDPA takes it, bool `(B or 1, 1, M, N)`."""
+    if kv_end is None:
+        kv_end = torch.arange(1 + band_upper, q_len + 1 + band_upper, device=device)[None]
+    keep = torch.arange(kv_len, device=device) < kv_end[:, None, :, None]
+    return keep if key_mask is None else keep & key_mask[:, None, None, :]
 
 
 def _attention(
@@ -187,17 +215,19 @@ def _attention(
     Returns:
         `(B, M, H, E)`, and no weights.
     """
-    q_len, kv_len = query.shape[2], key.shape[2]
-    is_packed = attention_mask is None or attention_mask.dtype == torch.int32
-    if not _reads_latents(layer) or not is_packed or dropout:
+    masks: dict[str, Any] = {}
+    if _is_packed(attention_mask):
+        masks, kv_len = _unpacked(attention_mask, query.shape[2], key.shape[2])
+        key, value = key[:, :, :kv_len], value[:, :, :kv_len]
+    if not (masks and _reads_latents(layer) and not dropout):
+        if attention_mask is not None and masks:
+            attention_mask = _dense(key.shape[2], query.shape[2], query.device, **masks)
         if _reads_latents(layer):
             key, value = type(layer).expand_kv(layer, key, value)
-        mask = _dense(attention_mask, q_len, kv_len)
-        return sdpa_attention_forward(layer, query, key, value, mask, dropout, scaling, **settings)
+        return sdpa_attention_forward(layer, query, key, value, attention_mask, dropout, scaling, **settings)
     w_uk, w_uv = _weights(layer)
     q_nope, q_pe = query.split([w_uk.shape[1], query.shape[3] - w_uk.shape[1]], 3)
-    masks: dict[str, Any] = {"band_upper": 0} if attention_mask is None else _unpacked(attention_mask, q_len)
-    out, _ = torch.ops.rocm_attn.mla(
+    out, _ = ops.mla(
         q_nope, q_pe, key[:, 0], value[:, 0], w_uk, w_uv, softmax_scale=scaling, empty_rows="zero", out_layout="bshd",
         impl=_IMPL, **masks,
     )  # fmt: skip
