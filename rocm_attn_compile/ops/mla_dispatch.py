@@ -118,7 +118,9 @@ def run_decode(device_type: str, tensors: tuple, settings: dict[str, Any]) -> tu
     impl = settings.pop("impl", "")
     check_decode(*_checked(every, **settings))
     with _torch_private.below_autograd_and_views():
-        return implementation(impl, device_type).decode(*every, **settings)
+        q_latent, q_pe, *caches = every
+        caches[:2] = map(_rows_adjacent, caches[:2])
+        return implementation(impl, device_type).decode(q_latent, q_pe, *caches, **settings)
 
 
 def run_whole(device_type: str, tensors: tuple, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -143,7 +145,8 @@ def cheaper_form(
     q_nope, q_pe, kv_c, k_pe, w_uk, w_uv, *rest = tensors
     out_layout = settings.get("out_layout", "bhsd")
     settings = {**settings, "out_layout": "bhsd"}
-    latent, lse = decode(mla_compose.per_head(q_nope, w_uk), q_pe, kv_c, k_pe, *rest, **settings)
+    caches = _rows_adjacent(kv_c), _rows_adjacent(k_pe)
+    latent, lse = decode(mla_compose.per_head(q_nope, w_uk), q_pe, *caches, *rest, **settings)
     return with_layout(mla_compose.per_head(latent, w_uv.mT), out_layout), lse
 
 
@@ -178,8 +181,16 @@ def _is_absorbed(tensors: tuple, settings: dict[str, Any]) -> bool:
 
 
 def _like(grad: Tensor, tensor: Tensor) -> Tensor:
-    """`grad` with the strides that the fake kernel promised, in memory of its own."""
+    """`grad` with the strides that the fake kernel promised, and sharing no memory with another gradient."""
+    is_dense = 1 + sum((size - 1) * stride for size, stride in zip(grad.shape, grad.stride())) == grad.numel()
+    if is_dense and grad.dtype == tensor.dtype and grad.stride() == tensor.stride():
+        return grad
     return empty_grad(tensor).copy_(grad)
+
+
+def _rows_adjacent(cache: Tensor | None) -> Tensor | None:
+    """The cache, or a copy of it where a row's channels do not lie side by side, which kernels take for granted."""
+    return cache if cache is None or cache.stride(-1) == 1 else cache.contiguous()
 
 
 for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA")):
