@@ -139,6 +139,8 @@ def measure(model: nn.Module, exact_model: nn.Module, job: str, batch: int, opti
     allowed = rms(eager - exact)
     rows = []
     for attention, backend in DECODE if is_decode else PREFILL:
+        if options.ways and f"{attention}+{backend}" not in options.ways.split(","):
+            continue
         torch._dynamo.reset()
         own = variant(model, attention)
         mode = "reduce-overhead" if options.graphs else None
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192 if on_gpu else 256)
     parser.add_argument("--batches", default="1,16,64" if on_gpu else "1,3")
     parser.add_argument("--jobs", default="prefill,decode")
+    parser.add_argument("--ways", help='only these, as "sdpa+inductor,latent+rocm_attn"')
     parser.add_argument("--graphs", action="store_true", help="replay CUDA graphs")
     parser.add_argument("--csv", help="also write the figures there")
     options = parser.parse_args()

@@ -17,14 +17,14 @@ from rocm_attn_compile.testing import assert_as_accurate_as_eager
 pytestmark = pytest.mark.gpu
 
 FACTOR = 8.0  # as on the CPU: of few numbers eager's own error is a matter of luck
-DEEPSEEK = {"H": 16, "P": 128, "R": 64, "C": 512, "E": 128}
+DEEPSEEK = {"H": 16, "P": 128, "R": 64, "C": 512, "E": 128, "softmax_scale": 0.07}
 CASES = {
     **MASKS,
     **SIZES,
-    "deepseek-decode": lambda: latent({"kv_end": rows(211, 300)}, M=1, N=301, **DEEPSEEK, softmax_scale=0.07),
-    "deepseek-chunk": lambda: latent({"kv_start": rows(3, 0)}, M=33, N=301, **DEEPSEEK, band_upper=268, softmax_scale=0.07),
-    "deepseek-prompt": lambda: latent(M=257, N=257, **DEEPSEEK, band_upper=0, softmax_scale=0.07),
-}  # fmt: skip
+    "deepseek-decode": lambda: latent({"kv_end": rows(211, 300)}, M=1, N=301, **DEEPSEEK),
+    "deepseek-chunk": lambda: latent({"kv_start": rows(3, 0)}, M=33, N=301, band_upper=268, **DEEPSEEK),
+    "deepseek-prompt": lambda: latent(M=257, N=257, band_upper=0, **DEEPSEEK),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def results(call: Latent, function, grad_out):
     return (out, lse, *torch.autograd.grad(out, tuple(call.tensors.values()), grad_out.to(out.dtype)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_gradients(name, dtype, monkeypatch):
     call = on_gpu(seeded(CASES[name]), dtype)
