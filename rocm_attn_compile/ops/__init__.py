@@ -4,7 +4,7 @@ them: backward, fakes, vmap, autocast.
 Importing this registers the ops once, needs torch only, and imports no kernel: see dispatch.py.
 """
 
-from rocm_attn_compile.ops import autocast, autograd, dispatch, dropout, inline, mla_autograd, vmap
+from rocm_attn_compile.ops import autocast, autograd, dispatch, dropout, inline, mla_autograd, mla_inline, vmap
 from rocm_attn_compile.ops.dispatch import Implementation, implementation
 from rocm_attn_compile.ops.mla_schemas import mla, mla_decode, mla_prefill, mla_prefill_backward
 from rocm_attn_compile.ops.schemas import attention, attention_backward
@@ -21,7 +21,7 @@ __all__ = [
     "register",
 ]
 
-_PARTS = (autocast, autograd, dispatch, dropout, inline, mla_autograd, vmap)
+_PARTS = (autocast, autograd, dispatch, dropout, inline, mla_autograd, mla_inline, vmap)
 
 
 def register() -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import dispatch, mla_compose
+from rocm_attn_compile.ops.cpu import with_layout
 from rocm_attn_compile.ops.mla_form import prefers_absorbed
 from rocm_attn_compile.ops.mla_schemas import check_decode, check_prefill, check_prefill_backward, check_whole
-from rocm_attn_compile.ops.schemas import LIBRARY, empty_grad, empty_result
+from rocm_attn_compile.ops.schemas import LIBRARY, empty_grad
 
 DEFAULT = "TRITON_MLA"
 REFERENCE = dispatch.REFERENCE
@@ -117,22 +118,36 @@ def run_decode(device_type: str, tensors: tuple, settings: dict[str, Any]) -> tu
     impl = settings.pop("impl", "")
     check_decode(*_checked(every, **settings))
     with _torch_private.below_autograd_and_views():
-        return implementation(impl, device_type).decode(*every, **settings)
+        q_latent, q_pe, *caches = every
+        caches[:2] = map(_rows_adjacent, caches[:2])
+        return implementation(impl, device_type).decode(q_latent, q_pe, *caches, **settings)
 
 
 def run_whole(device_type: str, tensors: tuple, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The op `mla`: the cheaper of the two forms."""
     every = _padded(tensors, 10)
-    impl, out_layout = settings.pop("impl", ""), settings.pop("out_layout", "bhsd")
-    check_whole(*_checked(every, out_layout=out_layout, **settings))
+    impl = settings.pop("impl", "")
+    check_whole(*_checked(every, **settings))
     found = implementation(impl, device_type)
     with _torch_private.below_autograd_and_views():
-        if not _is_absorbed(every, settings):
-            return prefill_form(found.prefill, *every, out_layout=out_layout, **settings)
-        q_nope, q_pe, kv_c, k_pe, w_uk, w_uv, *rest = every
-        latent, lse = found.decode(mla_compose.per_head(q_nope, w_uk), q_pe, kv_c, k_pe, *rest, **settings)
-        out = empty_result(q_nope, w_uv.shape[1], out_layout)
-        return out.copy_(mla_compose.per_head(latent, w_uv.mT)), lse
+        return cheaper_form(found.prefill, found.decode, every, settings)
+
+
+def cheaper_form(
+    prefill: Callable[..., tuple[Tensor, Tensor]],
+    decode: Callable[..., tuple[Tensor, Tensor]],
+    tensors: tuple,
+    settings: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """The op `mla` by functions like the ops `mla_prefill` and `mla_decode`; its ten tensors, its settings by name."""
+    if not _is_absorbed(tensors, settings):
+        return prefill_form(prefill, *tensors, **settings)
+    q_nope, q_pe, kv_c, k_pe, w_uk, w_uv, *rest = tensors
+    out_layout = settings.get("out_layout", "bhsd")
+    settings = {**settings, "out_layout": "bhsd"}
+    caches = _rows_adjacent(kv_c), _rows_adjacent(k_pe)
+    latent, lse = decode(mla_compose.per_head(q_nope, w_uk), q_pe, *caches, *rest, **settings)
+    return with_layout(mla_compose.per_head(latent, w_uv.mT), out_layout), lse
 
 
 def prefill_form(
@@ -166,8 +181,16 @@ def _is_absorbed(tensors: tuple, settings: dict[str, Any]) -> bool:
 
 
 def _like(grad: Tensor, tensor: Tensor) -> Tensor:
-    """`grad` with the strides that the fake kernel promised, in memory of its own."""
+    """`grad` with the strides that the fake kernel promised, and sharing no memory with another gradient."""
+    is_dense = 1 + sum((size - 1) * stride for size, stride in zip(grad.shape, grad.stride())) == grad.numel()
+    if is_dense and grad.dtype == tensor.dtype and grad.stride() == tensor.stride():
+        return grad
     return empty_grad(tensor).copy_(grad)
+
+
+def _rows_adjacent(cache: Tensor | None) -> Tensor | None:
+    """The cache, or a copy of it where a row's channels do not lie side by side, which kernels take for granted."""
+    return cache if cache is None or cache.stride(-1) == 1 else cache.contiguous()
 
 
 for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA")):

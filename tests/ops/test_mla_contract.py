@@ -6,6 +6,7 @@ import pytest
 import torch
 from latent_cases import MASKS, SIZES, attend, latent, paged, rows, seeded
 from test_op_contract import run_fresh
+from torch._dynamo.backends.common import aot_autograd
 from torch.func import grad, jvp, vmap
 from torch.library import opcheck
 
@@ -113,7 +114,8 @@ def test_kernel_modules_are_found_lazily(monkeypatch):
     assert imported == ["rocm_attn_compile.kernels.triton.mla"] * 2  # for two values of impl
     backward = ["band_lower", "band_upper", "empty_rows", "output_mask", "softmax_scale"]
     assert calls == [
-        ("decode", 8, ["softmax_scale"]), ("prefill", 8, ["softmax_scale"]), ("decode", 8, ["softmax_scale"]),
+        ("decode", 8, ["softmax_scale"]), ("prefill", 8, ["softmax_scale"]),
+        ("decode", 8, ["out_layout", "softmax_scale"]),
         ("backward", 11, backward),
     ]  # fmt: skip
 
@@ -249,3 +251,25 @@ def test_without_the_private_names_first_gradients_still_work():
         """
     )
     assert out == "True"
+
+
+@pytest.mark.parametrize("q_len", [1, 9])
+def test_written_out_in_a_trace(q_len):
+    """With static sizes and `+inline` the compiler sees the products and the op of one form, else the op alone."""
+    call = seeded(lambda: latent(M=q_len, band_upper=9 - q_len))
+    traced = []
+
+    def compiler(graph_module, _inputs):
+        traced.append([str(node.target) for node in graph_module.graph.nodes if node.op == "call_function"])
+        return graph_module
+
+    for impl in ("TRITON_MLA@1+inline", "TRITON_MLA@1"):
+        model = lambda *t, impl=impl: ops.mla(*t, **call.kwargs, impl=impl, out_layout="bshd")  # noqa: E731
+        compiled = torch.compile(model, backend=aot_autograd(fw_compiler=compiler), dynamic=False)
+        torch.testing.assert_close(compiled(*call.whole), attend(call))
+    inlined, opaque = traced
+    assert any("mm.default" in name for name in inlined)
+    assert [name for name in inlined if "rocm_attn" in name] == [
+        "rocm_attn.mla_decode.default" if q_len == 1 else "rocm_attn.mla_prefill.default"
+    ]
+    assert opaque[0] == "rocm_attn.mla.default"
