@@ -82,6 +82,13 @@ def range_of(value: Value) -> tuple[int, int, int] | None:
     return dim, max(first + size if first < 0 else first, 0), length
 
 
+def origin(value: Value) -> Value:
+    """The tensor of which `value` is a view or a range, of numbers or symbols."""
+    while not isinstance(value.op, str) and (is_view(value) or value.name in _RANGES):
+        value = value.args[0]
+    return value
+
+
 def is_same_tensor(left: Value, right: Value) -> bool:
     """True if two values are one, or the same views and ranges of one: `cache[:n]` written twice."""
     return left is right or _identity(left) == _identity(right)

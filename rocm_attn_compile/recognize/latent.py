@@ -19,6 +19,7 @@ from ..capture.trace import Value
 from ..reasons import Reason, Refusal
 from ..spec import LatentSpec
 from ..symbolic import static
+from .descent import origin
 from .labels import is_contraction, operands_of
 from .latent_absorbed import find_absorbed
 from .latent_cache import expanded_cache
@@ -26,6 +27,7 @@ from .latent_expanded import find_expanded
 from .latent_form import latent_spec
 from .latent_paged import read_pages
 from .latent_terms import Attempt
+from .mask.predicate import free_symbols
 from .region import Latent, Operand, Region
 
 
@@ -42,15 +44,31 @@ def add_latent(region: Region) -> None:
     except Refusal as refusal:
         region.latent_note = _note(refusal) if attempt.is_near else expanded_cache(region)
         return
+    if latent.q_latent is not None:
+        _name_the_heads(region, latent)
     if not region.spec.requires_grad:
         read_pages(latent)
     spec = latent_spec(region.spec, latent)
     if not latent.rope and _is_plain(spec):
         return
-    latent.leaves = [operand.value for operand in _operands(latent)]
+    # One range of a cache may be taken twice, once for the keys and once for the values.
+    latent.leaves = [origin(operand.value) for operand in _operands(latent)]
     latent.values = list(_between(region, latent))
     region.latent = latent
     region.spec = replace(region.spec, kind="mla", latent=spec)
+
+
+def _name_the_heads(region: Region, latent: Latent) -> None:
+    """One query of many heads: where all read one key, the heads look like queries, and the mask tells nothing else."""
+    spec, closed = region.spec, region.closed_mask
+    count = static(spec.q_len)
+    if region.roles.heads or count is None or not 1 < count <= 128:
+        return
+    if closed is not None and closed.context.q in free_symbols(closed.predicate):
+        return
+    for roles in (region.roles, latent.roles):
+        roles.groups, roles.query = roles.query, []
+    region.spec = replace(spec, num_heads=count, q_len=1)
 
 
 def _is_plain(spec: LatentSpec) -> bool:

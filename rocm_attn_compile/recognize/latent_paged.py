@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 
 from ..capture.trace import Value
+from ..reasons import Refusal
 from ..symbolic import static
-from .axes import Atom, Dim, resolve
-from .pieces import settled
+from .axes import Atom, Dim, atoms_of, resolve, unify
+from .descent import descend, label
+from .labels import Labels
 from .region import Latent, Operand
 
 
@@ -35,8 +37,15 @@ def read_pages(latent: Latent) -> None:
 
 def _pages(operand: Operand, latent: Latent) -> tuple[Operand, Value, list[Dim]] | None:
     """The cache of blocks, the table and the axes of the table; None if the tensor is not gathered like this."""
-    gathered = settled(operand.value, operand.dims)
-    value, dims = gathered.value, gathered.dims
+    path, labels = descend(operand.value), Labels()
+    cuts = [*label(labels, path), *operand.cuts]
+    try:
+        for own, given in zip(labels.of(operand.value), operand.dims):
+            unify(given, own)
+    except Refusal:
+        return None
+    value = path[-1]
+    dims = labels.of(value)
     if isinstance(value.op, str) or value.name != "index" or len(value.args[1]) != 1:
         return None
     cache, (table,) = value.args
@@ -48,9 +57,9 @@ def _pages(operand: Operand, latent: Latent) -> tuple[Operand, Value, list[Dim]]
     roles = latent.roles
     if list(resolve(batch)) != list(resolve(roles.batch)) or static(cache.shape[1]) is None:
         return None
-    if list(resolve((*blocks, *row))) != list(resolve(roles.key)) or not resolve(row):
+    if list(resolve((*blocks, *row))) != list(resolve(roles.key)):
         return None
-    if not all(resolve(cut.before) in [resolve(dim) for dim in rest] for cut in operand.cuts):
+    if any(set(resolve(cut.before)) & set(atoms_of((batch, blocks, row))) for cut in cuts):
         return None
-    own: Dim = (Atom(cache.shape[0]),)
-    return Operand(cache, [own, row, *rest], cuts=operand.cuts), table, [batch, blocks]
+    block: Dim = (Atom(cache.shape[0]),)
+    return Operand(cache, [block, row, *rest], cuts=cuts), table, [batch, blocks]

@@ -152,7 +152,7 @@ def _run(
     replay = Replay(leaves, leaves.cut, opened=leaves.opened)
     old = replay(value)
     exact = Replay(leaves, leaves.cut, wide=True, opened=leaves.opened)(value)
-    new = _run_emitted(builder, result, replay)
+    new = _run_emitted(builder, result, replay, leaves.cut)
     yield "result", old, new, exact
     floats = leaves.floats
     if not (floats and old.requires_grad and new.requires_grad):
@@ -168,7 +168,7 @@ def _run(
             yield f"gradient of {list(tensor.shape)}", a, b, c.double()
 
 
-def _run_emitted(builder: GraphBuilder, result: fx.Node, replay: Replay) -> Tensor:
+def _run_emitted(builder: GraphBuilder, result: fx.Node, replay: Replay, cut: frozenset[int]) -> Tensor:
     """The emitted nodes, with the tensors of the old program for what they read."""
     known: dict[fx.Node, Any] = {}
 
@@ -181,6 +181,9 @@ def _run_emitted(builder: GraphBuilder, result: fx.Node, replay: Replay) -> Tens
 
     for node in builder.emitted:
         if node in builder.sources or not isinstance(node.meta.get("example_value"), (Tensor, tuple)):
+            continue
+        if node in builder.remade and builder.remade[node].id in cut:
+            known[node] = replay(builder.remade[node])  # the old way does not compute it either
             continue
         args, kwargs = pytree.tree_map_only(fx.Node, read, (node.args, dict(node.kwargs)))
         if node.target is ops.attention:

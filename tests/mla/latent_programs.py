@@ -338,3 +338,14 @@ def paged_one_product(q, cache, table, lens):
     kv = cache[table].flatten(1, 2)[:, None]
     scores = (q @ kv.mT * SCALE).masked_fill(~written_so_far(kv.shape[2], lens), -INF)
     return scores.softmax(-1) @ kv[..., :C]
+
+
+def one_query() -> tuple:
+    return rand(B, 1, H, C), rand(B, 1, H, R), *two_caches()[2:]
+
+
+@program(ABSORBED, lambda: (*one_query(), torch.tensor([31, 0])), trains=False, dynamic=False)
+def absorbed_step_with_a_length(q_latent, q_pe, c, k_pe, lens):
+    scores = torch.einsum("bshc,btc->bsht", q_latent, c) + torch.einsum("bshr,btr->bsht", q_pe, k_pe)
+    keep = (torch.arange(c.shape[1]) < lens[:, None])[:, None, None]
+    return torch.einsum("bsht,btc->bshc", (scores * SCALE).masked_fill(~keep, -INF).softmax(-1), c)
