@@ -276,7 +276,7 @@ def test_an_architecture_limits_the_sizes():
     assert {"mla_latent", "dtype"} <= {reason.code for reason in site.rejected["TRITON_MLA"]}
     assert recorder.calls == 1
     with (
-        pytest.raises(Exception, match="StrictError(.|\\n)*mla_latent"),
+        pytest.raises(Exception, match="mla_latent"),
         pytest.warns(rocm_attn_compile.RocmAttnWarning),
     ):
         compiled("one_product", arch="gfx942", strict=True)
