@@ -233,10 +233,12 @@ def _attention(
         return sdpa_attention_forward(layer, query, key, value, attention_mask, dropout, scaling, **settings)
     w_uk, w_uv = _weights(layer)
     q_nope, q_pe = query.split([w_uk.shape[1], query.shape[3] - w_uk.shape[1]], 3)
-    out, _ = ops.mla(
-        q_nope, q_pe, key[:, 0], value[:, 0], w_uk, w_uv, softmax_scale=scaling, empty_rows="zero", out_layout="bshd",
-        impl=_IMPL, **masks,
-    )  # fmt: skip
+    tensors: tuple[Tensor, ...] = (q_nope, q_pe, key[:, 0], value[:, 0], w_uk, w_uv)
+    if torch.is_autocast_enabled(query.device.type):
+        # The op leaves calls with an `impl` alone.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        tensors = tuple(tensor.to(dtype) for tensor in tensors)
+    out, _ = ops.mla(*tensors, softmax_scale=scaling, empty_rows="zero", out_layout="bshd", impl=_IMPL, **masks)
     return out.transpose(1, 2), None
 
 

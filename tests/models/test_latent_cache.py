@@ -16,6 +16,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 
 from rocm_attn_compile.integrations.transformers import NAME, SUPPORTED, use_latent_cache
 from rocm_attn_compile.ops import mla_dispatch
+from rocm_attn_compile.testing import assert_as_accurate_as_eager
 
 pytestmark = pytest.mark.skipif(
     not hasattr(DeepseekV3Attention, "expand_kv"),
@@ -145,6 +146,24 @@ def test_a_prompt_in_chunks(forms):
             parts = [model(part, past_key_values=cache, use_cache=True).logits for part in tokens.split([5, 4, 2], 1)]
             torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-4, rtol=1e-4)
     assert len(forms) == 2 * 3 * LAYERS
+
+
+def test_autocast(forms):
+    model = build("deepseek-v3", first_k_dense_replace=LAYERS)
+    tokens, mask = prompt()
+
+    def logits(model, autocast=True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            cache = hf.StaticCache(config=model.config, max_cache_len=20)
+            model(tokens[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, use_cache=True)
+            return model(tokens[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+
+    exact, eager = logits(model, autocast=False), logits(model)
+    assert not forms
+    ours = logits(use_latent_cache(model))
+    assert ours.dtype == eager.dtype == torch.bfloat16
+    assert forms == ["prefill"] * LAYERS + ["decode"] * LAYERS
+    assert_as_accurate_as_eager(ours, eager, exact.double())
 
 
 def test_a_mask_of_ones_own(forms):
