@@ -267,11 +267,15 @@ def is_traced(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FunctionalTensor)
 
 
-def triton_writes(kernel: Any, arguments: dict[str, Any]) -> set[str]:
+def triton_writes(kernel: Any, arguments: dict[str, Any], blocks: dict[str, tuple[int, ...]]) -> set[str]:
     """Names of the tensors that a call of a Triton kernel writes, as PyTorch finds out when it traces one.
 
     Where it cannot find out, it logs why, takes all tensors for written, and may then compile a wrong program.
-    `kernel` is a `triton.jit` function or an autotuner; `arguments` are by name, without what the autotuner adds.
+
+    Args:
+        kernel: A `triton.jit` function or an autotuner.
+        arguments: By name, without what the autotuner adds.
+        blocks: The block shape of each tensor that is read through a tensor descriptor.
     """
     from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
 
@@ -279,7 +283,33 @@ def triton_writes(kernel: Any, arguments: dict[str, Any]) -> set[str]:
         tensors = {k: torch.empty(2, dtype=v.dtype) for k, v in arguments.items() if isinstance(v, torch.Tensor)}
         constants = {k: v for k, v in arguments.items() if k not in tensors}
         places = kernel_side_table.add_kernel(kernel), kernel_side_table.add_constant_args(constants)
-        return set(get_mutated_tensors(*places, tensors, {}))
+        return set(get_mutated_tensors(*places, tensors, _descriptors(blocks)))
+
+
+def record_triton(kernel: Any, grid: int, arguments: dict[str, Any], blocks: dict[str, tuple[int, ...]]) -> None:
+    """Record `kernel[(grid,)](**arguments)` in the graph being traced, as `torch.library.wrap_triton` does.
+
+    That does not take tensor descriptors, though Inductor does: a tensor named in `blocks` reaches the kernel as a
+    descriptor of its sizes and strides, with that block shape.
+    """
+    if not blocks:
+        torch.library.wrap_triton(kernel)[(grid,)](**arguments)
+        return
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
+
+    in_graph = {k: v for k, v in arguments.items() if isinstance(v, torch.fx.node.base_types)}
+    others = {k: v for k, v in arguments.items() if k not in in_graph}
+    triton_kernel_wrapper_mutation(
+        kernel_idx=kernel_side_table.add_kernel(kernel),
+        constant_args_idx=kernel_side_table.add_constant_args(others),
+        grid=[(grid,)],
+        tma_descriptor_metadata=_descriptors(blocks),
+        kwargs=in_graph,
+    )
+
+
+def _descriptors(blocks: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    return {name: ("stable", (list(block),)) for name, block in blocks.items()}
 
 
 def is_recomputed() -> bool:

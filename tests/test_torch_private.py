@@ -579,5 +579,28 @@ def test_trace_rule_replaces_a_call_in_aotautograds_trace_and_nowhere_else():
 
 def test_triton_writes_is_tested_with_our_kernels():
     """See tests/kernels/test_traced.py; here only that a kernel PyTorch cannot read counts as writing all tensors."""
-    written = _torch_private.triton_writes(object(), {"x": torch.empty(2), "n": 3})
+    written = _torch_private.triton_writes(object(), {"x": torch.empty(2), "n": 3}, {})
     assert written == {"x"}
+
+
+def test_record_triton_keeps_descriptors_block_shapes_in_the_graph():
+    import triton
+
+    @triton.jit
+    def kernel(x, y, n):
+        pass
+
+    x, y = torch.empty(4, 16), torch.empty(8)
+
+    def traced(x, y):
+        _torch_private.record_triton(kernel, 7, {"x": x, "y": y, "n": 5}, {"x": (2, 16)})
+        return y + 1
+
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(traced, tracing_mode="fake")(x, y).graph
+    (call,) = [node for node in graph.nodes if node.target is triton_kernel_wrapper_mutation]
+    assert call.kwargs["grid"] == [(7,)]
+    assert call.kwargs["tma_descriptor_metadata"] == {"x": ("stable", ([2, 16],))}
+    assert set(call.kwargs["kwargs"]) >= {"x", "y"}

@@ -30,7 +30,7 @@ def decode(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Error and limit of out and lse, with the shipped configuration, without tensor descriptors, and in 3 splits."""
     tensors, scalars = mla_oracle.decode_inputs(case, "cuda")
     worst: dict[str, tuple[float, float]] = {}
-    for label, tuning in (("", None), ("plain ", Tuning(plain=True)), ("3 splits ", Tuning(num_splits=3))):
+    for label, tuning in (("", None), ("plain ", Tuning(tma=False)), ("3 splits ", Tuning(num_splits=3))):
         results = []
         for _ in range(2):
             launches, out, lse = mla_decode_launches(

@@ -29,7 +29,7 @@ LATENT, ROPE = 512, 64
 ROWS = ((1, 16, 4096), (1, 128, 4096), (16, 16, 4096), (16, 128, 4096), (128, 16, 4096), (64, 128, 8192))
 """Batch, heads, kv_len."""
 C = KernelConfig
-CANDIDATES = [("flight", C(64, 128, 8, 1))] + [
+CANDIDATES = [("flight", C(64, 64, 4, 1))] + [
     ("tma" if tma else "ptr", C(m, n, warps, stages, merged=True))
     for tma, m, n, warps, stages in (
         (True, 64, 64, 8, 2), (True, 16, 64, 8, 2), (True, 16, 64, 8, 3), (True, 16, 32, 8, 6), (True, 16, 32, 4, 3),

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launch import Launch
+from .launch import Descriptor, Launch
 
 _POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -67,9 +67,9 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
             attributes[(index,)] = [["tt.divisibility", 16]]
             if value.numel() * value.element_size() < 2**31:
                 attributes[(index,)].append(["tt.pointer_range", 32])
-        elif hasattr(value, "block_shape"):
+        elif isinstance(value, Descriptor):
             block = ", ".join(map(str, value.block_shape))
-            layout = f",{value.layout!r}" if launch.kernel.is_gluon() else ""
+            layout = f",{value.layout()!r}" if value.swizzle else ""
             types[name] = f"tensordesc<{_POINTERS[value.base.dtype][1:]}[{block}]{layout}>"
         elif isinstance(value, int):
             types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -156,9 +156,8 @@ def backward_launches(
     tma = bool(tuning.config and tuning.tma) or (
         tuning.config is None
         and tuning.tma is not False
-        and not tuning.plain
         and batch * num_heads * q_len * kv_len >= MIN_TMA_SCORES
-        and aligned(q, k, v, grad_out, *(rope or ()))
+        and aligned(q, k, v, grad_out, *(rope or ()), traced=tuning.traced)
         and all(takes_tma(layout(tensor), itemsize) for tensor in (q, k, v, grad_out))
         and takes_tma_rope(rope_layouts, itemsize)
     )

@@ -287,11 +287,6 @@ def select_tma(arch: str, direction: str, head_block: int, itemsize: int) -> Ker
     return None
 
 
-def reads_descriptors(arch: str) -> bool:
-    """Whether long calls read through tensor descriptors on this architecture."""
-    return "forward_tma" in TABLES[family(arch)]
-
-
 def kv_heads_first(arch: str) -> bool:
     """Whether consecutive programs take different key/value heads instead of the blocks of one.
 

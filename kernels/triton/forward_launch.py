@@ -114,7 +114,7 @@ def forward_launches(
          layout(kv_end), layout(q_ids), layout(kv_ids)),
         (softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p),
         out.stride(), arch, num_units, q.element_size(), dot_precision(q.dtype, arch), sinks is not None, empty_rows,
-        not (tuning and tuning.plain) and aligned(q, k, v, *(rope or ())), tuning,
+        aligned(q, k, v, *(rope or ()), traced=bool(tuning and tuning.traced)), tuning,
         (layout(rope[0]), layout(rope[1])) if rope else (None, None),
     )  # fmt: skip
     tensors = {

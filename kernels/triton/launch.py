@@ -24,9 +24,34 @@ Layout = tuple[torch.Size, tuple[int, ...]] | None
 """Sizes and strides of a tensor, None where it is absent."""
 
 
+@dataclass(frozen=True)
+class Descriptor:
+    """A tensor that a kernel reads through a tensor descriptor, one `block_shape` at a time.
+
+    Attributes:
+        base: Gives data and dtype.
+        shape, strides: What the descriptor says; for an expanded or a one-element dimension not those of `base`.
+        block_shape: Of one read.
+        swizzle: Of the tile in shared memory, in bytes, which kernels in Gluon choose; 0: Triton chooses.
+    """
+
+    base: torch.Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block_shape: tuple[int, ...]
+    swizzle: int = 0
+
+    def layout(self) -> Any:
+        """Gluon's layout of the tile in shared memory."""
+        # Here, since Gluon is experimental, and only Hopper needs it.
+        from triton.experimental.gluon.language import NVMMASharedLayout
+
+        return NVMMASharedLayout(self.swizzle, 8 * self.base.element_size(), rank=len(self.block_shape))
+
+
 @dataclass
 class Launch:
-    """One kernel launch: `kernel[(grid,)](**arguments, **options)`."""
+    """One kernel launch: `kernel[(grid,)](**arguments, **options)`, each `Descriptor` as Triton's."""
 
     kernel: Any
     grid: int
@@ -36,7 +61,19 @@ class Launch:
     def run(self) -> None:
         """Launch on the current stream of the current device."""
         if self.grid:
-            self.kernel[(self.grid,)](**self.arguments, **self.options)
+            arguments = {k: _encode(v) if isinstance(v, Descriptor) else v for k, v in self.arguments.items()}
+            self.kernel[(self.grid,)](**arguments, **self.options)
+
+
+def _encode(described: Descriptor) -> Any:
+    fields = described.base, list(described.shape), list(described.strides), list(described.block_shape)
+    if described.swizzle:
+        from triton.experimental.gluon.nvidia import hopper
+
+        return hopper.TensorDescriptor(*fields, described.layout())
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(*fields)
 
 
 @dataclass(frozen=True)
@@ -52,8 +89,7 @@ class Tuning:
             tables' configurations from doing so.
         separate: With `config`: one launch for dk and one for dv.
         in_flight: With `config`: latent decode by the Hopper kernel in Gluon.
-        plain: Neither tensor descriptors nor programmatic dependent launch, which only Triton's own launcher knows;
-            the tensors need not have data.
+        traced: The tensors have no data: what is aligned is told by their offsets in their storages.
     """
 
     config: configs.KernelConfig | None = None
@@ -63,7 +99,7 @@ class Tuning:
     tma: bool | None = None
     separate: bool = False
     in_flight: bool = False
-    plain: bool = False
+    traced: bool = False
 
 
 @functools.cache
@@ -117,20 +153,24 @@ def takes_tma_rope(rope: tuple[Layout, Layout], itemsize: int) -> bool:
     return takes_tma(q_pe, itemsize) and takes_tma(as_4d, itemsize)
 
 
-def aligned(*tensors: torch.Tensor) -> bool:
-    """Whether all start at a multiple of 16 bytes, as tensor descriptors must."""
+def aligned(*tensors: torch.Tensor, traced: bool = False) -> bool:
+    """Whether all start at a multiple of 16 bytes, as tensor descriptors must. For `traced` see Tuning.
+
+    A storage is aligned; and where an input of the compiled program begins elsewhere than it did when it was compiled,
+    Inductor copies it.
+    """
+    if traced:
+        return all(tensor.storage_offset() * tensor.element_size() % 16 == 0 for tensor in tensors)
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
-def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Any:
-    """The tensor descriptor of a 4-D tensor (see takes_tma) read in blocks of `rows` x `columns` of one head."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Descriptor:
+    """The descriptor of a 4-D tensor (see takes_tma) read in blocks of `rows` x `columns` of one head."""
     # The stride of a dimension of size 1 says nothing, but must be valid.
     strides = [
         stride if size > 1 else 16 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3])
     ]  # fmt: skip
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns])
+    return Descriptor(tensor, tuple(tensor.shape), (*strides, 1), (1, 1, rows, columns))
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty_rows: str, out_layout: str = "bhsd") -> None:

@@ -7,21 +7,31 @@ from .configs import KernelConfig, family, power_of_two
 C = KernelConfig
 
 # (rows up to, columns of kv_c and k_pe up to, bytes per element) -> configuration, first match wins.
-Table = dict[tuple[int, int, int], KernelConfig]
+Table = dict[tuple[int, int, int], KernelConfig | None]
 
 ANY = 1 << 30
 
+# A tile of 16 rows is bound by memory: 16 tokens leave room for two workgroups on a compute unit, whose loads and
+# products overlap. More rows are bound by products or LDS: a wave owns 16 rows, whose queries it keeps
+# in registers. One stage: a transposed tile that the pipeliner keeps in LDS has bank conflicts, see
+# configs.transposes_keys. Compiled, counted and simulated, not run on hardware; see docs/mla.md.
 _CDNA: Table = {
-    (16, ANY, 2): C(16, 32, 4, 1),
-    (ANY, ANY, 2): C(64, 32, 8, 1),
+    (16, ANY, 2): C(16, 16, 4, 1),
+    (32, ANY, 2): C(32, 16, 4, 1),
+    (ANY, ANY, 2): C(64, 16, 4, 1, 0, 16),
     (ANY, ANY, 4): C(16, 16, 4, 1),
 }
 _RDNA: Table = {
     (ANY, ANY, 2): C(16, 16, 8, 1),
     (ANY, ANY, 4): C(16, 16, 16, 1),
 }
-_HOPPER_TMA: Table = {(ANY, ANY, 2): C(64, 64, 8, 2, merged=True)}
+# Measured on an H200, see docs/mla.md.
+_HOPPER_TMA: Table = {
+    (16, ANY, 2): C(16, 64, 8, 3, merged=True),
+    (ANY, ANY, 2): C(64, 64, 8, 2, merged=True),
+}
 _HOPPER: Table = {
+    (16, ANY, 2): C(16, 64, 8, 3, merged=True),
     (ANY, ANY, 2): C(64, 64, 8, 2, merged=True),
     (ANY, ANY, 4): C(16, 16, 4, 2),
 }
@@ -45,7 +55,7 @@ DECODE: dict[str, Table] = {
 DECODE_TMA: dict[str, Table] = {"sm90": _HOPPER_TMA}
 """The same where it reads the cache through tensor descriptors."""
 
-DECODE_IN_FLIGHT: dict[str, Table] = {"sm90": {(ANY, ANY, 2): C(64, 128, 8, 1)}}
+DECODE_IN_FLIGHT: dict[str, Table] = {"sm90": {(16, ANY, 2): None, (ANY, ANY, 2): C(64, 64, 4, 1)}}
 """The same of mla_decode_hopper.py's kernel, which has this one tile."""
 
 MIN_SPLIT_KEYS = 64
@@ -79,7 +89,7 @@ def blocks(arch: str, itemsize: int, latent: int, rope: int) -> tuple[int, int]:
     return max(smallest, power_of_two(latent)), max(16, power_of_two(rope)) if rope else 0
 
 
-def choose_splits(arch: str, tiles: int, kv_len: int, num_units: int) -> int:
-    """How many programs share the keys of one tile, so that they fill the device once."""
+def choose_splits(arch: str, tiles: int, kv_len: int, num_units: int, block_n: int) -> int:
+    """How many programs share the keys of one tile, so that they fill the device once, each with a block at least."""
     splits = num_units // tiles if arch.startswith("sm") else 2 * num_units // tiles
-    return max(1, min(splits, kv_len // MIN_SPLIT_KEYS, MAX_SPLITS))
+    return max(1, min(splits, kv_len // max(MIN_SPLIT_KEYS, block_n), MAX_SPLITS))

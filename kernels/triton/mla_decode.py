@@ -78,12 +78,6 @@ def mla_decode_kernel(
     head = (row % num_heads).to(tl.int64)
     q_row = q_pos.to(tl.int64)
     offs_c = tl.arange(0, BLOCK_C)
-    q_tile = load_rows(q, batch * stride_qb + head * stride_qh + q_row * stride_qm, row_ok, LATENT, BLOCK_C, False)
-    if BLOCK_R > 0:
-        q_pe_tile = load_rows(
-            q_pe, batch * stride_pb + head * stride_ph + q_row * stride_pm, row_ok, ROPE, BLOCK_R, False
-        )
-
     if HAS_START:
         kv_start += batch * stride_start_b
     if HAS_END:
@@ -93,6 +87,11 @@ def mla_decode_kernel(
     starts, ends, _ids = load_row_masks(
         kv_start, kv_end, kv_end, stride_start_m, stride_end_m, stride_end_m, q_pos, kv_len, HAS_START, HAS_END, False
     )
+    q_tile = load_rows(q, batch * stride_qb + head * stride_qh + q_row * stride_qm, row_ok, LATENT, BLOCK_C, False)
+    if BLOCK_R > 0:
+        q_pe_tile = load_rows(
+            q_pe, batch * stride_pb + head * stride_ph + q_row * stride_pm, row_ok, ROPE, BLOCK_R, False
+        )
     begin, full_begin, full_end, end = kv_block_range(
         q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END
     )

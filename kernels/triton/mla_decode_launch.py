@@ -14,6 +14,7 @@ from .combine import attention_combine_kernel
 from .launch import (
     DTYPES,
     EMPTY_ROWS,
+    Descriptor,
     Launch,
     Layout,
     Tuning,
@@ -142,7 +143,7 @@ def mla_decode_launches(
         (layout(q_latent), layout(q_pe), layout(kv_c), layout(k_pe), layout(block_table), layout(key_mask),
          layout(kv_start), layout(kv_end)),
         (softmax_scale, band_lower, band_upper), out.stride(), arch, num_units, q_latent.element_size(),
-        dot_precision(q_latent.dtype, arch), empty_rows, not (tuning and tuning.plain) and aligned(*given), tuning,
+        dot_precision(q_latent.dtype, arch), empty_rows, aligned(*given, traced=bool(tuning and tuning.traced)), tuning,
     )  # fmt: skip
     tensors: dict[str, Any] = {
         "q": q_latent, "q_pe": q_pe, "kv": kv_c, "k_pe": k_pe, "block_table": block_table, "out": out, "lse": lse,
@@ -174,29 +175,23 @@ def mla_decode_launches(
     return launches, out, lse
 
 
-def token_descriptor(cache: Tensor, tokens: int, columns: int) -> Any:
-    """The tensor descriptor of a `(batch or blocks, tokens, width)` cache, read in blocks of `tokens` x `columns`."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+def token_descriptor(cache: Tensor, tokens: int, columns: int, swizzle: int = 0) -> Descriptor:
+    """The descriptor of a `(batch or blocks, tokens, width)` cache, read in blocks of `tokens` x `columns`."""
     # The stride of a dimension of size 1 says nothing, but must be valid.
     strides = [stride if size > 1 else 16 for size, stride in zip(cache.shape[:2], cache.stride()[:2])]
-    return TensorDescriptor(cache, list(cache.shape), [*strides, 1], [1, tokens, columns])
+    return Descriptor(cache, tuple(cache.shape), (*strides, 1), (1, tokens, columns), swizzle)
 
 
 def hopper_launch(plan: DecodePlan, arguments: dict[str, Any]) -> Launch:
     """The launch of mla_decode_hopper.py's kernel, whose arguments are among those of mla_decode_kernel."""
     # Here, since Gluon is experimental, and only Hopper needs it.
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from .mla_decode_hopper import mla_decode_hopper_kernel
 
     given = {**arguments, "NAN_ROWS": arguments["EMPTY_ROWS"] in NAN_ROWS}
-    for name, columns in (("kv", 128), ("k_pe", arguments["BLOCK_R"])):
+    for name, columns in (("kv", 256), ("k_pe", arguments["BLOCK_R"])):
         if (cache := arguments[name]) is not None:
-            plain = token_descriptor(cache, plan.arguments["BLOCK_N"], columns)
-            swizzled = NVMMASharedLayout(min(128, columns * cache.element_size()), 16, rank=3)
-            given[name] = TensorDescriptor(cache, plain.shape, plain.strides, plain.block_shape, swizzled)
+            swizzle = min(128, columns * cache.element_size())
+            given[name] = token_descriptor(cache, arguments["BLOCK_N"], columns, swizzle)
     names = [parameter.name for parameter in mla_decode_hopper_kernel.params]
     return Launch(mla_decode_hopper_kernel, plan.grid, {name: given[name] for name in names}, plan.options)
 
@@ -222,13 +217,13 @@ class DecodePlan(NamedTuple):
 
 
 def choose(
-    arch: str, rows: int, blocks: tuple[int, int], itemsize: int, page: int, empty_rows: str, descriptors: bool,
-    tuning: Tuning,
+    arch: str, rows: int, blocks: tuple[int, int], itemsize: int, page: int, softmax_scale: float,
+    empty_rows: str, descriptors: bool, tuning: Tuning,
 ) -> tuple[configs.KernelConfig, bool, bool]:  # fmt: skip
     """The launch configuration, whether it reads through tensor descriptors, and whether it is the Hopper kernel's.
 
     Args:
-        arch, itemsize, empty_rows, tuning: As of mla_decode_plan.
+        arch, itemsize, softmax_scale, empty_rows, tuning: As of mla_decode_plan.
         rows: q_len * num_heads.
         blocks: Padded kv_lora_rank and qk_rope_head_dim.
         page: Block size of a paged cache, 0 for a contiguous one.
@@ -242,7 +237,7 @@ def choose(
             if config and page % config.block_n == 0:
                 if not in_flight:
                     return config, True, False
-                if mla_configs.fits_in_flight(blocks) and empty_rows not in MEANS:
+                if softmax_scale > 0 and mla_configs.fits_in_flight(blocks) and empty_rows not in MEANS:
                     return config, True, True
     config = mla_configs.select(mla_configs.DECODE, arch, rows, sum(blocks), itemsize)
     assert config, f"no configuration for {arch}, {rows} rows, {blocks}, {itemsize} bytes"
@@ -291,11 +286,13 @@ def mla_decode_plan(
     block_c, block_r = mla_configs.blocks(arch, itemsize, latent, rope)
     rows = q_len * num_heads
     config, tma, in_flight = choose(
-        arch, rows, (block_c, block_r), itemsize, page, empty_rows,
+        arch, rows, (block_c, block_r), itemsize, page, softmax_scale, empty_rows,
         is_aligned and takes_tma(kv, itemsize) and takes_tma(k_pe, itemsize), tuning,
     )  # fmt: skip
     tiles = batch * triton.cdiv(rows, config.block_m)
-    num_splits = tuning.num_splits or mla_configs.choose_splits(arch, tiles, kv_len, num_units)
+    num_splits = tuning.num_splits or mla_configs.choose_splits(
+        arch, tiles, kv_len, num_units, 2 * config.block_n if in_flight else config.block_n
+    )
     if empty_rows in MEANS:
         num_splits = max(num_splits, 2)  # only the combine kernel knows the mean
     arguments: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """TRITON_ATTN in a compiler's trace: its kernels become calls that Inductor knows, instead of one opaque op.
 
 Inductor then launches the kernels with its own launcher and plans their buffers, which costs the host a few
-microseconds where the way through the dispatcher, Python and Triton's launcher costs tens. A call that is long enough
-to read through tensor descriptors hides that way, and stays as it is.
+microseconds where the way through the dispatcher, Python and Triton's launcher costs tens, and hundreds where tensor
+descriptors are made.
 
 The plan of a call depends on sizes and strides only, so it is made here, on tensors without data.
 
@@ -14,46 +14,44 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
-from . import configs
 from .backward_launch import backward_launches, sink_gradient
 from .forward_launch import forward_launches
-from .launch import MIN_TMA_SCORES, PACK_ROWS, Launch, Tuning, device_arch
+from .launch import Descriptor, Launch, Tuning
 
 log = logging.getLogger(__name__)
 
-Writes = Callable[[Any, dict[str, Any]], set[str]]
-"""From a kernel and its arguments to the names of those that PyTorch says it writes."""
+
+class Tracer(Protocol):
+    """What is asked of PyTorch. `blocks` are the block shapes of the tensors that are read through descriptors."""
+
+    def triton_writes(self, kernel: Any, arguments: dict[str, Any], blocks: dict[str, tuple[int, ...]]) -> set[str]:
+        """Names of the arguments that PyTorch says a call writes."""
+
+    def record_triton(
+        self, kernel: Any, grid: int, arguments: dict[str, Any], blocks: dict[str, tuple[int, ...]]
+    ) -> None:
+        """Record a call in the graph that is traced."""
+
 
 _LAUNCHER_OPTIONS = ("num_warps", "num_stages")
-_PLAIN = Tuning(plain=True)
+_TRACED = Tuning(traced=True)
 
 
-def takes(q: Tensor, k: Tensor, **_others: Any) -> bool:
-    """Whether a call with these arguments is worth it; the rest of the op's arguments does not matter."""
-    batch, num_heads, q_len, _ = q.shape
-    _, kv_heads, kv_len, _ = k.shape
-    is_decode = q_len * (num_heads // kv_heads) <= PACK_ROWS
-    is_short = batch * num_heads * q_len * kv_len < MIN_TMA_SCORES
-    return is_decode or is_short or not configs.reads_descriptors(device_arch(q.device)[0])
-
-
-def attention_forward(writes: Writes, **arguments: Any) -> Any:
+def attention_forward(tracer: Tracer, **arguments: Any) -> Any:
     """As attention.attention_forward, all arguments by name, on traced tensors of fixed sizes; or NotImplemented."""
-    launches, out, lse = forward_launches(**arguments, tuning=_PLAIN)
-    return (out, lse) if _trace(launches, arguments, writes) else NotImplemented
+    launches, out, lse = forward_launches(**arguments, tuning=_TRACED)
+    return (out, lse) if _trace(launches, arguments, tracer) else NotImplemented
 
 
-def attention_backward(writes: Writes, **arguments: Any) -> Any:
+def attention_backward(tracer: Tracer, **arguments: Any) -> Any:
     """As attention.attention_backward, all arguments by name, on traced tensors of fixed sizes; or NotImplemented."""
-    launches, tensors = backward_launches(**arguments, tuning=_PLAIN)
-    if not _trace(launches, arguments, writes):
+    launches, tensors = backward_launches(**arguments, tuning=_TRACED)
+    if not _trace(launches, arguments, tracer):
         return NotImplemented
     sinks = arguments["sinks"]
     if sinks is not None and arguments["output_mask"][4]:
@@ -63,27 +61,44 @@ def attention_backward(writes: Writes, **arguments: Any) -> Any:
     return tensors["dq"], tensors["dk"], tensors["dv"], tensors["dbias"], dsinks
 
 
-def _trace(launches: list[Launch], arguments: dict[str, Any], writes: Writes) -> bool:
+def _trace(launches: list[Launch], arguments: dict[str, Any], tracer: Tracer) -> bool:
     """Trace the launches of a call with these arguments; False, and nothing traced, if PyTorch misreads one."""
     given = {id(value) for value in arguments.values() if isinstance(value, Tensor)}
     kernels = [_with_options(launch.kernel, tuple(sorted(launch.options.items()))) for launch in launches]
-    if not all(_is_understood(kernel, launch, given, writes) for kernel, launch in zip(kernels, launches)):
+    if not all(_is_understood(kernel, launch, given, tracer) for kernel, launch in zip(kernels, launches)):
         return False
     for kernel, launch in zip(kernels, launches):
-        wrap_triton(kernel)[(launch.grid,)](**launch.arguments)
+        tensors = {k: _tensor(v) for k, v in launch.arguments.items()}
+        tracer.record_triton(kernel, launch.grid, tensors, _blocks(launch))
     return True
+
+
+def _blocks(launch: Launch) -> dict[str, tuple[int, ...]]:
+    return {k: v.block_shape for k, v in launch.arguments.items() if isinstance(v, Descriptor)}
+
+
+def _tensor(value: Any) -> Any:
+    """For a descriptor a tensor of its sizes and strides, from which the launcher makes it."""
+    if not isinstance(value, Descriptor):
+        return value
+    base = value.base
+    if (tuple(base.shape), base.stride()) == (value.shape, value.strides):
+        return base
+    return base.as_strided(value.shape, value.strides, base.storage_offset())
 
 
 _understood: dict[Any, bool] = {}
 
 
-def _is_understood(kernel: Any, launch: Launch, given: set[int], writes: Writes) -> bool:
+def _is_understood(kernel: Any, launch: Launch, given: set[int], tracer: Tracer) -> bool:
     """Whether PyTorch knows that the launch writes something, and none of the `given` tensors; remembered."""
-    described = tuple((k, v.dtype if isinstance(v, Tensor) else v) for k, v in launch.arguments.items())
-    inputs = frozenset(k for k, v in launch.arguments.items() if id(v) in given)
+    blocks = _blocks(launch)
+    bases = {k: v.base if isinstance(v, Descriptor) else v for k, v in launch.arguments.items()}
+    described = tuple((k, v.dtype if isinstance(v, Tensor) else v, blocks.get(k)) for k, v in bases.items())
+    inputs = frozenset(k for k, v in bases.items() if id(v) in given)
     key = (kernel, described, inputs)
     if key not in _understood:
-        written = writes(kernel, launch.arguments)
+        written = tracer.triton_writes(kernel, bases, blocks)
         _understood[key] = bool(written) and not written & inputs
         if not _understood[key]:
             log.warning("%s is not inlined: PyTorch says that it writes %s", launch.kernel.__name__, sorted(written))

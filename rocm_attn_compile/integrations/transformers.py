@@ -65,8 +65,8 @@ def use_latent_cache(model: transformers.PreTrainedModel) -> transformers.PreTra
 
     Raises:
         ValueError: No layer is latent attention.
-        NotImplementedError: A latent attention is of another class, or its weights are not a plain `nn.Linear`; or this
-            version of transformers keeps expanded keys and values.
+        NotImplementedError: A latent attention is of another class, its weights are not a plain `nn.Linear`, or this
+            version of transformers keeps expanded keys and values, or expands latents in a way we do not know.
     """
     layers = [module for module in model.modules() if hasattr(module, "kv_a_proj_with_mqa")]
     if not layers:
@@ -99,13 +99,19 @@ def _check(layer: Any) -> None:
     w_uk, w_uv = _weights(layer)
     if w_uk.is_meta:
         return
-    latent = torch.randn(1, 1, 2, w_uk.shape[2], dtype=w_uk.dtype, device=w_uk.device)
-    rope = torch.randn(1, 1, 2, layer.qk_rope_head_dim, dtype=w_uk.dtype, device=w_uk.device)
+    # Some numbers; not random ones, which would take from the user's generator.
+    C, R = w_uk.shape[2], layer.qk_rope_head_dim
+    some = torch.arange(2 * (C + R), device=w_uk.device).sin().to(w_uk.dtype).view(1, 1, 2, C + R)
+    latent, rope = some.split([C, R], 3)
     with torch.no_grad():
         key, value = layer.expand_kv(latent, rope)
         ours = torch.cat([latent @ w_uk.mT, rope.expand(-1, w_uk.shape[0], -1, -1)], -1), latent @ w_uv.mT
     for got, want in zip(ours, (key, value)):
-        torch.testing.assert_close(got, want, msg=lambda text: f"{name} expands its latent in another way: {text}")
+        # Another layout is another matrix; rounding, also to tf32, is far less.
+        if got.shape != want.shape or bool((got - want).abs().max() > 0.05 * want.abs().max()):
+            raise NotImplementedError(
+                f"{name} of transformers {transformers.__version__} expands its latent in a new way"
+            )
 
 
 def _weights(layer: Any) -> tuple[Tensor, Tensor]:
@@ -227,10 +233,12 @@ def _attention(
         return sdpa_attention_forward(layer, query, key, value, attention_mask, dropout, scaling, **settings)
     w_uk, w_uv = _weights(layer)
     q_nope, q_pe = query.split([w_uk.shape[1], query.shape[3] - w_uk.shape[1]], 3)
-    out, _ = ops.mla(
-        q_nope, q_pe, key[:, 0], value[:, 0], w_uk, w_uv, softmax_scale=scaling, empty_rows="zero", out_layout="bshd",
-        impl=_IMPL, **masks,
-    )  # fmt: skip
+    tensors: tuple[Tensor, ...] = (q_nope, q_pe, key[:, 0], value[:, 0], w_uk, w_uv)
+    if torch.is_autocast_enabled(query.device.type):
+        # The op leaves calls with an `impl` alone.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        tensors = tuple(tensor.to(dtype) for tensor in tensors)
+    out, _ = ops.mla(*tensors, softmax_scale=scaling, empty_rows="zero", out_layout="bshd", impl=_IMPL, **masks)
     return out.transpose(1, 2), None
 
 

@@ -12,8 +12,8 @@ import torch
 from rocm_attn_compile import _torch_private
 
 TRACED_MODULES = {"TRITON_ATTN": "rocm_attn_compile.kernels.triton.traced"}
-"""Backend name -> module with `takes`, `attention_forward` and `attention_backward`, which are given the op's arguments
-by name, without `impl`, with traced tensors; the latter two after `_torch_private.triton_writes`."""
+"""Backend name -> module with `attention_forward` and `attention_backward`, which are given `_torch_private`, and the
+op's arguments by name, without `impl`, with traced tensors."""
 
 
 def forward(name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
@@ -31,6 +31,4 @@ def _body(name: str, function: str, arguments: dict[str, Any]) -> Callable[[], A
     if name not in TRACED_MODULES or arguments["q"].dtype == torch.float64:
         return None
     module = importlib.import_module(TRACED_MODULES[name])
-    if not module.takes(**arguments):
-        return None
-    return partial(getattr(module, function), _torch_private.triton_writes, **arguments)
+    return partial(getattr(module, function), _torch_private, **arguments)

@@ -10,7 +10,8 @@ import math
 from typing import Any
 
 import torch
-from kernel_oracle import error_norm
+from kernel_oracle import TENSOR_NAMES, error_norm, magnitudes, make_inputs
+from kernel_oracle import oracle as plain_oracle
 from torch import Tensor
 
 DECODE_TENSORS = ("q_latent", "q_pe", "kv_c", "k_pe", "block_table", "key_mask", "kv_start", "kv_end")
@@ -137,6 +138,76 @@ def compare(
     results = {}
     for name, value in got.items():
         size = float(want[name].nan_to_num(0, 0, 0).norm()) or 1.0
+        eager_error = error_norm(eager[name], want[name]) / size
+        floor = torch.finfo(torch.float32 if name == "lse" else dtype).eps
+        results[name] = (
+            error_norm(value, want[name]) / size,
+            max(3 * eager_error if math.isfinite(eager_error) else 0.0, 4 * floor if name == "lse" else 2 * floor),
+        )
+    return results
+
+
+PREFILL_GRADIENTS = ("q_nope", "q_pe", "k_nope", "k_pe", "v")
+
+
+def prefill_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """Random tensors and scalar arguments of mla_prefill.
+
+    Args:
+        case: sizes B, H, M, N, P, R, E, and what kernel_oracle.make_inputs takes of masks and scalars. k_nope and v are
+            views of one projection, as models make them.
+        device: Where the tensors go.
+    """
+    fields = {**case, "K": case["H"], "D": case["P"], "layout": "bhsd"}
+    tensors, scalars = make_inputs(fields, device)
+    generator = torch.Generator().manual_seed(case.get("seed", 0) + 1)
+    B, H, M, N, P, R, E = (case[name] for name in ("B", "H", "M", "N", "P", "R", "E"))
+    dtype = case.get("dtype", torch.float32)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    k_nope, v = normal(B, N, H, P + E).transpose(1, 2).split([P, E], dim=3)
+    latent = {"q_nope": tensors["q"], "q_pe": normal(B, H, M, R), "k_nope": k_nope, "k_pe": normal(B, N, R), "v": v}
+    masks = {name: tensors[name] for name in ("key_mask", "kv_start", "kv_end")}
+    kept = ("softmax_scale", "band_lower", "band_upper", "empty_rows")
+    return {**latent, **masks}, {name: scalars[name] for name in kept}
+
+
+def compare_prefill(
+    tensors: dict[str, Tensor | None],
+    scalars: dict[str, Any],
+    got: dict[str, Tensor],
+    grad_out: Tensor | None = None,
+) -> dict[str, tuple[float, float]]:
+    """As kernel_oracle.compare, for a plain attention over concatenated keys; its gradients taken apart again."""
+    q_nope, q_pe, k_nope, k_pe = (tensors[name] for name in PREFILL_GRADIENTS[:4])
+    nope = q_nope.shape[3]
+    plain: dict[str, Tensor | None] = {
+        **dict.fromkeys(TENSOR_NAMES),
+        **{name: tensors[name] for name in ("v", "key_mask", "kv_start", "kv_end")},
+        "q": torch.cat((q_nope, q_pe), 3),
+        "k": torch.cat((k_nope, k_pe.unsqueeze(1).expand(*k_nope.shape[:3], -1)), 3),
+    }
+    settings = {**scalars, "logits_soft_cap": None, "dropout_p": 0.0}
+
+    def apart(dtype: torch.dtype) -> dict[str, Tensor]:
+        found = plain_oracle(plain, settings, dtype, grad_out)
+        if grad_out is not None:
+            (found["q_nope"], found["q_pe"]), (found["k_nope"], shared) = (
+                found[name].tensor_split([nope], 3) for name in "qk"
+            )
+            found["k_pe"] = shared.sum(1)
+        return found
+
+    dtype = q_nope.dtype
+    want, eager = apart(torch.float64), apart(dtype)
+    sizes = magnitudes(plain, settings, {name: want[name] for name in ("out", "lse")}, grad_out)
+    if grad_out is not None:
+        sizes["v"] = float(want["v"].nan_to_num(0, 0, 0).norm())
+    results = {}
+    for name, value in got.items():
+        size = sizes[name[0] if name[0] in "qk" else name] or 1.0
         eager_error = error_norm(eager[name], want[name]) / size
         floor = torch.finfo(torch.float32 if name == "lse" else dtype).eps
         results[name] = (

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.kernels.triton import aot_launches, traced
+from rocm_attn_compile.kernels.triton.launch import Descriptor, descriptor
 
 TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -37,23 +38,47 @@ EVERYTHING = {
 
 @pytest.fixture
 def launches_for(monkeypatch):
-    def make(arch, **features):
+    def make(arch, head_dim=64, q_len=128, kv_len=128, **features):
         driver = SimpleNamespace(get_current_target=lambda: TARGETS[arch], get_current_device=lambda: 0)
         monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
-        return aot_launches.launches(arch, torch.bfloat16, 64, q_len=128, kv_len=128, **features).values()
+        return aot_launches.launches(arch, torch.bfloat16, head_dim, q_len=q_len, kv_len=kv_len, **features).values()
 
     return make
 
 
 def read(launch):
     kernel = traced._with_options(launch.kernel, tuple(sorted(launch.options.items())))
-    return _torch_private.triton_writes(kernel, launch.arguments)
+    bases = {k: v.base if isinstance(v, Descriptor) else v for k, v in launch.arguments.items()}
+    return _torch_private.triton_writes(kernel, bases, traced._blocks(launch))
 
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_training(launches_for, arch):
     found = {launch.kernel.__name__: read(launch) for launch in launches_for(arch)}
     assert found == {name: WRITTEN[name] for name in found} and len(found) == 4
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192])
+def test_long_calls_on_hopper_read_through_descriptors(launches_for, head_dim, monkeypatch):
+    monkeypatch.setattr("torch.utils._triton.has_triton_tensor_descriptor_host_tma", lambda: True)  # it asks the GPU
+    launches = launches_for("sm90", head_dim=head_dim, q_len=1024, kv_len=1024)
+    described = {launch.kernel.__name__: set(traced._blocks(launch)) for launch in launches}
+    rest = {"q_rest", "k_rest"} if head_dim in (96, 192) else set()
+    assert described["attention_forward_kernel"] == {"q", "k", "v"} | rest
+    assert described["backward_dkdv_kernel"] == {"q", "k", "v", "grad_out"} | rest
+    for launch in launches:
+        # Large heads have a launch for dk and one for dv.
+        unwanted = {f"grad_{x}" for x in "kv" if not launch.arguments.get(f"WANT_D{x.upper()}", True)}
+        assert read(launch) == WRITTEN[launch.kernel.__name__] - unwanted
+
+
+def test_a_descriptor_becomes_a_tensor_of_its_sizes_and_strides():
+    plain = torch.empty(2, 3, 8, 64)
+    assert traced._tensor(descriptor(plain, 8, 64)) is plain
+    single = torch.empty(1, 8, 3, 64).transpose(1, 2)[:, 1:]
+    found = traced._tensor(descriptor(single, 8, 64))
+    assert found.shape == single.shape and found.stride() == (16, 64, 192, 1)
+    assert found.data_ptr() == single.data_ptr()
 
 
 def test_every_feature(launches_for):
@@ -75,12 +100,12 @@ def test_a_kernel_that_pytorch_misreads_is_not_traced(launches_for, caplog):
     (launch,) = launches_for("gfx942", backward=False)
     kernel = traced._with_options(launch.kernel, tuple(sorted(launch.options.items())))
     given = {id(launch.arguments["q"])}
-    assert traced._is_understood(kernel, launch, given, _torch_private.triton_writes)
+    assert traced._is_understood(kernel, launch, given, _torch_private)
     traced._understood.clear()
-    assert not traced._is_understood(kernel, launch, given, lambda *_: {"q", "out"})
+    assert not traced._is_understood(kernel, launch, given, SimpleNamespace(triton_writes=lambda *_: {"q", "out"}))
     assert "attention_forward_kernel is not inlined" in caplog.text
     traced._understood.clear()
-    assert not traced._is_understood(kernel, launch, given, lambda *_: set())
+    assert not traced._is_understood(kernel, launch, given, SimpleNamespace(triton_writes=lambda *_: set()))
     traced._understood.clear()
 
 

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
+from latent_models import FAMILIES, LAYERS, RANK, ROPE, build, prompt
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
-hf = pytest.importorskip("transformers", minversion="5.17", reason="older ones cache expanded keys and values")
+from rocm_attn_compile.integrations.transformers import NAME, SUPPORTED, use_latent_cache
+from rocm_attn_compile.ops import mla_dispatch
+from rocm_attn_compile.testing import assert_as_accurate_as_eager
 
-from latent_models import FAMILIES, LAYERS, RANK, ROPE, build, prompt  # noqa: E402
-from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
-
-from rocm_attn_compile.integrations.transformers import NAME, SUPPORTED, use_latent_cache  # noqa: E402
-from rocm_attn_compile.ops import mla_dispatch  # noqa: E402
-
+pytestmark = pytest.mark.skipif(
+    not hasattr(DeepseekV3Attention, "expand_kv"),
+    reason="this transformers caches expanded keys and values: needs 5.17",
+)
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 
 
@@ -144,6 +148,24 @@ def test_a_prompt_in_chunks(forms):
     assert len(forms) == 2 * 3 * LAYERS
 
 
+def test_autocast(forms):
+    model = build("deepseek-v3", first_k_dense_replace=LAYERS)
+    tokens, mask = prompt()
+
+    def logits(model, autocast=True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            cache = hf.StaticCache(config=model.config, max_cache_len=20)
+            model(tokens[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, use_cache=True)
+            return model(tokens[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+
+    exact, eager = logits(model, autocast=False), logits(model)
+    assert not forms
+    ours = logits(use_latent_cache(model))
+    assert ours.dtype == eager.dtype == torch.bfloat16
+    assert forms == ["prefill"] * LAYERS + ["decode"] * LAYERS
+    assert_as_accurate_as_eager(ours, eager, exact.double())
+
+
 def test_a_mask_of_ones_own(forms):
     """A 4-D mask has no closed form: the latents are expanded, as without us."""
     model = build("deepseek-v3", first_k_dense_replace=LAYERS).double()
@@ -219,8 +241,26 @@ def test_another_expansion_is_refused():
     layer = model.model.layers[0].self_attn
     original = layer.expand_kv
     layer.expand_kv = lambda kv_c, k_pe: tuple(part.flip(-1) for part in original(kv_c, k_pe))
-    with pytest.raises(AssertionError, match="DeepseekV3Attention expands its latent in another way"):
+    with pytest.raises(NotImplementedError, match="expands its latent in a new way"):
         use_latent_cache(model)
+    layer.expand_kv = lambda kv_c, k_pe: tuple(part.flip(1) for part in original(kv_c, k_pe))
+    with pytest.raises(NotImplementedError, match="expands its latent in a new way"):
+        use_latent_cache(model)
+
+
+def test_an_expanded_cache_is_refused(monkeypatch):
+    """As versions of transformers before 5.17 have it."""
+    model = build("deepseek-v3")
+    monkeypatch.delattr(type(model.model.layers[0].self_attn), "expand_kv")
+    with pytest.raises(NotImplementedError, match="caches expanded keys and values; update transformers"):
+        use_latent_cache(model)
+
+
+def test_random_numbers_go_on_as_before():
+    model = build("deepseek-v3")
+    state = torch.get_rng_state()
+    use_latent_cache(model)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_every_latent_attention_of_transformers_is_named():
