@@ -48,7 +48,7 @@ def recognize(trace: Trace) -> tuple[list[Region], list[LookAlike]]:
         value = anchor if isinstance(anchor, Value) else anchor.weights
         try:
             region = recognize_site(anchor, live)
-            add_latent(region)
+            add_latent(region, live)
             regions.append(region)
         except Refusal as refusal:
             others.append(LookAlike(value, refusal.reason, _is_kin(anchor), refusal.needs_numbers))

@@ -24,21 +24,26 @@ from .labels import is_contraction, operands_of
 from .latent_absorbed import find_absorbed
 from .latent_cache import expanded_cache
 from .latent_expanded import find_expanded
-from .latent_form import latent_spec
+from .latent_form import form_of, latent_spec
 from .latent_paged import read_pages
 from .latent_terms import Attempt
+from .latent_weights import add_weights
+from .live import LiveUsers
 from .mask.predicate import free_symbols
 from .region import Latent, Operand, Region
 
 
-def add_latent(region: Region) -> None:
+def add_latent(region: Region, live: LiveUsers) -> None:
     """Make `region` one of kind "mla" with its `latent`, if that is proved; if it comes near, say what it lacks."""
     try:
         attempt = Attempt(region)
     except Refusal:
         return
     try:
-        latent = find_absorbed(region, attempt) or find_expanded(region, attempt)
+        absorbed = find_absorbed(region, attempt)
+        if absorbed is not None:
+            add_weights(region, absorbed, attempt, live)
+        latent = absorbed or find_expanded(region, attempt)
         attempt.is_near = bool(latent.rope) or latent.q_latent is not None
         _check_features(region, latent)
     except Refusal as refusal:
@@ -46,14 +51,14 @@ def add_latent(region: Region) -> None:
         return
     if latent.q_latent is not None:
         _name_the_heads(region, latent)
-    if not region.spec.requires_grad:
+    if form_of(region.spec, latent)[0] != "prefill":
         read_pages(latent)
     spec = latent_spec(region.spec, latent)
     if not latent.rope and _is_plain(spec):
         return
     # One range of a cache may be taken twice, once for the keys and once for the values.
     latent.leaves = [origin(operand.value) for operand in _operands(latent)]
-    latent.values = list(_between(region, latent))
+    latent.values = [*_between(region, latent), *(latent.tail.values if latent.tail is not None else ())]
     region.latent = latent
     region.spec = replace(region.spec, kind="mla", latent=spec)
 
@@ -97,7 +102,7 @@ def _check_features(region: Region, latent: Latent) -> None:
         (spec.mask.has_segment_ids, "latent_segment_ids", "documents are packed"),
         (spec.mask.has_attn_mask, "latent_attn_mask", "a part of the mask has no closed form"),
         (
-            latent.q_latent is not None and spec.requires_grad,
+            latent.w_uv is None and spec.requires_grad,
             "latent_training",
             "it is written in its absorbed form, which has no gradients",
         ),
@@ -109,7 +114,8 @@ def _check_features(region: Region, latent: Latent) -> None:
 
 def _operands(latent: Latent) -> Iterator[Operand]:
     """What the latent form is computed from. k_nope and v are not: they are maps of kv_c."""
-    found = (latent.q_nope, latent.q_latent, latent.q_pe, latent.kv_c, latent.k_pe, latent.w_uk, latent.w_uv)
+    query = latent.q_latent if latent.q_nope is None else latent.q_nope
+    found = (query, latent.q_pe, latent.kv_c, latent.k_pe, latent.w_uk, latent.w_uv)
     yield from (operand for operand in found if operand is not None)
 
 

@@ -47,15 +47,23 @@ class Shared:
 
 def find_absorbed(region: Region, attempt: Attempt) -> Latent | None:
     """The latent that is both key and value; None if they share none. Raises Refusal for what comes near."""
+    found = _among(region, attempt.terms, attempt)
+    if found is None and len(attempt.products) < len(attempt.terms):
+        # [c | k_pe] was put together, and the values are columns of the whole.
+        found = _among(region, attempt.products, attempt)
+    return found
+
+
+def _among(region: Region, terms: list[Term], attempt: Attempt) -> Latent | None:
     roles = attempt.frame.roles
     heads = set(resolve(roles.heads))
-    for index, term in enumerate(attempt.terms):
+    for index, term in enumerate(terms):
         if term.varies_with(roles.heads):
             return None
         shared = _shared(term.k, region.v, attempt)
         if shared is None:
             continue
-        rope = [other for i, other in enumerate(attempt.terms) if i != index] + _rest(term, shared)
+        rope = [other for i, other in enumerate(terms) if i != index] + _rest(term, shared)
         if len(rope) > 1 or not (rope or heads):
             return None
         if any(other.varies_with(roles.heads) for other in rope):

@@ -16,25 +16,26 @@ from .region import Latent
 
 def latent_spec(spec: AttentionSpec, latent: Latent) -> LatentSpec:
     """Sizes of the latent, and the form that the cost rule gives."""
-    form, why = _form(spec, latent)
+    form, why = form_of(spec, latent)
     return LatentSpec(
         kv_lora_rank=_size(latent.rank),
         qk_nope_head_dim=_size(latent.roles.depth) if latent.w_uk is not None else None,
         qk_rope_head_dim=_size(latent.rope) if latent.rope else 0,
-        v_head_dim=spec.v_head_dim if latent.w_uv is not None else None,
+        v_head_dim=_values(spec, latent) if latent.w_uv is not None else None,
         block_size=_size(latent.block[1]) if latent.block is not None and form != "prefill" else None,
         form=form,
         form_reason=why,
     )
 
 
-def _form(spec: AttentionSpec, latent: Latent) -> tuple[str, str]:
-    if latent.q_latent is not None:
+def form_of(spec: AttentionSpec, latent: Latent) -> tuple[str, str]:
+    """The form, and why."""
+    if latent.w_uv is None:
         return "absorbed", "the model is written in it"
     if spec.requires_grad:
         return "prefill", "training: only it has gradients"
     channels = [_size(axis) if axis else 0 for axis in (latent.roles.depth, latent.rope, latent.rank)]
-    sizes = [spec.q_len, spec.kv_len, spec.num_heads, *channels, spec.v_head_dim]
+    sizes = [spec.q_len, spec.kv_len, spec.num_heads, *channels, _values(spec, latent)]
     numbers = [size for size in sizes if isinstance(size, int)]
     if len(numbers) < len(sizes):
         return "runtime", "sizes are symbols: chosen at every call by the cost rule"
@@ -57,6 +58,10 @@ def _form(spec: AttentionSpec, latent: Latent) -> tuple[str, str]:
         "absorbed" if absorbed else "prefill",
         f"q_len {spec.q_len} on kv_len {spec.kv_len} costs {less} over the latent than over expanded keys",
     )
+
+
+def _values(spec: AttentionSpec, latent: Latent) -> Size:
+    return spec.v_head_dim if latent.tail is None else _size(latent.tail.depth)
 
 
 def _size(atoms: list[Atom]) -> Size:

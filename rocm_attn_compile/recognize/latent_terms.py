@@ -69,13 +69,15 @@ class Attempt:
 
     Attributes:
         frame: Copies of the region's axes.
-        terms: See `terms_of`.
+        products: One term for each product of q and k.
+        terms: The same, or those of the pieces that k is put together from: see `terms_of`.
         is_near: So much of the structure is there that a refusal is worth a note in the report.
     """
 
     def __init__(self, region: Region) -> None:
         self.frame = Frame(region.roles)
-        self.terms = terms_of(region, self.frame)
+        self.products = products_of(region, self.frame)
+        self.terms = terms_of(self.products)
         self.is_near = False
 
     def settled(self, operand: Operand) -> Operand:
@@ -83,18 +85,27 @@ class Attempt:
         return Operand(operand.value, self.frame.dims(operand.dims))
 
 
-def terms_of(region: Region, frame: Frame) -> list[Term]:
-    """All terms; raises Refusal where the head dimension is no dimension of q or k."""
+def products_of(region: Region, frame: Frame) -> list[Term]:
+    """The products that are added to the scores; raises Refusal where the head dimension is no number."""
     found = []
-    products = [(region.q, region.k, region.roles.depth), *region.second]
-    for q, k, depth in products:
+    for q, k, depth in [(region.q, region.k, region.roles.depth), *region.second]:
         axis = tuple(frame.axis(depth))
         if not all(atom.size.is_Integer for atom in axis):
             raise Refusal("latent_symbolic", "the head dimension is a symbol")
         of_q, of_k = (Piece.whole(tensor.value, frame.dims(tensor.dims), axis) for tensor in (q, k))
-        start = 0
-        # Two products are the two terms already; a rotary embedding puts k_pe together from two halves, too.
-        for piece in [of_k] if region.second else pieces_of(of_k.value, of_k.dims, axis):
-            found.append(Term(of_q.range(start, piece.length), piece, q.factor))
-            start += piece.length
+        found.append(Term(of_q, of_k, q.factor))
+    return found
+
+
+def terms_of(products: list[Term]) -> list[Term]:
+    """The terms by the pieces of k, where there is one product.
+
+    Two are the terms already; a rotary embedding puts k_pe together from two halves, too.
+    """
+    if len(products) > 1:
+        return products
+    (whole,), start, found = products, 0, []
+    for piece in pieces_of(whole.k.value, whole.k.dims, whole.k.channels):
+        found.append(Term(whole.q.range(start, piece.length), piece, whole.factor))
+        start += piece.length
     return found

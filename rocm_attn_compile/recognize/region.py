@@ -74,6 +74,22 @@ class Roles:
         return [*self.kv_heads, *self.groups]
 
 
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """The product with W_uv that follows an attention written in its absorbed form.
+
+    Attributes:
+        value, labels: Its result, and the axes of that and of the way to it, in the latent's copies.
+        depth: The axis of the channels, E.
+        values: From after the attention to the product.
+    """
+
+    value: Value
+    labels: Labels
+    depth: list[Atom]
+    values: list[Value]
+
+
 @dataclass(eq=False)
 class Latent:
     """How an attention reads keys and values from one latent per token (MLA). Axes are copies, see `latent.Frame`.
@@ -86,7 +102,8 @@ class Latent:
         q_pe: Over (batch, heads, query, rope).
         q_nope, k_nope, v: Of the expanded spelling, over (batch, heads, query or key, depth or value_depth).
         w_uk, w_uv: Of the expanded spelling, over (heads, depth or value_depth, rank).
-        q_latent: Of the absorbed spelling, over (batch, heads, query, rank).
+        q_latent: Of the absorbed spelling, over (batch, heads, query, rank). Where its weights are found, too, q_nope,
+            w_uk, w_uv are given and the `tail`, which another form replaces; `q_values` is the product with W_uk.
         block_table: Over (batch, blocks), or None; then `block` has the axes (block, row of the block) of the caches.
         leaves: What old and new code both start from, for `verify`.
         opened: The linear layers between leaves and attention, for `verify`.
@@ -105,6 +122,8 @@ class Latent:
     w_uk: Operand | None = None
     w_uv: Operand | None = None
     q_latent: Operand | None = None
+    tail: Tail | None = None
+    q_values: list[Value] = field(default_factory=list)
     block_table: Operand | None = None
     block: tuple[list[Atom], list[Atom]] | None = None
     leaves: list[Value] = field(default_factory=list)

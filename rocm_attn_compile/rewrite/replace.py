@@ -10,7 +10,6 @@ import torch
 import torch.fx as fx
 
 from .. import ops
-from ..backends.rules import MLA
 from ..capture.trace import Trace, Value
 from ..reasons import Refusal
 from ..recognize.labels import is_cast, is_view
@@ -18,7 +17,7 @@ from ..recognize.region import MaskTerm, Operand, Region
 from .builder import GraphBuilder
 from .canonical import from_layout, to_layout
 from .dead_code import remove_dead
-from .latent import emit_latent, take_cuts
+from .latent import Output, emit_latent, is_latent, output_of, take_cuts
 from .layout import choose_out_layout, with_strides_of
 from .masks import MaskArguments, emit_masks
 
@@ -48,12 +47,13 @@ class Rewriter:
         Raises:
             Refusal: A tensor the op needs is not available where the result is; the graph is unchanged.
         """
-        target, value = self._output_node(region)
+        output = output_of(region, impl)
+        target, value = self._output_node(output.value)
         builder = GraphBuilder(
             self.trace, target, self.replaced, saves=region.spec.requires_grad, examples=self._examples
         )
         try:
-            result = self._emit(builder, region, target, value, impl)
+            result = self._emit(builder, region, output, target, value, impl)
             if self._check is not None:
                 self._check(builder, region, value, result)
         except Exception:
@@ -73,9 +73,8 @@ class Rewriter:
         self.trace.graph_module.graph.lint()
         self.trace.graph_module.recompile()
 
-    def _output_node(self, region: Region) -> tuple[fx.Node, Value]:
+    def _output_node(self, value: Value) -> tuple[fx.Node, Value]:
         """The first Dynamo node that holds the result, or a view or cast of it."""
-        value = region.output.value
         while True:
             nodes = [n for n, t in self.trace.tensors.items() if t.value is value]
             if nodes:
@@ -87,15 +86,17 @@ class Rewriter:
                 raise Refusal("output_hidden", "the result of the attention is inside a larger call")
             value = users[0]
 
-    def _emit(self, builder: GraphBuilder, region: Region, target: fx.Node, value: Value, impl: str) -> fx.Node:
-        spec, layout = region.spec, choose_out_layout(builder, target, region, value)
+    def _emit(
+        self, builder: GraphBuilder, region: Region, output: Output, target: fx.Node, value: Value, impl: str
+    ) -> fx.Node:
+        spec, dims = region.spec, output.labels.of(value)
+        layout = choose_out_layout(builder, target, output.groups, dims)
         masks = emit_masks(builder, region)
-        if region.latent is not None and impl.split("@")[0] in MLA:
+        if region.latent is not None and is_latent(impl):
             out = emit_latent(builder, region, region.latent, masks, layout, impl, self._operand)
         else:
             out = self._attention(builder, region, masks, layout, impl)
-        dims, roles = region.labels.of(value), region.roles
-        out = from_layout(builder, out, [roles.batch, roles.heads, roles.query, roles.value_depth], dims, value.shape)
+        out = from_layout(builder, out, output.groups, dims, value.shape)
         if builder.example(out).dtype != value.dtype:
             out = builder.call(aten._to_copy.default, out, dtype=value.dtype)
         if spec.requires_grad and builder.is_written_later(target):

@@ -349,3 +349,36 @@ def absorbed_step_with_a_length(q_latent, q_pe, c, k_pe, lens):
     scores = torch.einsum("bshc,btc->bsht", q_latent, c) + torch.einsum("bshr,btr->bsht", q_pe, k_pe)
     keep = (torch.arange(c.shape[1]) < lens[:, None])[:, None, None]
     return torch.einsum("bsht,btc->bshc", (scores * SCALE).masked_fill(~keep, -INF).softmax(-1), c)
+
+
+# --- absorbed, and its weights are in the graph: any form can be used ---
+
+
+@program(EXPANDED, prefill)
+def deepseek_absorbed_prompt(x, w_q, w_kv_a, w_kv_b):
+    """DeepSeek's inference code on a prompt."""
+    (q_nope, q_pe), (c, k_pe) = queries(x, w_q), latents(x, w_kv_a)
+    weight = w_kv_b.view(H, -1, C)
+    q_nope = torch.einsum("bhsd,hdc->bshc", q_nope, weight[:, :P])
+    scores = torch.einsum("bshc,btc->bhst", q_nope, c) + torch.einsum("bhsr,btr->bhst", q_pe, k_pe)
+    out = torch.einsum("bhst,btc->bshc", causal(scores * SCALE).softmax(-1), c)
+    return torch.einsum("bshc,hdc->bshd", out, weight[:, -E:]).flatten(2)
+
+
+@program(EXPANDED, lambda: (*prefill()[:3], w(H, C, P), w(H, C, E)))
+def absorbed_by_matmul(x, w_q, w_kv_a, w_uk, w_uv):
+    """One product over [c | k_pe], and weights that lie the other way around."""
+    (q_nope, q_pe), (c, k_pe) = queries(x, w_q), latents(x, w_kv_a)
+    q = torch.cat([q_nope @ w_uk.mT, q_pe], -1)
+    kv = torch.cat([c, k_pe], -1)[:, None]
+    return attend(q, kv, kv[..., :C]) @ w_uv
+
+
+@program(ABSORBED, lambda: (rand(B, 2, X), *step()[1:]), trains=False)
+def absorbed_speculation(x, w_q, w_kv_a, w_kv_b, c, k_pe):
+    """Two tokens on a long cache: as it is written."""
+    q_nope, q_pe = queries(x, w_q)
+    weight = w_kv_b.view(H, -1, C)
+    scores = (q_nope @ weight[:, :P]) @ c[:, None].mT
+    scores = (scores + q_pe @ k_pe[:, None].mT) * SCALE
+    return (scores.softmax(-1) @ c[:, None]) @ weight[:, P:].mT

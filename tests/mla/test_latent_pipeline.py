@@ -43,16 +43,30 @@ def compiled(name: str, dynamic: bool | None = None, **options) -> Recorder:
 # --- options ---
 
 
-@pytest.mark.parametrize("name", ["concatenated", "written_into_slices", "two_einsums", "grown_cache", "static_cache",
-                                  "deepseek_absorbed", "one_product", "paged"])  # fmt: skip
+VERIFIED = [
+    "concatenated",
+    "written_into_slices",
+    "two_einsums",
+    "grown_cache",
+    "static_cache",
+    "paged",
+    "deepseek_absorbed",
+    "one_product",
+    "deepseek_absorbed_prompt",
+    "absorbed_speculation",
+]
+
+
+@pytest.mark.parametrize("name", VERIFIED)
 def test_verify_keeps_what_is_right(name: str):
     recorder = compiled(name, verify=True)
     assert recorder.calls == 1, rocm_attn_compile.reports()[-1]
     assert not codes()
 
 
-def test_verify_of_a_training_graph():
-    program = PROGRAMS["concatenated"]
+@pytest.mark.parametrize("name", ["concatenated", "deepseek_absorbed_prompt"])
+def test_verify_of_a_training_graph(name: str):
+    program = PROGRAMS[name]
     recorder = Recorder(lowering="aot_eager", verify=True)
     inputs = [tensor.requires_grad_() for tensor in program.make()]
     torch.compile(program.function, backend=recorder, fullgraph=True)(*inputs).sum().backward()
