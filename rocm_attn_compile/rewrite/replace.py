@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 
 from .. import ops
+from ..backends.rules import MLA
 from ..capture.trace import Trace, Value
 from ..reasons import Refusal
 from ..recognize.labels import is_cast, is_view
@@ -17,8 +18,9 @@ from ..recognize.region import MaskTerm, Operand, Region
 from .builder import GraphBuilder
 from .canonical import from_layout, to_layout
 from .dead_code import remove_dead
+from .latent import emit_latent, take_cuts
 from .layout import choose_out_layout, with_strides_of
-from .masks import emit_masks
+from .masks import MaskArguments, emit_masks
 
 aten = torch.ops.aten
 
@@ -67,7 +69,7 @@ class Rewriter:
 
     def finish(self) -> None:
         """Remove what the rewritten sites leave unused, check the graph and recompile it."""
-        remove_dead(self.trace, [value for region in self._regions for value in region.values])
+        remove_dead(self.trace, [value for region in self._regions for value in _served(region)])
         self.trace.graph_module.graph.lint()
         self.trace.graph_module.recompile()
 
@@ -86,6 +88,23 @@ class Rewriter:
             value = users[0]
 
     def _emit(self, builder: GraphBuilder, region: Region, target: fx.Node, value: Value, impl: str) -> fx.Node:
+        spec, layout = region.spec, choose_out_layout(builder, target, region, value)
+        masks = emit_masks(builder, region)
+        if region.latent is not None and impl.split("@")[0] in MLA:
+            out = emit_latent(builder, region, region.latent, masks, layout, impl, self._operand)
+        else:
+            out = self._attention(builder, region, masks, layout, impl)
+        dims, roles = region.labels.of(value), region.roles
+        out = from_layout(builder, out, [roles.batch, roles.heads, roles.query, roles.value_depth], dims, value.shape)
+        if builder.example(out).dtype != value.dtype:
+            out = builder.call(aten._to_copy.default, out, dtype=value.dtype)
+        if spec.requires_grad and builder.is_written_later(target):
+            out = builder.call(aten.clone.default, out)  # the op's backward reads what it gave
+        return with_strides_of(builder, out, target)
+
+    def _attention(
+        self, builder: GraphBuilder, region: Region, masks: MaskArguments, layout: str, impl: str
+    ) -> fx.Node:
         spec, roles = region.spec, region.roles
         heads = roles.heads
         q = self._operand(builder, region.q, [roles.batch, heads, roles.query, roles.depth], spec.dtype)
@@ -94,12 +113,10 @@ class Rewriter:
         if region.second:
             q, k = self._concatenate(builder, region, q, k)
         bias = self._bias(builder, region)
-        masks = emit_masks(builder, region)
         sinks = self._sinks(builder, region)
         seed = None
         if spec.dropout_p:
             seed = builder.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=builder.device)
-        layout = choose_out_layout(builder, target, region, value)
         call = builder.call(
             ops.attention,
             q,
@@ -123,17 +140,11 @@ class Rewriter:
             out_layout=layout,
             impl=impl,
         )
-        out = builder.call(operator.getitem, call, 0)
-        dims = region.labels.of(value)
-        out = from_layout(builder, out, [roles.batch, heads, roles.query, roles.value_depth], dims, value.shape)
-        if builder.example(out).dtype != value.dtype:
-            out = builder.call(aten._to_copy.default, out, dtype=value.dtype)
-        if spec.requires_grad and builder.is_written_later(target):
-            out = builder.call(aten.clone.default, out)  # the op's backward reads what it gave
-        return with_strides_of(builder, out, target)
+        return builder.call(operator.getitem, call, 0)
 
     def _operand(self, builder: GraphBuilder, operand: Operand, groups: list, dtype: torch.dtype) -> fx.Node:
-        node = to_layout(builder, builder.tensor(operand.value), operand.dims, groups, [True] * 4)
+        node, dims = take_cuts(builder, builder.tensor(operand.value), operand)
+        node = to_layout(builder, node, dims, groups, [True] * len(groups))
         if builder.example(node).dtype != dtype:
             node = builder.call(aten._to_copy.default, node, dtype=dtype)
         for factor, divides in operand.factors:
@@ -202,3 +213,8 @@ class Rewriter:
         if region.sinks is None:
             return None
         return to_layout(builder, builder.tensor(region.sinks.value), region.sinks.dims, [region.roles.heads], [True])
+
+
+def _served(region: Region) -> list[Value]:
+    """What the site consists of, and what its latent form no longer needs."""
+    return [*region.values, *(region.latent.values if region.latent is not None else ())]
