@@ -1,12 +1,12 @@
 """A DeepSeek-V3-shaped model: prefill, and decoding from a latent cache, beside Inductor, in one run.
 
-    python benchmarks/mla_models.py [--jobs prefill,decode] [--batches 1,16,64] [--length 8192] [--graphs] [--csv PATH]
+    python benchmarks/mla_models.py [--jobs prefill,prompt,decode] [--batches 1,16,64] [--length 8192] [--graphs]
 
 Layers of the real head sizes (latent 512 + 64, heads 128 + 64 and 128) with random weights and dense MLPs. "prefill"
-reads two prompts of `--prompt` tokens; "decode" makes one token for each of a batch from a static cache of `--length`
-tokens, all but one of which are filled. The ways are named by what computes the attention and who compiles: "eager" and
-"sdpa" are the model's own attention, "latent" is the model after `use_latent_cache`. transformers caches latents, too,
-and expands them all at every step.
+reads two prompts of `--prompt` tokens, "prompt" does so into a static cache of that length; "decode" makes one token
+for each of a batch from a static cache of `--length` tokens, all but one of which are filled. The ways are named by
+what computes the attention and who compiles: "eager" and "sdpa" are the model's own attention, "latent" is the model
+after `use_latent_cache`. transformers caches latents, too, and expands them all at every step.
 
 Times are medians in milliseconds. `error` is the root mean square of the logits' error over that of the model's own
 sdpa attention run by eager PyTorch, both against the model in float32 (in float64 for float32; on the first rows of a
@@ -33,9 +33,9 @@ from rocm_attn_compile.integrations.transformers import use_latent_cache
 from rocm_attn_compile.testing import Float64Everywhere, to_float64
 
 CHECKED_ROWS = 4
-PREFILL = [("eager", "inductor"), ("sdpa", "inductor"), ("eager", "rocm_attn"), ("sdpa", "rocm_attn"),
-           ("latent", "inductor"), ("latent", "rocm_attn")]  # fmt: skip
-DECODE = [("sdpa", "inductor"), ("sdpa", "rocm_attn"), ("latent", "inductor"), ("latent", "rocm_attn")]
+CACHED = [("sdpa", "inductor"), ("sdpa", "rocm_attn"), ("latent", "inductor"), ("latent", "rocm_attn")]
+# Without a cache transformers' mask may be one of packed sequences, to which the latent cache leaves it.
+PREFILL = [("eager", "inductor"), ("sdpa", "inductor"), ("eager", "rocm_attn"), ("sdpa", "rocm_attn")]
 
 
 def config(options: argparse.Namespace) -> DeepseekV3Config:
@@ -80,18 +80,18 @@ def rows_of(cache: StaticCache, like: StaticCache, rows: int) -> StaticCache:
 def call(function: Any, tokens: Tensor, cache: StaticCache | None) -> Callable[[], Tensor]:
     """One run: the logits of the last token."""
 
-    def prefill() -> Tensor:
+    def without_cache() -> Tensor:
         with torch.no_grad():
             return function(tokens, use_cache=False, logits_to_keep=1).logits
 
-    def decode() -> Tensor:
+    def into_cache() -> Tensor:
         assert cache is not None
         with torch.no_grad():
             for layer in cache.layers:
-                layer.cumulative_length.fill_(layer.max_cache_len - 1)
-            return function(tokens, past_key_values=cache, use_cache=True).logits
+                layer.cumulative_length.fill_(layer.max_cache_len - tokens.shape[1])
+            return function(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
-    return prefill if cache is None else decode
+    return without_cache if cache is None else into_cache
 
 
 def milliseconds(function: Callable[[], Any], device: str) -> float:
@@ -123,14 +123,14 @@ def rms(error: Tensor) -> float:
 def measure(model: nn.Module, exact_model: nn.Module, job: str, batch: int, options: argparse.Namespace) -> list[tuple]:
     """A row for each way: names, milliseconds, error, temporary gigabytes, gigabytes of the cache."""
     torch.manual_seed(1)
-    device, is_decode = options.device, job == "decode"
-    tokens = torch.randint(0, 8192, (batch, 1 if is_decode else options.prompt), device=device)
-    cache = filled(variant(model, "latent"), batch, options.length) if is_decode else None
+    device, length = options.device, options.length if job == "decode" else options.prompt
+    tokens = torch.randint(0, 8192, (batch, 1 if job == "decode" else options.prompt), device=device)
+    cache = None if job == "prefill" else filled(variant(model, "latent"), batch, length)
     bytes_of_cache = 0 if cache is None else sum(x.nbytes for y in cache.layers for x in (y.keys, y.values))
     checked = min(batch, CHECKED_ROWS)
 
     def first_rows(own: Any) -> Tensor:
-        part = None if cache is None else rows_of(filled(own, checked, options.length), cache, checked)
+        part = None if cache is None else rows_of(filled(own, checked, length), cache, checked)
         return call(own, tokens[:checked], part)().double()
 
     eager = first_rows(variant(model, "sdpa"))
@@ -138,7 +138,7 @@ def measure(model: nn.Module, exact_model: nn.Module, job: str, batch: int, opti
         exact = first_rows(exact_model)
     allowed = rms(eager - exact)
     rows = []
-    for attention, backend in DECODE if is_decode else PREFILL:
+    for attention, backend in PREFILL if cache is None else CACHED:
         if options.ways and f"{attention}+{backend}" not in options.ways.split(","):
             continue
         torch._dynamo.reset()
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=4096 if on_gpu else 128)
     parser.add_argument("--length", type=int, default=8192 if on_gpu else 256)
     parser.add_argument("--batches", default="1,16,64" if on_gpu else "1,3")
-    parser.add_argument("--jobs", default="prefill,decode")
+    parser.add_argument("--jobs", default="prefill,prompt,decode")
     parser.add_argument("--ways", help='only these, as "sdpa+inductor,latent+rocm_attn"')
     parser.add_argument("--graphs", action="store_true", help="replay CUDA graphs")
     parser.add_argument("--csv", help="also write the figures there")
@@ -188,7 +188,7 @@ def main() -> None:
           f"{'ms':>9s}{'error':>7s}{'temporary GB':>14s}{'cache GB':>10s}")  # fmt: skip
     rows: list[tuple] = []
     for job in options.jobs.split(","):
-        for batch in [2] if job == "prefill" else [int(size) for size in options.batches.split(",")]:
+        for batch in [int(size) for size in options.batches.split(",")] if job == "decode" else [2]:
             for row in measure(model, exact_model, job, batch, options):
                 rows.append(row)
                 _, _, attention, backend, *figures = row

@@ -32,6 +32,8 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface
 
 from rocm_attn_compile import ops
+from rocm_attn_compile.backends.fingerprint import sources_digest
+from rocm_attn_compile.ops.inline import MARK
 
 __all__ = ["NAME", "SUPPORTED", "use_latent_cache"]
 
@@ -53,7 +55,8 @@ SUPPORTED = (
 """Attention classes of transformers for which it is tested. Others of its MLA classes select keys by an indexer."""
 
 _MARK = "reads_latents"
-_IMPL = "TRITON_MLA@+inline"
+# With a hash of the op's sources: what compilers make of it stays in their caches under this name.
+_IMPL = f"TRITON_MLA@{sources_digest()[:16]}{MARK}"
 
 
 def use_latent_cache(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:

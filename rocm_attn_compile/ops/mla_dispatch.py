@@ -140,13 +140,26 @@ def cheaper_form(
     settings: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """The op `mla` by functions like the ops `mla_prefill` and `mla_decode`; its ten tensors, its settings by name."""
-    if not _is_absorbed(tensors, settings):
-        return prefill_form(prefill, *tensors, **settings)
-    q_nope, q_pe, kv_c, k_pe, w_uk, w_uv, *rest = tensors
-    out_layout = settings.get("out_layout", "bhsd")
-    settings = {**settings, "out_layout": "bhsd"}
+    if _is_absorbed(tensors, settings):
+        return absorbed_form(decode, *tensors, **settings)
+    return prefill_form(prefill, *tensors, **settings)
+
+
+def absorbed_form(
+    decode: Callable[..., tuple[Tensor, Tensor]],
+    q_nope: Tensor,
+    q_pe: Tensor | None,
+    kv_c: Tensor,
+    k_pe: Tensor | None,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    *masks: Tensor | None,
+    out_layout: str = "bhsd",
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """The op `mla` by `decode`, a function like the op `mla_decode`, between the products with w_uk and w_uv."""
     caches = _rows_adjacent(kv_c), _rows_adjacent(k_pe)
-    latent, lse = decode(mla_compose.per_head(q_nope, w_uk), q_pe, *caches, *rest, **settings)
+    latent, lse = decode(mla_compose.per_head(q_nope, w_uk), q_pe, *caches, *masks, **settings)
     return with_layout(mla_compose.per_head(latent, w_uv.mT), out_layout), lse
 
 

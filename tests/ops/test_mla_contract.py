@@ -115,7 +115,7 @@ def test_kernel_modules_are_found_lazily(monkeypatch):
     backward = ["band_lower", "band_upper", "empty_rows", "output_mask", "softmax_scale"]
     assert calls == [
         ("decode", 8, ["softmax_scale"]), ("prefill", 8, ["softmax_scale"]),
-        ("decode", 8, ["out_layout", "softmax_scale"]),
+        ("decode", 8, ["softmax_scale"]),
         ("backward", 11, backward),
     ]  # fmt: skip
 
