@@ -129,7 +129,7 @@ def spec_data(spec: AttentionSpec) -> dict[str, Any]:
         "has_sinks": spec.has_sinks,
         "dropout_p": spec.dropout_p,
         "requires_grad": spec.requires_grad,
-        **({} if spec.latent is None else {"latent": _latent_data(spec.latent)}),
+        "latent": None if spec.latent is None else _latent_data(spec.latent),
         "mask": {
             "band_lower": _plain(mask.band_lower),
             "band_upper": _plain(mask.band_upper),
