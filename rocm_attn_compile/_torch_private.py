@@ -302,7 +302,7 @@ def record_triton(kernel: Any, grid: int, arguments: dict[str, Any], blocks: dic
     triton_kernel_wrapper_mutation(
         kernel_idx=kernel_side_table.add_kernel(kernel),
         constant_args_idx=kernel_side_table.add_constant_args(others),
-        grid=[(grid,)],
+        grid=[(grid, 1, 1)],
         tma_descriptor_metadata=_descriptors(blocks),
         kwargs=in_graph,
     )

@@ -601,6 +601,6 @@ def test_record_triton_keeps_descriptors_block_shapes_in_the_graph():
 
     graph = make_fx(traced, tracing_mode="fake")(x, y).graph
     (call,) = [node for node in graph.nodes if node.target is triton_kernel_wrapper_mutation]
-    assert call.kwargs["grid"] == [(7,)]
+    assert call.kwargs["grid"] == [(7, 1, 1)]
     assert call.kwargs["tma_descriptor_metadata"] == {"x": ("stable", ([2, 16],))}
     assert set(call.kwargs["kwargs"]) >= {"x", "y"}

@@ -167,9 +167,11 @@ def aligned(*tensors: torch.Tensor, traced: bool = False) -> bool:
 def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Descriptor:
     """The descriptor of a 4-D tensor (see takes_tma) read in blocks of `rows` x `columns` of one head."""
     # The stride of a dimension of size 1 says nothing, but must be valid.
+    unit = 16 // tensor.element_size()
     strides = [
-        stride if size > 1 else 16 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3])
-    ]  # fmt: skip
+        stride if size > 1 or (stride > 0 and stride % unit == 0) else unit
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3])
+    ]
     return Descriptor(tensor, tuple(tensor.shape), (*strides, 1), (1, 1, rows, columns))
 
 

@@ -62,7 +62,9 @@ def attention_backward(tracer: Tracer, **arguments: Any) -> Any:
 
 
 def _trace(launches: list[Launch], arguments: dict[str, Any], tracer: Tracer) -> bool:
-    """Trace the launches of a call with these arguments; False, and nothing traced, if PyTorch misreads one."""
+    """Trace the launches of a call with these arguments; False, and nothing traced, where that cannot be right."""
+    if not all(_is_plain(value) for launch in launches for value in launch.arguments.values()):
+        return False
     given = {id(value) for value in arguments.values() if isinstance(value, Tensor)}
     kernels = [_with_options(launch.kernel, tuple(sorted(launch.options.items()))) for launch in launches]
     if not all(_is_understood(kernel, launch, given, tracer) for kernel, launch in zip(kernels, launches)):
@@ -78,13 +80,20 @@ def _blocks(launch: Launch) -> dict[str, tuple[int, ...]]:
 
 
 def _tensor(value: Any) -> Any:
-    """For a descriptor a tensor of its sizes and strides, from which the launcher makes it."""
-    if not isinstance(value, Descriptor):
-        return value
-    base = value.base
-    if (tuple(base.shape), base.stride()) == (value.shape, value.strides):
-        return base
-    return base.as_strided(value.shape, value.strides, base.storage_offset())
+    """For a descriptor its tensor, from whose sizes and strides the launcher makes it again."""
+    return value.base if isinstance(value, Descriptor) else value
+
+
+def _is_plain(value: Any) -> bool:
+    """False for a descriptor with other sizes or strides than its tensor's.
+
+    `as_strided` could give it a tensor with the same. But where the tensor becomes an input of a compiled program and
+    starts inside its storage, Inductor counts the offset twice.
+    """
+    return not isinstance(value, Descriptor) or (tuple(value.base.shape), value.base.stride()) == (
+        value.shape,
+        value.strides,
+    )
 
 
 _understood: dict[Any, bool] = {}
@@ -93,7 +102,7 @@ _understood: dict[Any, bool] = {}
 def _is_understood(kernel: Any, launch: Launch, given: set[int], tracer: Tracer) -> bool:
     """Whether PyTorch knows that the launch writes something, and none of the `given` tensors; remembered."""
     blocks = _blocks(launch)
-    bases = {k: v.base if isinstance(v, Descriptor) else v for k, v in launch.arguments.items()}
+    bases = {k: _tensor(v) for k, v in launch.arguments.items()}
     described = tuple((k, v.dtype if isinstance(v, Tensor) else v, blocks.get(k)) for k, v in bases.items())
     inputs = frozenset(k for k, v in bases.items() if id(v) in given)
     key = (kernel, described, inputs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import FAMILIES, Family
 from recorder import Recorder
 from spellings import SPELLINGS, Spelling, inputs_of, results_of
@@ -117,3 +118,31 @@ def test_kernels_written_out_into_inductors_program(name: str, dtype: torch.dtyp
     assert codes and not any("torch.ops.rocm_attn.attention" in code for code in codes)
     assert any("attention_forward_kernel" in code for code in codes)
     assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact), factor=FACTOR)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_long_calls_read_through_descriptors_that_inductor_makes(batch: int):
+    """Packed queries, keys and values as in GPT-2: each an input of the backward that starts inside its storage."""
+    heads, length, head_dim = 4, 1024, 64
+
+    def packed(x, w):
+        q, k, v = (x @ w).view(batch, length, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    exact_inputs = tuple(
+        torch.randn(shape, dtype=torch.float64, device="cuda").bfloat16().double().requires_grad_()
+        for shape in ((batch, length, 128), (128, 3 * heads * head_dim))
+    )
+    exact = results_of(packed, exact_inputs, True)
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        return tuple(t.detach().bfloat16().requires_grad_() for t in exact_inputs)
+
+    eager = results_of(packed, inputs(), True)
+    compiled = torch.compile(packed, backend="rocm_attn", fullgraph=True)
+    actual, codes = _torch_private.generated_code(lambda: results_of(compiled, inputs(), True))
+    assert not any("torch.ops.rocm_attn.attention" in code for code in codes)
+    if torch.cuda.get_device_capability() >= (9, 0) and torch.version.hip is None:
+        assert all("TensorDescriptor.from_tensor" in code for code in codes)
+    assert_as_accurate_as_eager(actual, eager, exact, factor=FACTOR)
