@@ -52,6 +52,12 @@ DECODE: dict[str, Table] = {
 }
 """Family -> table of the decode kernel."""
 
+DECODE_PAGES: dict[str, Table] = {
+    "sm90": {(16, ANY, 2): C(16, 64, 8, 5, merged=True), (ANY, ANY, 2): C(64, 64, 8, 3, merged=True)},
+}
+"""The same where it gathers pages through pointers, if that has its own: loads that wait for the block table take two
+more stages of the pipeline."""
+
 DECODE_TMA: dict[str, Table] = {"sm90": _HOPPER_TMA}
 """The same where it reads the cache through tensor descriptors."""
 
