@@ -147,7 +147,8 @@ def mla_decode_launches(
     )  # fmt: skip
     tensors: dict[str, Any] = {
         "q": q_latent, "q_pe": q_pe, "kv": kv_c, "k_pe": k_pe, "kv_blocks": None, "pe_blocks": None,
-        "block_table": block_table, "out": out, "lse": lse, "partial": None, "partial_stats": None, "key_mask": key_mask, "kv_start": kv_start, "kv_end": kv_end,
+        "block_table": block_table, "out": out, "lse": lse, "partial": None, "partial_stats": None,
+        "key_mask": key_mask, "kv_start": kv_start, "kv_end": kv_end,
     }  # fmt: skip
     if plan.num_splits > 1:
         shares = lse.numel() * plan.num_splits
