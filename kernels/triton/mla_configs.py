@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import triton
+
 from .configs import KernelConfig, family, power_of_two
 
 C = KernelConfig
@@ -84,9 +86,13 @@ def select(tables: dict[str, Table], arch: str, rows: int, columns: int, itemsiz
     return None
 
 
+GLUON_KNOWN = ("3.6.", "3.7.")
+"""Releases of Triton with which the Hopper kernel was compiled; Gluon is experimental, and changes."""
+
+
 def fits_in_flight(blocks: tuple[int, int]) -> bool:
-    """Whether the Hopper kernel takes these padded sizes of kv_lora_rank and qk_rope_head_dim."""
-    return blocks[0] == 512 and blocks[1] <= 64
+    """Whether the Hopper kernel takes these padded sizes of kv_lora_rank and qk_rope_head_dim, with this Triton."""
+    return blocks[0] == 512 and blocks[1] <= 64 and triton.__version__.startswith(GLUON_KNOWN)
 
 
 def blocks(arch: str, itemsize: int, latent: int, rope: int) -> tuple[int, int]:

@@ -16,7 +16,8 @@ import triton.language as tl
 from .combine import finish_rows
 from .common import LOG2E, kv_block_range, load_key_masks, load_row_masks, mask_scores, narrow
 
-_RUNTIME_SIZES = ["q_len", "kv_len", "num_splits", "band_lower", "band_upper"]
+# As in forward.py; the batch changes while serving, too.
+_RUNTIME_SIZES = ["batch_size", "q_len", "kv_len", "num_splits", "band_lower", "band_upper"]
 
 
 @triton.jit
