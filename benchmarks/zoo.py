@@ -1,9 +1,9 @@
 """Attention in models that nobody here wrote: which sites are replaced, and are the results right?
 
-    python benchmarks/zoo.py run --results FILE [--attention eager] [--padded] [--gradients] [--only NAME ...]
+    python benchmarks/zoo.py run --results FILE [--attention eager] [--padded] [--gradients] [--jobs N]
     python benchmarks/zoo.py table --results FILE ...
 
-`run` builds a tiny random model of every architecture, each in a process of its own, counts its attention sites by
+`run` builds a tiny random model of every architecture in processes of its own, counts its attention sites by
 watching it run, and compares what the package and Inductor's matcher make of it. Finished cases in FILE, one JSON
 object a line, are skipped, so an interrupted run goes on where it was. `table` merges the files into
 results/zoo.jsonl, which is kept, and writes docs/coverage.md from it.
@@ -22,19 +22,23 @@ import contextlib
 import fnmatch
 import importlib
 import json
-import os
-import resource
-import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from zoo_lib.children import in_children
 from zoo_lib.rows import compact, read
 
 ROOT = Path(__file__).resolve().parent
 KEPT = ROOT / "results" / "zoo.jsonl"
 PAGE = ROOT.parent / "docs" / "coverage.md"
+_PACKAGES = {
+    "huggingface": ("transformers",),
+    "vision": ("timm", "vit-pytorch"),
+    "others": ("diffusers", "x-transformers"),
+}
 
 
 def main() -> None:
@@ -51,6 +55,8 @@ def main() -> None:
     run.add_argument("--only", nargs="*", default=[], help="patterns of names")
     run.add_argument("--again", action="store_true", help="also what FILE has")
     run.add_argument("--timeout", type=int, default=60, help="seconds of processor time per model")
+    run.add_argument("--jobs", type=int, default=1, help="models at a time")
+    run.add_argument("--seconds", type=float, help="stop after so long; the next run goes on")
     table = commands.add_parser("table")
     table.add_argument("--results", type=Path, nargs="+", default=[KEPT])
     options = parser.parse_args()
@@ -62,24 +68,17 @@ def main() -> None:
 
 def write_table(paths: list[Path]) -> None:
     """Merge the files into the kept one and write the page."""
-    from importlib.metadata import PackageNotFoundError, version
-
     from zoo_lib.judge import FACTOR
     from zoo_lib.rows import newest
     from zoo_lib.table import page
 
     rows = newest([row for path in paths for row in read(path)])
     KEPT.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["name"])))
-    versions = []
-    for package in ("torch", "transformers", "timm", "diffusers", "x-transformers", "vit-pytorch"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions.append(f"{package} {version(package)}")
-    PAGE.write_text(page(rows, FACTOR, ", ".join(versions)))
+    PAGE.write_text(page(rows, FACTOR))
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """All cases, one after the other; progress on stderr."""
-    prepare()
+    """All cases that FILE lacks; progress on stderr."""
     source = importlib.import_module(f"zoo_lib.{options.source}")
     setting = {"attention": options.attention, "padded": options.padded, "gradients": options.gradients}
     setting["lowering"] = options.lowering
@@ -87,10 +86,11 @@ def run_all(options: argparse.Namespace) -> None:
     done = set() if options.again else finished(options.results, setting)
     seen = {row["name"] for row in read(options.results)}
     todo = sorted((name for name in names if name not in done), key=lambda name: name in seen)  # what is new first
-    for number, name in enumerate(todo, 1):
-        start = time.perf_counter()
-        result = in_child(lambda name=name: one(source, name, setting, not options.no_peer), options.timeout)
-        result = {"name": name, **setting, **result, "wall": round(time.perf_counter() - start, 1)}
+    tasks = ((name, partial(one, options.source, name, setting, not options.no_peer)) for name in todo)
+    limits = {"jobs": options.jobs, "timeout": options.timeout, "seconds": options.seconds}
+    results = in_children(tasks, prepare=partial(prepare, options.gradients), **limits)
+    for number, (name, result) in enumerate(results, 1):
+        result = {"name": name, **setting, "versions": versions(options.source), **result}
         with options.results.open("a") as file:
             file.write(json.dumps(compact(result)) + "\n")
         print(f"[{number}/{len(todo)}] {name:32s} {in_words(result)}", file=sys.stderr, flush=True)
@@ -102,8 +102,8 @@ def finished(path: Path, setting: dict[str, Any]) -> set[str]:
     return {row["name"] for row in rows if row["status"] == "run" and all(row[k] == v for k, v in setting.items())}
 
 
-def prepare() -> None:
-    """Import what every child needs, once: a child is a fork of this process."""
+def prepare(gradients: bool) -> None:
+    """What every process does first."""
     import types
     import warnings
 
@@ -111,59 +111,44 @@ def prepare() -> None:
     sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
     import torch
     import transformers
-    from zoo_lib import judge, peer
+    from zoo_lib import huggingface, judge, peer
 
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     torch.backends.mha.set_fastpath_enabled(False)  # one fused op that no compiler sees: it is eager's alone
     peer.prepare()
-    from zoo_lib import huggingface
-
-    for gradients in (False, True):  # what Dynamo imports and caches when it first compiles, children then have
-        case, _ = huggingface.case("llama", "eager", True, gradients)
-        judge.judge(case)
-    torch._dynamo.reset()
+    # What Dynamo imports and caches when it first compiles must not count as time of a model.
+    case, _ = huggingface.case("llama", "eager", True, gradients)
+    judge.judge(case)
 
 
-def one(source: Any, name: str, setting: dict[str, Any], with_peer: bool) -> dict[str, Any]:
+def one(source: str, name: str, setting: dict[str, Any], with_peer: bool) -> dict[str, Any]:
+    """One model, judged."""
+    import torch
     from zoo_lib.judge import judge
 
+    torch.set_default_dtype(torch.float32)  # whatever a model that failed has left
     try:
-        case, about = source.case(name, setting["attention"], setting["padded"], setting["gradients"])
+        case, about = importlib.import_module(f"zoo_lib.{source}").case(
+            name, setting["attention"], setting["padded"], setting["gradients"]
+        )
     except Exception as error:
         return {"status": "not built", "error": str(error)[:1500]}
-    return {"status": "run", **about, **judge(case, with_peer=with_peer, lowering=setting["lowering"])}
+    start = time.perf_counter()
+    found = judge(case, with_peer=with_peer, lowering=setting["lowering"])
+    return {"status": "run", **about, **found, "wall": round(time.perf_counter() - start, 1)}
 
 
-def in_child(function: Any, timeout: int) -> dict[str, Any]:
-    """The function's result, computed in a forked process that may use `timeout` seconds of the processor."""
-    read, write = os.pipe()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
-        resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout))
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, 1)
-        os.dup2(devnull, 2)
-        try:
-            text = json.dumps(function())
-        except BaseException as error:
-            text = json.dumps({"status": "harness error", "error": repr(error)[:1500]})
-        with os.fdopen(write, "w") as pipe:
-            pipe.write(text)
-        os._exit(0)
-    os.close(write)
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-    signal.setitimer(signal.ITIMER_REAL, 20 * timeout)  # for one that waits; other work on the machine must not count
-    with os.fdopen(read) as pipe:
-        text = pipe.read()
-    _, status = os.waitpid(child, 0)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    if text:
-        return json.loads(text)
-    return {"status": "timeout" if status in (signal.SIGKILL, signal.SIGXCPU) else "died", "error": f"signal {status}"}
+def versions(source: str) -> dict[str, str]:
+    """Of the packages that a row depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("torch", *_PACKAGES[source]):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def in_words(result: dict[str, Any]) -> str:

@@ -108,6 +108,7 @@ class AttentionSpec:
         logits_soft_cap: tanh cap, or None.
         mask: Which pairs attend.
         has_bias: A float tensor is added to the capped scores.
+        has_alibi: A part of it is ALiBi: a number per head times the position of the key, but for a number per query.
         bias_requires_grad: Its gradient is wanted.
         has_sinks: A learned logit per head joins the softmax and is dropped after it.
         dropout_p: Probability of dropping a weight; 0.0 is off.
@@ -128,6 +129,7 @@ class AttentionSpec:
     logits_soft_cap: float | None = None
     mask: MaskSpec = field(default_factory=MaskSpec)
     has_bias: bool = False
+    has_alibi: bool = False
     bias_requires_grad: bool = False
     has_sinks: bool = False
     dropout_p: float = 0.0

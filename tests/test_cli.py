@@ -131,6 +131,7 @@ def test_select_every_spec_argument_arrives(run):
         "softmax_scale": 0.5,
         "logits_soft_cap": 9.0,
         "has_bias": True,
+        "has_alibi": False,
         "bias_requires_grad": True,
         "has_sinks": True,
         "dropout_p": 0.1,

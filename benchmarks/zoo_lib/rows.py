@@ -33,7 +33,7 @@ def compact(result: Row) -> Row:
     `softmax`, `sdpa` and their `_replaced` count sites; `missed` has [line, sites, code, text] of those not replaced;
     `extra` counts replaced sites that the watch did not take for attention.
     """
-    kept = {key: result[key] for key in ("name", *SETTING, "status", "class", "error") if key in result}
+    kept = {key: result[key] for key in ("name", *SETTING, "versions", "status", "class", "error") if key in result}
     if result["status"] != "run":
         return kept | {"error": _short_path(str(result.get("error", "")))[:300]}
     replaced = Counter(result.get("replaced", {}))

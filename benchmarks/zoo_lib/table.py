@@ -31,11 +31,16 @@ Made with {versions}.
 """
 
 
-def page(rows: list[Row], factor: float, versions: str) -> str:
+def page(rows: list[Row], factor: float) -> str:
     """The whole page."""
     rows = newest(rows)
-    parts = [HEADER.format(factor=factor, versions=versions), *_summary(rows), *_reasons(rows), *_problems(rows)]
+    parts = [HEADER.format(factor=factor, versions=_versions(rows)), *_summary(rows), *_reasons(rows), *_problems(rows)]
     return "\n".join([*parts, *_models(rows), *_not_built(rows)]) + "\n"
+
+
+def _versions(rows: list[Row]) -> str:
+    found = {f"{package} {version}" for row in _ran(rows) for package, version in row.get("versions", {}).items()}
+    return ", ".join(sorted(found))
 
 
 def _package(row: Row) -> str:

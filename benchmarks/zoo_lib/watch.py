@@ -12,7 +12,7 @@ Whether the product sums over the softmax axis is seen from the numbers: there, 
 
 from __future__ import annotations
 
-import re
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "addmv", "matmul", "linear"}
 _CUTS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "embedding", "_softmax"}
 _VIEWS = {
@@ -190,7 +191,7 @@ def _line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file != __file__ and not re.search(r"[/\\]torch[/\\]|<", file):
+        if file != __file__ and "<" not in file and not file.startswith(_TORCH):
             return f"{file}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "unknown"

@@ -71,6 +71,17 @@ def load_queries(q, offset, COLUMN: gl.constexpr, LATENT: gl.constexpr, target):
 
 
 @gluon.jit
+def clear_rows(tile, count):
+    """Put 0 into the rows of a shared (BLOCK_N, HALF) tile from `count` on."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
+    for column in gl.static_range(0, 256, 64):
+        part = tile.slice(column, 64, dim=1)
+        kept = part.load(layout)
+        part.store(gl.where((row < count)[:, None], kept, 0.0))
+
+
+@gluon.jit
 def finite(m):
     """The maximum to subtract: 0 for a row that has seen no key, where -inf would give NaN."""
     return gl.where(m == NEVER, 0.0, m)
@@ -87,21 +98,21 @@ def signal(bar):
 def copy_blocks(
     kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, BLOCK_R: gl.constexpr, PAGE: gl.constexpr
 ):  # fmt: skip
-    """The copying warp: two blocks at a time, each when both groups have let go of the one before."""
+    """The copying warp: two blocks at a time, each half when its group has let go of the one before."""
     HALF_BYTES: gl.constexpr = BLOCK_N * HALF * 2
     phase = 1
     for first in range(begin, end, 2):
         for side in gl.static_range(2):
-            # A block past the end is masked; its copy completes like any other.
-            block = first + side
+            # Past the end the last block again; its scores are masked.
             slab = batch
-            at = block * BLOCK_N
+            at = gl.minimum(first + side, end - 1) * BLOCK_N
             if PAGE > 0:
-                slab = gl.load(block_table + at // PAGE, mask=block < end, other=0)
+                slab = gl.load(block_table + at // PAGE)
                 at = at % PAGE
-            mbarrier.wait(free.index(side), phase)
+            mbarrier.wait(free.index(2 * side), phase)
             mbarrier.expect(full.index(2 * side), HALF_BYTES)
             tma.async_copy_global_to_shared(kv, [slab, at, 0], full.index(2 * side), kv_smem.index(2 * side))
+            mbarrier.wait(free.index(2 * side + 1), phase)
             mbarrier.expect(full.index(2 * side + 1), HALF_BYTES + BLOCK_N * BLOCK_R * 2)
             tma.async_copy_global_to_shared(kv, [slab, at, 256], full.index(2 * side + 1), kv_smem.index(2 * side + 1))
             if BLOCK_R > 0:
@@ -112,9 +123,9 @@ def copy_blocks(
 @gluon.jit
 def attend(
     q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem, row_smem,
-    full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_ob, stride_oh,
-    stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch, num_heads, q_len, kv_len, num_splits,
-    scale_log2, band_lower, band_upper, begin, end, full_begin, full_end,
+    full, free, turn, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_ob,
+    stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch, num_heads, q_len, kv_len,
+    num_splits, scale_log2, band_lower, band_upper, begin, end, full_begin, full_end,
     SIDE: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, SPLIT: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr,
     HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
@@ -131,6 +142,8 @@ def attend(
     q_row = q_pos.to(gl.int64)
     lower, upper = row_limits(q_pos, kv_len, kv_start, kv_end, stride_start_m, stride_end_m, band_lower, band_upper,
                               HAS_START, HAS_END, HAS_LOWER, HAS_UPPER)  # fmt: skip
+    # What lies behind the last key of all rows may be anything, also not a number: it is made 0.
+    used_end = gl.maximum(gl.max(upper, 0), 0)
     upper = gl.minimum(upper, end * BLOCK_N)
     full_end = gl.minimum(full_end, end)
     # Each group brings its half of the queries; both use both.
@@ -154,6 +167,15 @@ def attend(
     for first in range(begin, end, 2):
         block = first + SIDE
         mbarrier.wait(full.index(2 * SIDE), phase)
+        if SIDE == 1:
+            # The other group's product goes first: its exponentials then overlap with this one.
+            mbarrier.wait(turn, phase)
+        if used_end < (block + 1) * BLOCK_N:
+            mbarrier.wait(full.index(2 * SIDE + 1), phase)
+            for half in gl.static_range(2):
+                clear_rows(kv_smem.index(2 * SIDE + half), used_end - block * BLOCK_N)
+            fence_async_shared()
+            barrier()
         s = warpgroup_mma(q_smem.index(0), kv_smem.index(2 * SIDE).permute((1, 0)), nothing, use_acc=False,
                           is_async=True)  # fmt: skip
         mbarrier.wait(full.index(2 * SIDE + 1), phase)
@@ -161,6 +183,8 @@ def attend(
         if BLOCK_R > 0:
             s = warpgroup_mma(q_pe_tile, pe_smem.index(SIDE).permute((1, 0)), s, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
+        if SIDE == 0:
+            signal(turn)
         if (block < full_begin) | (block >= full_end):
             kv_pos = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, scores))
             keep = (kv_pos[None, :] >= lower[:, None]) & (kv_pos[None, :] < upper[:, None])
@@ -191,6 +215,8 @@ def attend(
             signal(free.index(0))
             acc = acc * gl.convert_layout(alpha1, gl.SliceLayout(1, result))[:, None]
             acc = warpgroup_mma(other, kv_smem.index(2), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            signal(free.index(2))
         else:
             mbarrier.wait(ready.index(0), phase)
             m0 = row_smem.index(0).load(by_row)
@@ -209,11 +235,11 @@ def attend(
             m_i = m1
             mine = gl.convert_layout(mine, weight)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            signal(free.index(0))
+            signal(free.index(1))
             acc = acc * gl.convert_layout(alpha1, gl.SliceLayout(1, result))[:, None]
             acc = warpgroup_mma(mine, kv_smem.index(3), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        signal(free.index(1))
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            signal(free.index(3))
         phase ^= 1
 
     row_smem.index(2 + SIDE).store(l_i)
@@ -276,13 +302,15 @@ def mla_decode_hopper_kernel(
     p_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M, BLOCK_N], shared)
     row_smem = gl.allocate_shared_memory(gl.float32, [4, BLOCK_M], simple)
     full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
         mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=1)
+    mbarrier.init(turn, count=1)
     for i in gl.static_range(2):
-        mbarrier.init(free.index(i), count=2)
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(done.index(i), count=2)
 
@@ -321,17 +349,17 @@ def mla_decode_hopper_kernel(
         [
             (attend, (
                 q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem,
-                row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm,
-                stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch,
-                num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end, full_begin,
+                row_smem, full, free, turn, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
+                stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split,
+                batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end, full_begin,
                 full_end, 0, LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER,
                 NAN_ROWS,
             )),
             (attend, (
                 q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem,
-                row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm,
-                stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch,
-                num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end, full_begin,
+                row_smem, full, free, turn, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
+                stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split,
+                batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end, full_begin,
                 full_end, 1, LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER,
                 NAN_ROWS,
             )),
@@ -340,5 +368,5 @@ def mla_decode_hopper_kernel(
             )),
         ],
         [4, 1],
-        [232, 24],
+        [240, 24],
     )  # fmt: skip

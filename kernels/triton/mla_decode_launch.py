@@ -232,13 +232,14 @@ def choose(
     if tuning.config is not None:
         return tuning.config, bool(tuning.tma), tuning.in_flight
     if descriptors and tuning.tma is not False:
-        for in_flight, table in ((True, mla_configs.DECODE_IN_FLIGHT), (False, mla_configs.DECODE_TMA)):
-            config = mla_configs.select(table, arch, rows, sum(blocks), itemsize)
-            if config and page % config.block_n == 0:
-                if not in_flight:
-                    return config, True, False
-                if softmax_scale > 0 and mla_configs.fits_in_flight(blocks) and empty_rows not in MEANS:
-                    return config, True, True
+        config = mla_configs.select(mla_configs.DECODE_IN_FLIGHT, arch, rows, sum(blocks), itemsize)
+        fits = softmax_scale > 0 and mla_configs.fits_in_flight(blocks) and empty_rows not in MEANS
+        if config and fits and page % config.block_n == 0:
+            return config, True, True
+        config = mla_configs.select(mla_configs.DECODE_TMA, arch, rows, sum(blocks), itemsize)
+        # A page's rows behind the last token may hold anything; only loads with a mask leave them out.
+        if config and not page:
+            return config, True, False
     config = mla_configs.select(mla_configs.DECODE, arch, rows, sum(blocks), itemsize)
     assert config, f"no configuration for {arch}, {rows} rows, {blocks}, {itemsize} bytes"
     return config, False, False

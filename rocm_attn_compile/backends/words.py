@@ -28,7 +28,8 @@ def words(spec: AttentionSpec) -> str:
     if spec.logits_soft_cap is not None:
         parts.append(f"soft cap {spec.logits_soft_cap:g}")
     if spec.has_bias:
-        parts.append("bias with gradient" if spec.bias_requires_grad else "bias")
+        kind = "ALiBi bias" if spec.has_alibi else "bias"
+        parts.append(f"{kind} with gradient" if spec.bias_requires_grad else kind)
     if spec.has_sinks:
         parts.append("learned sinks")
     if spec.dropout_p:
@@ -125,6 +126,7 @@ def spec_data(spec: AttentionSpec) -> dict[str, Any]:
         "softmax_scale": spec.softmax_scale,
         "logits_soft_cap": spec.logits_soft_cap,
         "has_bias": spec.has_bias,
+        "has_alibi": spec.has_alibi,
         "bias_requires_grad": spec.bias_requires_grad,
         "has_sinks": spec.has_sinks,
         "dropout_p": spec.dropout_p,

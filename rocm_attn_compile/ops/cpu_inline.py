@@ -10,9 +10,10 @@ random is not computed again there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rocm_attn_compile import _torch_private
@@ -21,7 +22,7 @@ from rocm_attn_compile.ops import cpu, cpu_backward
 
 def forward(_name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     """The forward to trace with the op's arguments by name, or None if the call must stay opaque."""
-    if _torch_private.is_recomputed():
+    if _torch_private.is_recomputed() or not _is_traced_right(arguments["q"]):
         return None
     q, k, v = (arguments[name] for name in ("q", "k", "v"))
     is_decode = q.shape[2] == 1
@@ -38,7 +39,7 @@ def backward(_name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     * a bias of finfo.min leaves an lse that has lost log N;
     * an empty row whose fill was added has gradients that only the unfused code computes.
     """
-    if _torch_private.is_recomputed():
+    if _torch_private.is_recomputed() or not _is_traced_right(arguments["q"]):
         return None
     q, k, v, attn_bias = (arguments[name] for name in ("q", "k", "v", "attn_bias"))
     wants_dbias = attn_bias is not None and arguments["output_mask"][3]
@@ -48,6 +49,17 @@ def backward(_name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
         if attn_bias is not None or fill_was_added or _has_groups(q, k):
             return None
     return partial(cpu_backward.backward, **arguments)
+
+
+def _is_traced_right(q: Tensor) -> bool:
+    """False where a trace takes the lse of ATen's kernel for float32 and it is float64 (PyTorch 2.11)."""
+    return q.dtype != torch.float64 or _lse_is_traced_in_float64()
+
+
+@cache
+def _lse_is_traced_in_float64() -> bool:
+    q = torch.empty(1, 1, 2, 8, dtype=torch.float64, device="meta")
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[1].dtype == torch.float64
 
 
 def _has_groups(q: Tensor, k: Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 
 import torch
 
@@ -17,8 +18,10 @@ from ..normalize.softmax import SoftmaxAnchor, find_softmaxes
 from ..reasons import INTERNAL_ERROR, Reason, Refusal
 from ..spec import AttentionSpec
 from ..symbolic import product
+from .alibi import with_positions
 from .axes import Atom, resolve
 from .compose import Logits, compose, sink_atoms
+from .empty_rows import score_dtype
 from .kinship import stands_between_products
 from .labels import scaled_source_of
 from .latent import add_latent
@@ -101,6 +104,9 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
             cap = -cap  # c tanh(s / c) is even in c; the product above already carries the sign
     requires_grad = _requires_grad(proof, live)
     masks = prove_masks(proof, roles, logits, requires_grad, live)
+    biases, has_alibi = with_positions(
+        masks.biases, roles, logits, masks.closed, dtype, live, partial(_value_requires_grad, live=live)
+    )
     spec = AttentionSpec(
         batch=_size(roles.batch),
         num_heads=_size(roles.heads),
@@ -115,6 +121,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         logits_soft_cap=cap,
         mask=masks.spec,
         has_bias=bool(masks.biases),
+        has_alibi=has_alibi,
         bias_requires_grad=requires_grad
         and any(_value_requires_grad(b.value, live) for b in logits.biases if b in masks.biases),
         has_sinks=logits.sinks is not None,
@@ -131,7 +138,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         anchor=proof.anchor,
         labels=proof.labels,
         second=second,
-        biases=masks.biases,
+        biases=biases,
         masks=masks.terms,
         closed_mask=masks.closed,
         mask_context=masks.context,
@@ -173,8 +180,10 @@ def _op_dtype(proof: Proof) -> torch.dtype:
     """The dtype in which the op must run to lose nothing that eager keeps.
 
     Widening casts of q, k, v are undone (the kernel accumulates in float32 anyway) as far as the product with V, the
-    last rounding of the weights, and every source allow.
+    last rounding of the weights, and every source allow. A softmax in float64 is one.
     """
+    if score_dtype(proof) == torch.float64:
+        return torch.float64
     tensors = [factor.value for factor in proof.factors()]
     dtypes = {scaled_source_of(t)[0].dtype for t in tensors} | {proof.output.dtype}
     for dtype in dtypes:

@@ -52,6 +52,7 @@ class Logits:
     is_causal: bool = False
     is_shifted: bool = False
     row_shifted: bool = False
+    bias_cast_after_shift: bool = False
     sinks: Operand | None = None
     sinks_rescale: bool = False
     is_floored: bool = False
@@ -89,25 +90,30 @@ def _scale(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
                     "scale_after_mask", f"masked scores are scaled by {factor}, which is not known to be positive"
                 )
             mask.fill = rounded(mask.fill * factor, step.at.dtype)
-    if logits.biases:
-        if logits.cap is not None:
-            raise Refusal("scale_after_bias", "scores with soft cap and bias are scaled")
-        for bias in logits.biases:
-            if bias.rounded_to is not None and factor != 1:
-                raise Refusal("scale_after_cast", f"scores with a bias are scaled after a cast to {bias.rounded_to}")
-            bias.factor = bias.factor * factor
-    if logits.cap is not None:
+    for bias in logits.biases:
+        if bias.rounded_to is not None:
+            raise Refusal("scale_after_cast", f"scores with a bias are scaled after a cast to {bias.rounded_to}")
+        bias.factor = bias.factor * factor
+    if logits.cap is not None:  # f (c tanh(s) + bias) = (f c) tanh(s) + f bias
         logits.cap = logits.cap * factor
         return
     logits.scale = logits.scale * factor
 
 
 def _cast(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
-    """A cast rounds the scores, which only costs accuracy; a fill or a bias may become -inf."""
+    """A cast rounds the scores, which only costs accuracy; a fill or a bias may become -inf.
+
+    Not so in an empty row from which its maximum, a fill, was subtracted before.
+    """
     for mask in logits.masks:
-        mask.fill = rounded(mask.fill, step.at.dtype)
+        fill = rounded(mask.fill, step.at.dtype)
+        if logits.row_shifted and math.isinf(fill) and not math.isinf(mask.fill):
+            raise Refusal("cast_after_shift", f"a fill of {mask.fill:g} becomes {fill:g} after a maximum is subtracted")
+        mask.fill = fill
     for bias in logits.biases:
-        _round_bias(bias, bias.rounded_to or bias.value.dtype, step.at.dtype)
+        source = bias.rounded_to or bias.value.dtype
+        logits.bias_cast_after_shift |= logits.row_shifted and narrows(source, step.at.dtype)
+        _round_bias(bias, source, step.at.dtype)
 
 
 def _round_bias(bias: Operand, source: torch.dtype, target: torch.dtype) -> None:

@@ -7,12 +7,18 @@ import torch.fx as fx
 from ..capture.trace import Trace, Value
 from ..capture.unread import unread_nodes
 from ..reasons import Refusal
+from .proofs import Proofs
 
 
 class LiveUsers:
-    """Uses of values that matter. Built once per trace; answers are conservative (a doubtful use counts)."""
+    """Uses of values that matter. Built once per trace; answers are conservative (a doubtful use counts).
+
+    Attributes:
+        proofs: What was proved of masks, for sites that ask again.
+    """
 
     def __init__(self, trace: Trace) -> None:
+        self.proofs = Proofs()
         self._order = trace.order
         self._holders: dict[int, list[fx.Node]] = {}
         self._blind = {node for node, _, _ in trace.not_executed}

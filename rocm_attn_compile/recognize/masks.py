@@ -15,8 +15,9 @@ gets NaN, also those that eager gives none.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 
@@ -32,9 +33,13 @@ from .labels import aligned
 from .live import LiveUsers
 from .mask.integers import FloorDiv, modulo
 from .moderate import is_moderate
+from .numbers import rounded
 from .proof import Proof
-from .region import MaskTerm, Operand, Roles
+from .proofs import Proofs
+from .region import Bias, MaskTerm, Operand, Roles
 from .zeroed import account_for_zeroed
+
+T = TypeVar("T")
 
 _LARGEST_FACTOR = 1e4
 """A bias is scaled by no more than this, or it may be as low as a fill."""
@@ -48,14 +53,15 @@ class ProvedMasks:
     closed: Any
     context: Any
     terms: list[MaskTerm]
-    biases: list[Operand | MaskTerm]
+    biases: list[Bias]
     notes: list[Reason] = field(default_factory=list)
 
 
 class Symbols:
-    """Index symbols for the atoms of a site, as `recognize.mask` wants them."""
+    """Index symbols for the atoms of a site, as `recognize.mask` wants them, and what is proved with them."""
 
-    def __init__(self, roles: Roles) -> None:
+    def __init__(self, roles: Roles, proofs: Proofs) -> None:
+        self._proofs = proofs
         self._of: dict[Atom, sympy.Expr] = {}
         # Dynamo's shape symbols are s0, u1, ...: these names must stay apart from them
         q, k = (prover.index_symbol(name) for name in ("q", "k"))
@@ -90,6 +96,21 @@ class Symbols:
             self._of[atom] = rest if is_first else modulo(rest, atom.size)
             rest = FloorDiv(rest, atom.size)
 
+    def prove(self, how: Callable[..., Any], value: Value, index: list[sympy.Expr], **kwargs: Any) -> Any:
+        """`how(value, index, context, **kwargs)`, one of the functions of `recognize.mask`."""
+        key = (how, self._proofs.number(value), tuple(index), *kwargs.values())
+        return self.once(key, lambda: how(value, index, self.context, **kwargs))
+
+    def once(self, key: Hashable, prove: Callable[[], T]) -> T:
+        """What was proved under `key` with the same symbols and sizes."""
+        context = self.context
+        sizes = (context.q_len, context.kv_len, *context.batch.items(), *context.heads.items())
+        return self._proofs.once((key, sizes), prove)
+
+    def are_equal(self, left: Value, right: Value) -> bool:
+        """True if two values are computed alike from the same values."""
+        return self._proofs.number(left) == self._proofs.number(right)
+
     def index(self, dims: list[Dim], shape: tuple, value: Value) -> list[sympy.Expr]:
         """Index of `value`, broadcast against a tensor with axes `dims` (aligned right)."""
         offset = len(dims) - value.ndim
@@ -107,7 +128,7 @@ class Symbols:
 
 def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool, live: LiveUsers) -> ProvedMasks:
     """Prove all masks of a site; raises Refusal where eager's meaning cannot be kept."""
-    symbols = Symbols(roles)
+    symbols = Symbols(roles, live.proofs)
     notes: list[Reason] = []
     replaced = [_boolean(symbols, step, notes) for step in logits.masks]
     for step, term in zip(logits.masks, replaced):
@@ -115,13 +136,15 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool,
             raise Refusal(
                 "finite_fill", f"masked scores become {term.fills[0]:g}, which is not low enough to count as masked"
             )
-    added = [mask for bias in logits.biases if (mask := _additive(proof, symbols, bias, notes)) is not None]
+    added = [mask for bias in logits.biases if (mask := _additive(proof, symbols, logits, bias, notes)) is not None]
     low = _low_biases(logits, added, live)
     found = None if low and any(t.is_finite for t in added) else _together(proof, logits, symbols, replaced, added, low)
     if found is None and added:  # the additive masks stay the tensors they are, which is always exact
         notes.append(Reason("mask_kept_as_bias", "a row may keep no key, and finite masks would not make it uniform"))
         added, low = [], True
         found = _together(proof, logits, symbols, replaced, added, low)
+    if low and logits.bias_cast_after_shift:  # -inf, but in a row of nothing but fills 0
+        raise Refusal("cast_after_shift", "scores with a bias are cast after a maximum was subtracted")
     is_filled = low and any(t.is_finite for t in replaced)
     if is_filled and not (found is None and requires_grad):
         return _filled_biases(proof, logits, symbols, replaced, requires_grad, notes)
@@ -134,7 +157,7 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool,
     mode = account_for_zeroed(proof, symbols, mode, closed, [*replaced, *added], requires_grad, low)
     dense = [MaskTerm(t.operand, t.keeps) for t in replaced if t.stays_dense]
     masks = {id(t.operand) for t in added}
-    biases: list[Operand | MaskTerm] = [bias for bias in logits.biases if id(bias) not in masks]
+    biases: list[Bias] = [bias for bias in logits.biases if id(bias) not in masks]
     if not low:
         for bias in logits.biases:
             bias.added_in = None  # nothing in it is as low as the lowest number
@@ -146,13 +169,18 @@ def _together(
 ) -> tuple[prover.ClosedForm, EmptyRows] | None:
     """The conjunction of all closed forms and what empty rows give; None if that is nothing the op knows."""
     forms = [t.form for t in (*replaced, *added) if t.form is not None]
-    evaluator = prover.make_evaluator(symbols.context)
-    predicates = [form.predicate for form in forms]
-    if logits.is_causal:
-        predicates.append(evaluator.logic.le(symbols.context.k - symbols.context.q))
-    closed = prover.classify(evaluator, evaluator.logic.all_of(predicates), symbols.context)
+    key = ("together", logits.is_causal, *map(id, forms))  # forms are remembered, too: an id is of one only
+    closed = symbols.once(key, lambda: _conjunction(forms, logits.is_causal, symbols.context))
     mode = empty_rows(proof, replaced, added, closed, len(logits.biases) > len(added), low_biases)
     return None if mode is None else (closed, mode)
+
+
+def _conjunction(forms: list[prover.ClosedForm], is_causal: bool, context: prover.MaskContext) -> prover.ClosedForm:
+    evaluator = prover.make_evaluator(context)
+    predicates = [form.predicate for form in forms]
+    if is_causal:
+        predicates.append(evaluator.logic.le(context.k - context.q))
+    return prover.classify(evaluator, evaluator.logic.all_of(predicates), context)
 
 
 def _low_biases(logits: Logits, added: list[Term], live: LiveUsers) -> bool:
@@ -166,6 +194,8 @@ def _filled_biases(
     proof: Proof, logits: Logits, symbols: Symbols, replaced: list[Term], requires_grad: bool, notes: list[Reason]
 ) -> ProvedMasks:
     """All masks as numbers in the bias: the op then adds up what eager adds up, and no row is empty."""
+    if logits.is_floored:
+        raise Refusal("floor_of_bias", "a float tensor is added that may hold -inf, which is then raised to a number")
     if requires_grad or proof.zeroed:
         raise Refusal(
             "bias_beside_finite_fill",
@@ -178,7 +208,7 @@ def _filled_biases(
             "a fill that is not the lowest number masks scores to which a float tensor is added; fill with -inf",
         )
     notes.append(Reason("mask_in_bias", "a float tensor beside a finite fill may mask the rest of a row"))
-    biases: list[Operand | MaskTerm] = list(logits.biases)
+    biases: list[Bias] = list(logits.biases)
     for step, term in reversed(list(zip(logits.masks, replaced))):
         biases.insert(step.biases_before, MaskTerm(term.operand, term.keeps, step.fill))
     evaluator = prover.make_evaluator(symbols.context)
@@ -215,23 +245,23 @@ def _with_sinks(logits: Logits, mode: EmptyRows) -> EmptyRows:
 def _boolean(symbols: Symbols, step: MaskStep, notes: list[Reason]) -> Term:
     index = symbols.index(step.dims, step.shape, step.value)
     prove = prover.prove_keep if step.keeps else prover.prove_drop
-    found = prove(step.value, index, symbols.context)
+    found = symbols.prove(prove, step.value, index)
     form = None if isinstance(found, prover.OpaqueMask) else found
     notes.extend([found.reason] if isinstance(found, prover.OpaqueMask) else found.notes)
     operand = Operand(step.value, aligned(step.dims, step.value))
     return Term(form, (step.fill,), False, operand, step.keeps, moved=step.is_followed_by_bias)
 
 
-def _additive(proof: Proof, symbols: Symbols, bias: Operand, notes: list[Reason]) -> Term | None:
+def _additive(proof: Proof, symbols: Symbols, logits: Logits, bias: Operand, notes: list[Reason]) -> Term | None:
     """A bias that is a mask as a whole, with a closed form; None if it is (also) something else."""
-    if bias.factor not in (1, -1) or bias.rounded_to is not None:
+    if bias.factor not in (1, -1) or (bias.rounded_to is not None and logits.bias_cast_after_shift):
         return None
     index = [symbols.of(dim) for dim in bias.dims]
-    found = prover.prove_additive(bias.value, index, symbols.context, subtracted=bias.factor == -1)
+    found = symbols.prove(prover.prove_additive, bias.value, index, subtracted=bias.factor == -1)
     if isinstance(found, prover.OpaqueMask):
         notes.append(found.reason)
         return None
-    fills = tuple(fill for fill, _ in found.fills)
+    fills = tuple(rounded(fill, bias.rounded_to or bias.value.dtype) for fill, _ in found.fills)
     if found.keep.residual or not all(prover.is_hard(fill, bias.added_in or score_dtype(proof)) for fill in fills):
         return None
     return Term(found.keep, fills, True, bias, True)

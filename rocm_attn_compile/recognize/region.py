@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -55,6 +55,24 @@ class MaskTerm:
     operand: Operand
     keeps: bool
     fill: float = -math.inf
+
+
+@dataclass(eq=False)
+class PositionBias:
+    """`factor * slopes * (k - (kv_len - 1))`, plus something that is the same for all keys of a row; see `alibi`.
+
+    Attributes:
+        slopes: A tensor over batch and heads, or None.
+        factor: A number.
+        varies: The tensor has one number per pair.
+    """
+
+    slopes: Operand | None
+    factor: float
+    varies: bool
+
+
+Bias: TypeAlias = Operand | MaskTerm | PositionBias
 
 
 @dataclass(eq=False)
@@ -162,7 +180,7 @@ class Region:
     anchor: Value
     labels: Labels
     second: list[tuple[Operand, Operand, list[Atom]]] = field(default_factory=list)
-    biases: list[Operand | MaskTerm] = field(default_factory=list)
+    biases: list[Bias] = field(default_factory=list)
     masks: list[MaskTerm] = field(default_factory=list)
     closed_mask: Any = None
     mask_context: Any = None

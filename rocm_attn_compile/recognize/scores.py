@@ -246,6 +246,11 @@ class ScoreWalk:
 
 def _bias_steps(at: Value, bias: Value, factor: Any) -> list[Step]:
     """One step per term of a sum: `scores + (position_bias + mask)` adds a bias and a mask."""
+    if is_cast(bias) and bias.args[0].dtype == torch.float32 and bias.dtype == at.dtype == torch.bfloat16:
+        whole = bias.args[0]  # of one range: what is infinite in the sum is so in a term
+        return (
+            _bias_steps(at, whole, factor) if len(_bias_steps(at, whole, 1)) > 1 else [Step("bias", at, bias, factor)]
+        )
     is_sum = bias.name == "add" and not isinstance(bias.op, str) and bias.kwargs.get("alpha", 1) == 1
     # Beside -1e9 the other term vanishes in float32, and would not in float64.
     is_narrow = at.dtype == torch.float64 and bias.dtype != torch.float64

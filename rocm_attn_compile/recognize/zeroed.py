@@ -4,21 +4,23 @@
 
 Beside a kept key, what the scores' masks drop has weight exactly 0 already. So a mask that drops only what they drop
 changes nothing in such a row; to empty rows it gives 0 if it drops all that they drop.
+
+The gradient of an empty row of -inf is NaN behind the softmax. Where -inf took the place of the scores it ends there:
+`masked_fill` and `where` give a replaced score no gradient. Where it was added, or a bias was added later, it goes on.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..capture.trace import Value
 from ..reasons import Refusal
 from ..spec import EmptyRows
-from ..symbolic import same_size
 from . import mask as prover
 from .axes import resolve
-from .labels import aligned, number_of
+from .labels import aligned
 from .proof import Proof
 from .weights import Zeroing
 
@@ -50,7 +52,7 @@ def account_for_zeroed(
     for zeroing in proof.zeroed:
         if zeroing.mask is None:
             if mode in (EmptyRows.NAN, EmptyRows.NAN_ADDED):
-                if requires_grad:
+                if requires_grad and not _nan_ends_at_the_mask(proof, mode, terms):
                     raise Refusal("masked_rows_grad", "nan_to_num hides NaN rows whose gradient is NaN in eager")
                 mode = EmptyRows.ZERO
             continue
@@ -64,12 +66,19 @@ def account_for_zeroed(
             raise Refusal("weights_changed", "a mask after the softmax does not cover what a float tensor masks")
         if not drops_all:
             raise Refusal("weights_changed", "a mask after the softmax covers only part of the masks before it")
-        if is_nan and requires_grad:
+        if is_nan and requires_grad and not _nan_ends_at_the_mask(proof, mode, terms):
             raise Refusal(
                 "masked_rows_grad", "masked rows are set to 0 after the softmax, but their gradient is NaN in eager"
             )
         mode = EmptyRows.ZERO
     return mode
+
+
+def _nan_ends_at_the_mask(proof: Proof, mode: EmptyRows, terms: list[Term]) -> bool:
+    """True if no score or bias gets the NaN gradient of an empty row."""
+    # A maximum over several rows, subtracted by hand, carries it into the others.
+    is_by_row = proof.anchor.name in ("_softmax", "exp") and not any(s.kind == "row_shift" for s in proof.steps)
+    return mode is EmptyRows.NAN and is_by_row and not any(term.moved for term in terms)
 
 
 def _drops_what_the_scores_drop(
@@ -86,10 +95,10 @@ def _drops_what_the_scores_drop(
             _positive(term.operand.value, term.keeps),
             _positive(value, keeps),
         )
-        if same_axes and keeps_before == keeps_after and _is_same(before, after):
+        if same_axes and keeps_before == keeps_after and symbols.are_equal(before, after):
             return True
     prove = prover.prove_zero_one if zeroing.is_factor else prover.prove_keep if keeps else prover.prove_drop
-    kept = prove(value, symbols.index(dims, zeroing.at.shape, value), symbols.context)
+    kept = symbols.prove(prove, value, symbols.index(dims, zeroing.at.shape, value))
     if isinstance(kept, prover.OpaqueMask):
         raise Refusal("weights_changed", f"the attention weights are masked after the softmax by {kept.reason.text}")
     logic = prover.make_evaluator(symbols.context).logic
@@ -111,23 +120,3 @@ def _positive(mask: Value, keeps: bool) -> tuple[Value, bool]:
     ):
         mask, keeps = mask.args[0], not keeps
     return mask, keeps
-
-
-def _is_same(left: Any, right: Any) -> bool:
-    """True if two values, or arguments, are computed alike from the same values."""
-    if left is right:
-        return True
-    if isinstance(left, Value) and isinstance(right, Value):
-        numbers = number_of(left), number_of(right)
-        if all(isinstance(n, (bool, int, float)) for n in numbers) and left.shape == right.shape == ():
-            return left.dtype == right.dtype and numbers[0] == numbers[1]
-        if isinstance(left.op, str) or left.op is not right.op or left.output_index != right.output_index:
-            return False
-        if torch.Tag.nondeterministic_seeded in left.op.tags or "empty" in left.name:
-            return False
-        return _is_same(left.args, right.args) and _is_same(list(left.kwargs.items()), list(right.kwargs.items()))
-    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
-        return len(left) == len(right) and all(map(_is_same, left, right))
-    if isinstance(left, torch.SymInt) or isinstance(right, torch.SymInt):
-        return not isinstance(left, Value) and not isinstance(right, Value) and same_size(left, right)
-    return type(left) is type(right) and bool(left == right)

@@ -13,7 +13,8 @@ from .. import ops
 from ..capture.trace import Trace, Value
 from ..reasons import Refusal
 from ..recognize.labels import is_cast, is_view
-from ..recognize.region import MaskTerm, Operand, Region
+from ..recognize.region import Bias, MaskTerm, Operand, PositionBias, Region
+from ..symbolic import to_expr
 from .builder import GraphBuilder
 from .canonical import from_layout, to_layout
 from .dead_code import remove_dead
@@ -170,6 +171,9 @@ class Rewriter:
         roles, total = region.roles, None
         groups = [roles.batch, roles.heads, roles.query, roles.key]
         for bias in region.biases:
+            if isinstance(bias, PositionBias):
+                total = self._add(builder, total, self._positions(builder, region, bias), torch.float32)
+                continue
             operand = bias.operand if isinstance(bias, MaskTerm) else bias
             node = to_layout(builder, builder.tensor(operand.value), operand.dims, groups, [False] * 4)
             if isinstance(bias, MaskTerm):
@@ -179,16 +183,34 @@ class Rewriter:
                 node = builder.call(aten.mul.Tensor, node, bias.factor)
             if bias.rounded_to is not None:
                 node = builder.call(aten._to_copy.default, node, dtype=bias.rounded_to)
-            if total is None:
-                total = node
-                continue
-            # Eager adds one after the other to the scores: what two narrower biases would lose to one another it keeps.
-            dtype = torch.promote_types(builder.look(total).dtype, bias.added_in or region.anchor.args[0].dtype)
-            if builder.look(total).dtype != dtype:
-                total = builder.call(aten._to_copy.default, total, dtype=dtype)
-            total = builder.call(aten.add.Tensor, total, node)
-        in_half = any(isinstance(bias, MaskTerm) or bias.added_in == torch.float16 for bias in region.biases)
+            added_in = bias.added_in or (region.anchor.args[0].dtype if total is not None else None)
+            total = self._add(builder, total, node, added_in)
+        in_half = any(isinstance(bias, MaskTerm) or _is_added_in_half(bias) for bias in region.biases)
         return self._lowest(builder, total) if in_half and total is not None else total
+
+    def _add(self, builder: GraphBuilder, total: Any, node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
+        """Eager adds one after the other to the scores: what two narrower biases would lose to one another it keeps."""
+        if total is None:
+            return node
+        assert dtype is not None
+        dtype = torch.promote_types(builder.look(total).dtype, dtype)
+        if builder.look(total).dtype != dtype:
+            total = builder.call(aten._to_copy.default, total, dtype=dtype)
+        return builder.call(aten.add.Tensor, total, node)
+
+    def _positions(self, builder: GraphBuilder, region: Region, bias: PositionBias) -> fx.Node:
+        """`(1, 1, 1, N)` or, with slopes, up to `(B, H, 1, N)` in float32: the last key is at 0."""
+        roles = region.roles
+        first = builder.size(1 - to_expr(region.spec.kv_len))
+        node = builder.call(aten.arange.start, first, 1, dtype=torch.float32, device=builder.device)
+        node = builder.call(aten.mul.Tensor, node, bias.factor)
+        node = builder.call(aten.view.default, node, [1, 1, 1, -1])
+        if bias.slopes is None:
+            return node
+        groups: list = [roles.batch, roles.heads, [], []]
+        slopes = to_layout(builder, builder.tensor(bias.slopes.value), bias.slopes.dims, groups, [False] * 4)
+        slopes = builder.call(aten._to_copy.default, slopes, dtype=torch.float32)
+        return builder.call(aten.mul.Tensor, slopes, node)
 
     def _lowest(self, builder: GraphBuilder, bias: fx.Node) -> fx.Node:
         """float16's lowest number absorbs the scores in float16; the op adds in float32, where another one does."""
@@ -196,7 +218,9 @@ class Rewriter:
             return bias
         wide = builder.call(aten._to_copy.default, bias, dtype=torch.float32)
         is_lowest = builder.call(aten.eq.Scalar, bias, torch.finfo(torch.float16).min)
-        return builder.call(aten.masked_fill.Scalar, wide, is_lowest, torch.finfo(torch.float32).min)
+        lower = builder.call(aten.where.Scalar, is_lowest, torch.finfo(torch.float32).min, 0.0)
+        lower = builder.call(aten._to_copy.default, lower, dtype=torch.float32)  # whatever the default dtype is
+        return builder.call(aten.add.Tensor, wide, lower)  # added: what else is in the bias keeps its gradient
 
     def _fill(self, builder: GraphBuilder, region: Region, total: Any, mask: fx.Node, term: MaskTerm) -> fx.Node:
         """The bias with a number in the place of what a mask drops; the number is one of the scores' dtype."""
@@ -214,6 +238,10 @@ class Rewriter:
         if region.sinks is None:
             return None
         return to_layout(builder, builder.tensor(region.sinks.value), region.sinks.dims, [region.roles.heads], [True])
+
+
+def _is_added_in_half(bias: Bias) -> bool:
+    return isinstance(bias, Operand) and bias.added_in == torch.float16
 
 
 def _served(region: Region) -> list[Value]:

@@ -126,7 +126,7 @@ def test_the_page_names_what_is_wrong_and_what_is_missed():
     failed = compact({**result(name="f"), "status": "not built", "error": "no weights"})
     rows = newest([compact(result(status="timeout", error="")), compact(result()), wrong, failed])
     assert [row["status"] for row in rows] == ["run", "run", "not built"]
-    text = page(rows, 4.0, "")
+    text = page(rows, 4.0)
     assert "`score_op`" in text
     assert "w (eager, forward): **wrong**: far off" in text
     assert "| transformers | eager, forward | 2 | 2 | 4 | 2 (50.0%) | 2 | 2 (100.0%) | 1 of 2 | - |" in text

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 
 from fuzz_latent import latent_operands
-from fuzz_noise import mislead, noise
+from fuzz_noise import mislead, noise, unread
 from fuzz_program import Program, Tensor
 from fuzz_site import (
     bias,
     cap,
     contract,
     draw_sizes,
+    floored,
     letters_of,
     masked,
     operands,
@@ -66,6 +67,8 @@ def _site(p: Program, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[str
         s = _rearranged(p, s)
         if p.chance(0.03):
             s = _changed(p, s)
+        if p.chance(0.03):
+            unread(p, s)
     extras = []
     if p.chance(0.03):
         p.change("scores returned")
@@ -75,6 +78,8 @@ def _site(p: Program, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[str
     if keys:
         weights = p.let(f"{weights.name}[..., :-1]", weights.dims)
     weights = noise(p, weights, 0.15, numbers=False)
+    if p.chance(0.05):
+        unread(p, weights)
     if p.chance(0.03):
         weights = mislead(p, weights)
     if p.chance(0.03):
@@ -95,11 +100,13 @@ def _steps(p: Program) -> list:
         return [*steps[:1], *[masked] * p.pick(0, 1, 1)]
     later = [masked] * p.pick(0, 1, 1, 1, 2) + [bias] * p.pick(0, 0, 1) + [positions] * p.pick(0, 0, 0, 1)
     steps += p.shuffled(later)
+    if p.chance(0.08):
+        steps.append(floored)
     if p.chance(0.1):
         steps.append(shifted)
     if p.chance(0.04):
         p.change("steps in another order")
-        steps = list(p.shuffled([*steps, p.pick(scale, cap, tensor_scale)]))
+        steps = list(p.shuffled([*steps, p.pick(scale, cap, tensor_scale, floored)]))
     return steps
 
 

@@ -22,6 +22,7 @@ PROMISED_REFUSALS = frozenset(
     [
         "mixed_fills",  # masks with different fills, and a row that may be empty
         "bias_beside_finite_fill",
+        "cast_after_shift",  # a fill that becomes -inf, but for rows of nothing but fills
         "masked_rows_grad",
         "unshifted_softmax",
         "logsumexp_of_fills",
@@ -34,6 +35,10 @@ PROMISED_REFUSALS = frozenset(
         "scale_after_cast",
         "sink_axis",  # heads in another order than (kv head, group)
         "shift_before_sinks",
+        "floor_of_bias",  # raised to the lowest number, and a row that may be empty
+        "floor_of_fills",
+        "floor_grad",
+        "after_floor",
     ]
 )
 """Codes with which a program without a change may be left alone."""
@@ -72,6 +77,10 @@ class Case:
     @classmethod
     def draw(cls, rng: random.Random) -> Case:
         program, result = attention(rng)
+        if rng.random() < 0.4:  # most have an edit that changes the meaning, and are refused
+            for _ in range(9):
+                if program.changes:
+                    program, result = attention(rng)
         dtype = rng.choice([torch.float64] * 5 + [torch.float32] * 3 + [torch.bfloat16, torch.float16])
         trains = rng.random() < 0.5
         grads = [trains and e.startswith("rand(") and e.endswith(")") and rng.random() < 0.8 for _, e in program.inputs]
@@ -185,6 +194,11 @@ def _compare(case: Case, actual: list, eager: list, exact: list, allows_nan: boo
     # A row of -inf is NaN. Where its gradient's NaN goes is not always the same: eager's masked_fill stops some of it,
     # and eager's maximum carries it into other rows. See `recognize/masks.py`.
     results = len(actual) - len(case.inputs) - sum(case.grads)
+    if allows_nan and "two attentions" in case.changes:
+        # ATen's CPU kernel gives 0 for a query of NaN and fewer keys than a vector register has places.
+        actual = [a if w is None else torch.where(w.isnan(), w, a) for a, w in zip(actual[:results], eager)] + actual[
+            results:
+        ]
     if allows_nan and any(t is not None and t.is_floating_point() and t.isnan().any() for t in eager[:results]):
         for i in range(results, len(actual) - len(case.inputs)):
             got, want = actual[i], eager[i]
@@ -208,6 +222,11 @@ def _compare(case: Case, actual: list, eager: list, exact: list, allows_nan: boo
                 got, want, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, i=i: f"result {i}: {m}"
             )
         return
+    # What cancels to nothing is rounding noise of numbers as large as the program has.
+    largest = max(
+        [1.0, *(float(t.double().abs().nan_to_num(0, 0).max()) for t in exact if t is not None and t.numel())]
+    )
+    floor = 16 * torch.finfo(case.dtype).eps * largest
     for i, (got, want, wide) in enumerate(zip(actual, eager, exact, strict=True)):
         if want is None or got is None or wide is None:
             other = got if want is None else want
@@ -216,7 +235,8 @@ def _compare(case: Case, actual: list, eager: list, exact: list, allows_nan: boo
         if not want.is_floating_point():
             assert torch.equal(got, want), f"result {i} differs"
             continue
+        # Eager's exponentials overflow in half precision where the maximum is not subtracted.
+        overflown = wide.isfinite() & ~want.isfinite()
+        got, want = torch.where(overflown, wide.to(got), got), torch.where(overflown, wide.to(want), want)
         measured = accuracy(got, want, wide.double(), factor=6.0)
-        # What cancels to nothing is rounding noise of numbers of usual size.
-        floor = 16 * torch.finfo(want.dtype).eps
         assert measured.ok or measured.max_error <= floor, f"result {i}: {measured}"

@@ -59,3 +59,14 @@ def mislead(p: Program, t: Tensor) -> Tensor:
     p.change("axes of equal size swapped")
     spellings = [f"{t.name}.transpose({i}, {j})", f"{t.name}.swapaxes({j}, {i}).contiguous()"]
     return p.let(p.pick(*spellings), t.dims)
+
+
+def unread(p: Program, t: Tensor) -> None:
+    """Something is computed from the tensor that nobody reads."""
+    x, name = t.name, p.name("unread")
+    made = p.pick(
+        f"{x}.sum()", f"({x} * 2.0).mean()", f"{x}.detach()", f"{x}.clone().mul_(2.0)", f"{x}.max(-1)", f"{x}[:1]"
+    )
+    if "mul_" in made:
+        p.change("an unread copy is written")  # what writes is kept, whoever reads it
+    p.do(f"{name} = {made}")

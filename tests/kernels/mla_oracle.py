@@ -44,7 +44,8 @@ def decode_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, 
     else:
         kv_c, k_pe = normal(blocks, size, C), normal(blocks, size, R)
     if page:
-        # Entries behind the last block in use point nowhere, and blocks that no sequence owns hold NaN.
+        # Entries behind the last block in use point nowhere. NaN is what no sequence owns, and what lies behind its
+        # last token.
         count = -(-N // page)
         order = torch.randperm(blocks, generator=generator)[: B * count].view(B, count)
         owned = torch.zeros(blocks, dtype=torch.bool)
@@ -64,6 +65,13 @@ def decode_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, 
     if case.get("empty"):
         tensors["kv_end"] = torch.full((B, M), case["N"], dtype=torch.int64)
         tensors["kv_end"][:, 1::2] = 0
+    if page:
+        for sequence, last in enumerate(tensors["kv_end"].amax(1).tolist()):
+            for token in range(last, tensors["block_table"].shape[1] * page):
+                block = int(tensors["block_table"][sequence, token // page])
+                if block < blocks:
+                    kv_c[block, token % page] = math.nan
+                    k_pe[block, token % page] = math.nan
     tensors.update(q_latent=q, q_pe=q_pe if R else None, kv_c=kv_c, k_pe=k_pe if R else None)
     scalars = {
         "softmax_scale": case.get("scale", 1.0 / math.sqrt(C // 4 + R)),
@@ -82,16 +90,16 @@ def to(tensor: Tensor, device: str) -> Tensor:
 
 
 def gathered(tensors: dict[str, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """kv_c and k_pe as `(B, N, width)`; of a paged cache, 0 where no block is in use."""
+    """kv_c and k_pe as `(B, N, width)`; of a paged cache, 0 behind the last token."""
     kv_c, k_pe, table = tensors["kv_c"], tensors["k_pe"], tensors["block_table"]
     if table is None:
         return kv_c, k_pe
     page = kv_c.shape[1]
-    position = torch.arange(table.shape[1], device=table.device) * page
-    used = (position < tensors["kv_end"].amax(1, keepdim=True)) & (table < kv_c.shape[0])
-    index = torch.where(used, table, 0).long()
+    position = torch.arange(table.shape[1] * page, device=table.device)
+    used = position < tensors["kv_end"].amax(1, keepdim=True)
+    index = torch.where(table < kv_c.shape[0], table, 0).long()
     return tuple(
-        None if cache is None else torch.where(used[:, :, None, None], cache[index], 0.0).flatten(1, 2)
+        None if cache is None else torch.where(used[:, :, None], cache[index].flatten(1, 2), 0.0)
         for cache in (kv_c, k_pe)
     )
 

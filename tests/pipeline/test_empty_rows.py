@@ -178,12 +178,49 @@ def test_zeroed_rows_are_zero(function, make):
     assert site.data["mask"]["empty_rows"] == "zero"
 
 
+def nan_to_num_by_logarithms(q, k, v, keep):
+    return F.log_softmax(scores(q, k).masked_fill(~keep, -INF), -1).exp().nan_to_num() @ v
+
+
+def zeroed_after_a_bias(q, k, v, keep):
+    """As CPM-Ant does."""
+    drop = ~keep
+    biased = scores(q, k) + torch.arange(N, dtype=q.dtype) * 0.1
+    return torch.where(drop, -INF, biased).softmax(-1).masked_fill(drop, 0.0) @ v
+
+
 @pytest.mark.parametrize("make", [padded, holed])
-def test_zeroed_rows_in_training(make):
-    """Eager's gradient of the NaN under the zeros is NaN; that of a finite fill is 0."""
-    check(nan_to_num, make, calls=0, refused="masked_rows_grad", trains=True)
-    check(zeroed_after_inf, make, calls=0, refused="masked_rows_grad", trains=True)
-    check(zeroed_after_lowest, make, calls=1, trains=True)
+@pytest.mark.parametrize(
+    "function", [nan_to_num, nan_to_num_by_logarithms, zeroed_after_inf, zeroed_after_lowest, zeroed_after_a_bias]
+)
+def test_zeroed_rows_in_training(function, make):
+    """The NaN gradient of the weights ends where -inf took the place of the scores."""
+    check(function, make, calls=1, trains=True)
+    (site,) = sites()
+    assert site.data["mask"]["empty_rows"] == "zero"
+
+
+def nan_to_num_after_inf_was_added(q, k, v, keep):
+    return torch.nan_to_num((scores(q, k) + torch.where(keep, 0.0, -INF)).softmax(-1)) @ v
+
+
+def nan_to_num_after_a_later_bias(q, k, v, keep):
+    s = scores(q, k).masked_fill(~keep, -INF) + v.mean((-1, -2))[..., None, None]
+    return torch.nan_to_num(s.softmax(-1)) @ v
+
+
+def nan_to_num_after_a_maximum_over_all_rows(q, k, v, keep):
+    s = scores(q, k).masked_fill(~keep, -INF)
+    return torch.nan_to_num((s - s.amax((-1, -2), keepdim=True)).softmax(-1)) @ v
+
+
+@pytest.mark.parametrize(
+    "function",
+    [nan_to_num_after_inf_was_added, nan_to_num_after_a_later_bias, nan_to_num_after_a_maximum_over_all_rows],
+)
+def test_zeroed_rows_whose_gradient_is_nan(function):
+    """Eager's gradient of the NaN under the zeros is NaN, and reaches a parameter."""
+    check(function, padded, calls=0, refused="masked_rows_grad", trains=True)
 
 
 def zeroed_by_another_mask(q, k, v, keep):

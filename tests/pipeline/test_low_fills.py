@@ -194,3 +194,16 @@ def float16_float_mask(q, k, v, keep):
 @pytest.mark.parametrize("function", [float16_additive, float16_float_mask])
 def test_the_lowest_float16_makes_rows_uniform(function):
     check(function, lambda: (*square(), ~dropped()), calls=1)
+
+
+def test_a_learned_bias_beside_the_lowest_float16_keeps_its_gradient():
+    def function(q, k, v, slopes, infinite, padding):
+        q, k, v = q.half(), k.half(), v.half()
+        s = q @ k.mT * SCALE + slopes.half() * torch.arange(M)
+        s = s.masked_fill(infinite, -math.inf)
+        return (s + torch.zeros(padding.shape, dtype=s.dtype).masked_fill(padding, torch.finfo(s.dtype).min)).softmax(
+            -1
+        ) @ v
+
+    nothing = torch.zeros(B, 1, 1, M, dtype=torch.bool)
+    check(function, lambda: (*square(), rand(H, 1, 1), nothing, dropped()), calls=1, trains=True)

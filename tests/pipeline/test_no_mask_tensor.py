@@ -10,99 +10,10 @@ import math
 import pytest
 import torch
 import torch.fx as fx
+from mask_cases import MASKS, positions
 from pipeline_harness import SCALE, B, D, H, Pipeline, rand, reports, sites
 
-from rocm_attn_compile.testing import peak_memory
-
 LENGTH = 160
-WINDOW = 16
-
-
-def positions(q, k, bottom_right=False):
-    rows, columns = q.shape[-2], k.shape[-2]
-    offset = columns - rows if bottom_right else 0
-    return torch.arange(rows)[:, None] + offset, torch.arange(columns)[None, :]
-
-
-def top_left(q, k, extra):
-    i, j = positions(q, k)
-    return j <= i
-
-
-def bottom_right(q, k, extra):
-    i, j = positions(q, k, bottom_right=True)
-    return j <= i
-
-
-def window(size):
-    def keep(q, k, extra):
-        i, j = positions(q, k)
-        return (j <= i) & (i - j < size)
-
-    return keep
-
-
-def window_by_distance(q, k, extra):
-    i, j = positions(q, k)
-    return (i - j).abs() <= WINDOW
-
-
-def chunked(q, k, extra):
-    i, j = positions(q, k)
-    return (i // WINDOW == j // WINDOW) & (j <= i)
-
-
-def prefix(q, k, lengths):
-    i, j = positions(q, k)
-    return ((j <= i) | (j < lengths[:, None, None]))[:, None]
-
-
-def documents(q, k, ids):
-    i, j = positions(q, k)
-    return ((ids[:, :, None] == ids[:, None, :]) & (j <= i))[:, None]
-
-
-def padding_bool(q, k, mask):
-    return mask.bool()[:, None, None, :]
-
-
-def padding_int_and_window(q, k, mask):
-    return (mask[:, None, None, :] != 0) & window(WINDOW)(q, k, None)
-
-
-def padding_float(q, k, mask):
-    return mask.float()[:, None, None, :] > 0.5
-
-
-def lengths_and_causal(q, k, lengths):
-    i, j = positions(q, k)
-    return ((j < lengths[:, None, None]) & (j <= i))[:, None]
-
-
-def of_length(value):
-    return lambda n: torch.full((B,), value)
-
-
-def ones(n):
-    return torch.ones(B, n, dtype=torch.long)
-
-
-CASES = {
-    "causal_top_left": (top_left, None),
-    "causal_bottom_right": (bottom_right, None),
-    "window_smaller": (window(WINDOW - 1), None),
-    "window": (window(WINDOW), None),
-    "window_larger": (window(WINDOW + 1), None),
-    "window_by_distance": (window_by_distance, None),
-    "chunked": (chunked, None),
-    "prefix": (prefix, of_length(7)),
-    "documents": (documents, lambda n: torch.arange(n).div(50, rounding_mode="floor").expand(B, n).contiguous()),
-    "padding_bool": (padding_bool, ones),
-    "padding_int_and_window": (padding_int_and_window, ones),
-    "padding_float": (padding_float, ones),
-    "lengths_and_causal": (lengths_and_causal, of_length(100)),
-}
-"""Name -> what is kept, and a maker of the tensor that it reads."""
 
 
 def masked_fill(scores, keep):
@@ -140,10 +51,10 @@ def largest(graph: fx.Graph) -> int:
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MASKS)
 def test_closed_form(name, dynamic):
-    keep, make = CASES[name]
-    apply = {0: masked_fill, 1: where, 2: additive}[list(CASES).index(name) % 3]
+    keep, make = MASKS[name]
+    apply = {0: masked_fill, 1: where, 2: additive}[list(MASKS).index(name) % 3]
     extra = None if make is None else make(LENGTH)
 
     def attention(q, k, v, extra):
@@ -186,27 +97,3 @@ def test_an_opaque_mask_is_not_expanded_over_the_heads():
     torch.testing.assert_close(torch.compile(attention, backend=pipeline)(*inputs), attention(*inputs))
     assert pipeline.calls == 1
     assert largest(pipeline.graphs[0].graph) <= B * LENGTH * LENGTH
-
-
-@pytest.mark.parametrize(("name", "heads"), [("window", 3), ("padding_bool", 1)])
-def test_a_call_needs_less_memory_than_the_scores(name, heads):
-    """Less than the scores of `heads` of the B * H heads.
-
-    On the CPU ATen's kernel is given a window as one float mask, for all heads; Triton's kernels are not.
-    """
-    keep, make = CASES[name]
-    length = 512
-
-    def attention(q, k, v, extra):
-        return masked_fill(q @ k.mT * SCALE, keep(q, k, extra)).softmax(-1) @ v
-
-    inputs = (*(rand(B, H, length, D) for _ in range(3)), None if make is None else make(length))
-    pipeline = Pipeline("eager")
-    compiled = torch.compile(attention, backend=pipeline, fullgraph=True)
-    with torch.no_grad():
-        compiled(*inputs)
-        peak = peak_memory(lambda: compiled(*inputs))
-        scores = length * length * inputs[0].element_size()  # of one head of one sequence
-        assert peak_memory(lambda: attention(*inputs)) > B * H * scores
-    assert pipeline.calls == 1
-    assert peak < heads * scores

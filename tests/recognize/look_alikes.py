@@ -488,9 +488,30 @@ def low_scores_of_float32_raised_to_the_lowest_of_float16(q, k, v):
     return s.clamp(min=torch.finfo(torch.float16).min).softmax(-1) @ v
 
 
+@look_alike("cast_after_shift", lambda: (*square(), rand(B, 1, M, M).double().log()))
+def float64_mask_cast_after_the_maximum_is_subtracted(q, k, v, mask):
+    """-inf in float32, but 0 in a row of nothing but fills."""
+    s = (q @ k.mT).double() + mask.clamp(min=torch.finfo(torch.float64).min)
+    return (s - s.amax(-1, keepdim=True)).float().softmax(-1) @ v
+
+
+@look_alike("cast_after_shift", lambda: (*square(), torch.tensor([0, 4])))
+def float64_fill_cast_after_the_maximum_is_subtracted(q, k, v, lengths):
+    drop = torch.arange(M) >= lengths[:, None, None, None]
+    s = (q @ k.mT).double().masked_fill(drop, torch.finfo(torch.float64).min)
+    return (s - s.amax(-1, keepdim=True)).float().softmax(-1) @ v
+
+
 @look_alike("floor_of_bias", lambda: (*square(), rand(B, 1, M, M).log()))
 def float_mask_raised_to_the_lowest_number(q, k, v, mask):
     return torch.clamp(q @ k.mT + mask, min=torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+@look_alike("floor_of_bias", lambda: (*square(), rand(B, 1, M, M).log()))
+def float_mask_beside_a_finite_fill_raised_to_the_lowest_number(q, k, v, mask):
+    lowest = torch.finfo(q.dtype).min
+    s = (q @ k.mT).masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), lowest)
+    return torch.clamp(s + mask, min=lowest).softmax(-1) @ v
 
 
 @look_alike("floor_of_fills", lambda: (*square(), torch.tensor([0, 4])))

@@ -535,6 +535,20 @@ def gemma2_soft_cap(q, k, v):
     return F.softmax(s, dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
+@spelling(lambda: (*square(), rand(H, 1, M)))
+def soft_cap_and_bias_scaled(q, k, v, bias):
+    s = 5.0 * torch.tanh((q @ k.mT) * (SCALE / 5.0))
+    s = (s + bias) * -0.5
+    return s.masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ v
+
+
+@spelling(lambda: (*square(), rand(B, 1, M, M)))
+def float64_softmax_with_mask(q, k, v, mask):
+    """The op runs in float64: in float32 the fill would be -inf, and the gradients less exact than eager's."""
+    fill = torch.where(mask < 0, torch.finfo(torch.float64).min, 0.0).double()
+    return ((q @ k.mT).double() * SCALE + fill).softmax(-1).to(v.dtype) @ v
+
+
 @spelling(square)
 def soft_cap_and_causal(q, k, v):
     s = 5.0 * torch.tanh((q @ k.mT) * (SCALE / 5.0))

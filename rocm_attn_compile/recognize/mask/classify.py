@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 import sympy
@@ -93,6 +94,10 @@ class ClosedForm:
 
     def every_row_keeps_a_key(self) -> bool:
         """True if it is proved that each query attends to at least one key, for all sizes and tensor contents."""
+        return self._every_row_keeps_a_key
+
+    @cached_property
+    def _every_row_keeps_a_key(self) -> bool:
         if self.predicate is True:
             return self.logic.bounds.positive(self.context.kv_len)
         if self.predicate is False:

@@ -1,0 +1,54 @@
+"""On a GPU a whole call, kernel included, needs no tensor over all pairs, whatever the mask is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from mask_cases import BIASES, MASKS, top_left
+from pipeline_harness import Pipeline
+
+from rocm_attn_compile.testing import assert_as_accurate_as_eager, peak_memory
+
+pytestmark = pytest.mark.gpu
+
+B, H, LENGTH, D = 2, 3, 2048, 64
+PAIRS = LENGTH * LENGTH
+
+
+def peaks(attention, extra) -> tuple[int, int]:
+    q, k, v = (torch.randn(B, H, LENGTH, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    inputs = (q, k, v, None if extra is None else extra.cuda())
+    pipeline = Pipeline("eager")
+    compiled = torch.compile(attention, backend=pipeline, fullgraph=True)
+    exact = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs]
+    with torch.no_grad():
+        assert_as_accurate_as_eager(compiled(*inputs), attention(*inputs), attention(*exact))
+        assert pipeline.calls == 1
+        return peak_memory(lambda: compiled(*inputs), "cuda"), peak_memory(lambda: attention(*inputs), "cuda")
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_no_mask_of_all_pairs_is_in_memory(name):
+    keep, make = MASKS[name]
+
+    def attention(q, k, v, extra):
+        return (q @ k.mT * D**-0.5).masked_fill(~keep(q, k, extra), -math.inf).softmax(-1) @ v
+
+    peak, eager = peaks(attention, make and make(LENGTH))
+    assert eager > B * H * PAIRS * 2
+    assert peak < PAIRS
+
+
+@pytest.mark.parametrize("name", ["alibi", "alibi_of_keys"])
+def test_alibi_is_one_number_per_head_and_key(name):
+    bias, make = BIASES[name]
+
+    def attention(q, k, v, extra):
+        scores = q @ k.mT * D**-0.5 + bias(q, k, extra)
+        return scores.masked_fill(~top_left(q, k, None), -math.inf).softmax(-1) @ v
+
+    peak, eager = peaks(attention, make(LENGTH))
+    assert eager > B * H * PAIRS * 2
+    assert peak < PAIRS
