@@ -281,19 +281,29 @@ def test_blocks_of_one_row_are_not_triton_mlas():
     assert [reason.code for reason in site.rejected["TRITON_MLA"]] == ["block_size"]
 
 
+def columns(q, cache):
+    kv = cache[:, None]
+    return attend(q, kv, kv[..., R:], is_causal=False)
+
+
 def test_an_architecture_limits_the_sizes():
     """Named explicitly, the kernels' limits hold for CPU tensors, too."""
+
+    def run(width: int, **options):
+        torch._dynamo.reset()
+        inputs = rand(B, H, M, width), rand(B, 9, width)
+        torch.compile(columns, backend=Recorder(lowering="eager", **options), fullgraph=True)(*inputs)
+        return sites()[-1]
+
+    assert run(512 + R, arch="gfx942").backend == "TRITON_MLA"
     with pytest.warns(rocm_attn_compile.RocmAttnWarning, match="mla_latent"):
-        recorder = compiled("one_product", arch="gfx942")
-    (site,) = sites()
-    assert (site.kind, site.backend) == ("mla", "TRITON_ATTN")
-    assert {"mla_latent", "dtype"} <= {reason.code for reason in site.rejected["TRITON_MLA"]}
-    assert recorder.calls == 1
-    with (
-        pytest.raises(Exception, match="mla_latent"),
-        pytest.warns(rocm_attn_compile.RocmAttnWarning),
-    ):
-        compiled("one_product", arch="gfx942", strict=True)
+        site = run(528 + R, arch="gfx942")
+    assert (site.kind, site.replaced) == ("mla", False)  # TRITON_ATTN has no heads of 532
+    assert [reason.code for reason in site.rejected["TRITON_MLA"]] == ["v_head_dim", "mla_latent"]
+    assert run(528 + R).backend == "TRITON_MLA"
+    strict = pytest.raises(Exception, match="mla_latent")
+    with strict, pytest.warns(rocm_attn_compile.RocmAttnWarning):
+        run(528 + R, arch="gfx942", strict=True)
 
 
 def test_a_general_backend_named_for_latent_attention_is_the_documented_error():
