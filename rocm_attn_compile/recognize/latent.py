@@ -65,6 +65,15 @@ def add_latent(region: Region, live: LiveUsers) -> None:
     region.spec = replace(region.spec, kind="mla", latent=spec)
 
 
+def forget_latent(region: Region, reason: Reason) -> bool:
+    """Make `region` a plain attention again, with a note; False if it is one."""
+    if region.latent is None:
+        return False
+    region.latent, region.spec = None, replace(region.spec, kind="attention", latent=None)
+    region.latent_note = Reason("latent_unavailable", f"the latents are not there where the attention is: {reason}")
+    return True
+
+
 def _name_the_heads(region: Region, latent: Latent) -> None:
     """One query of many heads: where all read one key, the heads look like queries, and the mask tells nothing else."""
     spec, closed = region.spec, region.closed_mask

@@ -152,6 +152,27 @@ def test_a_cache_that_is_written_after_the_attention():
     check(function, step, calls=2)
 
 
+def test_latents_that_are_overwritten_before_the_attention():
+    """The keys are there, and the latents are not (and too many to be kept): plain attention."""
+
+    def function(x, w_q, w_kv_b, c_cache, k_pe):
+        q_nope, q_pe = queries(x, w_q)
+        k_nope, v = expanded(c_cache, w_kv_b)
+        c_cache.zero_()
+        k = torch.cat([k_nope, k_pe[:, None].expand(-1, H, -1, -1)], -1)
+        return attend(torch.cat([q_nope, q_pe], -1), k, v, is_causal=False)
+
+    def make(length: int = 3000):
+        return rand(B, 1, X), w(H * (P + R), X), w(H * (P + E), C), rand(B, length, C), rand(B, length, R)
+
+    check(function, make, calls=1)
+    (site,) = sites()
+    assert (site.kind, site.backend) == ("attention", "TRITON_ATTN")
+    assert [note.code for note in site.notes] == ["latent_unavailable"]
+    check(function, lambda: make(50), calls=1)  # few enough: a copy is made before they are overwritten
+    assert sites()[0].kind == "mla"
+
+
 # --- sizes, heads and weights ---
 
 
@@ -179,7 +200,7 @@ def test_keys_of_fewer_heads_than_queries():
         return attend(torch.cat([q_nope, q_pe], -1), k, v)
 
     check(function, lambda: (rand(B, M, X), w(6 * (P + R), X), w(C + R, X), w(2 * (P + E), C)), calls=1, trains=True)
-    assert sites()[0].replaced
+    assert sites()[0].kind == "mla"
 
 
 def _repeated(t):
