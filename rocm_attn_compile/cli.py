@@ -17,7 +17,7 @@ from .backends.select import Choice, select
 from .backends.words import DTYPE_NAMES, mask_words, spec_data, words
 from .env import Environment, normalize_arch
 from .options import Options, split_options
-from .spec import AttentionSpec, EmptyRows, MaskSpec
+from .spec import AttentionSpec, EmptyRows, LatentSpec, MaskSpec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +81,9 @@ def _add_spec_arguments(parser: argparse.ArgumentParser) -> None:
     add("--training", action="store_true", help="gradients are wanted")
     add("--mla", action="store_true", help="latent attention")
     add("--device", choices=["cuda", "cpu"], help="default: cuda (which is ROCm too) if there is an architecture")
+
+
+_DEEPSEEK = LatentSpec(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
 
 def _backends(arguments: argparse.Namespace) -> str:
@@ -182,6 +185,7 @@ def _spec(arguments: argparse.Namespace, env: Environment) -> AttentionSpec:
         dropout_p=arguments.dropout,
         requires_grad=arguments.training,
         kind="mla" if arguments.mla else "attention",
+        latent=_DEEPSEEK if arguments.mla else None,
     )
 
 

@@ -33,6 +33,7 @@ from .recognize import recognize
 from .recognize.region import LookAlike, Region
 from .report import Report, Site, publish, source_of, withdraw
 from .rewrite import Rewriter, verify
+from .spec import AttentionSpec
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,8 @@ def _replace_site(
     report: Report,
 ) -> Site:
     """Rewrite one site as chosen; the returned entry says what happened."""
-    site = Site.recognized(region.spec, choice, **_place(region.anchor))
+    notes = () if region.latent_note is None else (region.latent_note,)
+    site = Site.recognized(region.spec, choice, notes=notes, **_place(region.anchor))
     if not isinstance(choice, Choice):
         return site
     if options.fuel is not None and sum(s.replaced for s in report.sites) >= options.fuel:
@@ -196,7 +198,7 @@ def _fix_head_dims(regions: Sequence[Region], others: Sequence[LookAlike]) -> bo
     captured values change, so the caller recognises again.
     """
     shape_env = _torch_private.current_shape_env()
-    sizes = [size for region in regions for size in (region.spec.head_dim, region.spec.v_head_dim)]
+    sizes = [size for region in regions for size in _kernel_sizes(region.spec)]
     sizes += [size for other in others for size in other.needs_numbers]
     symbolic = {size for size in sizes if not isinstance(size, int) and size.free_symbols}
     if shape_env is None or not symbolic:
@@ -204,6 +206,14 @@ def _fix_head_dims(regions: Sequence[Region], others: Sequence[LookAlike]) -> bo
     for symbol in sorted(set().union(*(size.free_symbols for size in symbolic)), key=str):
         _torch_private.specialize(symbol, shape_env)
     return True
+
+
+def _kernel_sizes(spec: AttentionSpec) -> list[Any]:
+    """What kernels are chosen by: head sizes and the latent's."""
+    sizes = [spec.head_dim, spec.v_head_dim]
+    if spec.latent is not None:
+        sizes += [spec.latent.kv_lora_rank, spec.latent.qk_rope_head_dim]
+    return sizes
 
 
 def _not_replaced(site: Site, reason: Reason) -> Site:

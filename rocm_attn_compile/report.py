@@ -8,7 +8,7 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from .backends.words import mask_words, spec_data, words
 from .env import Environment
 from .options import Options
 from .reasons import Reason
+from .report_text import codes, environment_lines, groups, plural, site_lines
 from .spec import AttentionSpec
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Site:
         choice: The sentences that led to the backend.
         rejected: Every other backend -> its reasons.
         impl: The op's `impl` argument, which is in the compile caches' keys.
+        notes: What the site comes near to and is not, such as latent attention, each with why.
     """
 
     kind: str
@@ -59,10 +61,18 @@ class Site:
     choice: list[str] = field(default_factory=list)
     rejected: dict[str, list[Reason]] = field(default_factory=dict)
     impl: str = ""
+    notes: list[Reason] = field(default_factory=list)
 
     @classmethod
     def recognized(
-        cls, spec: AttentionSpec, outcome: Choice | Rejected, *, source: str, code: str = "", module: str = ""
+        cls,
+        spec: AttentionSpec,
+        outcome: Choice | Rejected,
+        *,
+        source: str,
+        code: str = "",
+        module: str = "",
+        notes: Sequence[Reason] = (),
     ) -> Site:
         """A proved attention with what the selection said; `replaced` if it chose a backend.
 
@@ -83,6 +93,7 @@ class Site:
             choice=list(outcome.sentences),
             rejected={name: list(reasons) for name, reasons in outcome.rejected.items()},
             impl=outcome.impl if isinstance(outcome, Choice) else "",
+            notes=list(notes),
         )
 
     @classmethod
@@ -137,18 +148,18 @@ class Report:
         parts = [f"{n} {name}" for name, n in Counter(s.backend for s in self.sites if s.replaced).items()]
         left = [site for site in self.sites if not site.replaced]
         if left:
-            parts.append(f"{len(left)} left as {'it is' if len(left) == 1 else 'they are'} ({_codes(left)})")
-        text = f"graph {self.graph}: {_plural(len(self.sites), 'attention site')}"
+            parts.append(f"{len(left)} left as {'it is' if len(left) == 1 else 'they are'} ({codes(left)})")
+        text = f"graph {self.graph}: {plural(len(self.sites), 'attention site')}"
         text += f": {', '.join(parts)}" if parts else ""
         if self.look_alikes:
-            text += f"; {_plural(len(self.look_alikes), 'look-alike')} refused ({_codes(self.look_alikes)})"
+            text += f"; {plural(len(self.look_alikes), 'look-alike')} refused ({codes(self.look_alikes)})"
         return text
 
     def __str__(self) -> str:
-        lines = [f"rocm_attn, {self.summary()}", *(f"  {line}" for line in _environment_lines(self))]
+        lines = [f"rocm_attn, {self.summary()}", *(f"  {line}" for line in environment_lines(self))]
         for title, sites in (("attention", self.sites), ("look-alike", self.look_alikes)):
-            for indices, site in _groups(sites):
-                lines += ["", f"  {title} {indices}: {site.headline}", *(f"    {line}" for line in _site_lines(site))]
+            for indices, site in groups(sites):
+                lines += ["", f"  {title} {indices}: {site.headline}", *(f"    {line}" for line in site_lines(site))]
         lines += ["", *(f"  note: {note}" for note in self.notes)] if self.notes else []
         if self.timings:
             times = ", ".join(f"{stage} {seconds:.3f} s" for stage, seconds in self.timings.items())
@@ -228,72 +239,10 @@ def collect_reports() -> Iterator[list[Report]]:
         _collector.reset(token)
 
 
-# --- Text ---
-
-
-def _environment_lines(report: Report) -> Iterator[str]:
-    env = report.environment
-    if env:
-        origin = f" ({env['arch_source']})" if env.get("arch") else ""
-        versions = ", ".join(f"{name} {version}" for name, version in env.get("versions", {}).items() if version)
-        yield f"target {env.get('arch') or 'no GPU'}{origin}; {versions}; aiter {env.get('aiter')}"
-        if env.get("variables"):
-            yield "variables " + ", ".join(f"{name}={value}" for name, value in env["variables"].items())
-    defaults = dataclasses.asdict(Options())
-    set_options = {name: value for name, value in report.options.items() if value != defaults.get(name)}
-    if set_options:
-        yield "options " + ", ".join(f"{name}={value!r}" for name, value in set_options.items())
-
-
-def _site_lines(site: Site) -> Iterator[str]:
-    yield f"at {site.source}" + (f"  {site.code}" if site.code else "")
-    if site.module:
-        yield f"in {site.module}"
-    if site.spec:
-        yield site.spec
-        yield f"mask: {site.mask}"
-    for sentence in site.choice:
-        yield f"because {sentence}"
-    for reason in site.reasons:
-        yield f"reason {reason}"
-    for name, reasons in site.rejected.items():
-        yield f"not {name}: " + "; ".join(map(str, reasons))
-
-
-def _groups(sites: Sequence[Site]) -> Iterator[tuple[str, Site]]:
-    """Equal sites, which the layers of a model give, once each with all their numbers."""
-    groups: dict[str, tuple[list[int], Site]] = {}
-    for index, site in enumerate(sites):
-        same = json.dumps(dataclasses.asdict(dataclasses.replace(site, module="")), sort_keys=True)
-        groups.setdefault(same, ([], site))[0].append(index)
-    for indices, site in groups.values():
-        if len(indices) > 1:
-            site = dataclasses.replace(site, module=f"{site.module} and {len(indices) - 1} more" if site.module else "")
-        yield _ranges(indices), site
-
-
-def _ranges(indices: Sequence[int]) -> str:
-    """`[0, 1, 2, 5]` as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def _codes(sites: Iterable[Site]) -> str:
-    return ", ".join(dict.fromkeys(reason.code for site in sites for reason in site.reasons)) or "no reason"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def _site_from_dict(data: Mapping[str, Any]) -> Site:
     values = dict(data)
-    values["reasons"] = [Reason(**reason) for reason in values.get("reasons", [])]
+    for name in ("reasons", "notes"):
+        values[name] = [Reason(**reason) for reason in values.get(name, [])]
     values["rejected"] = {
         name: [Reason(**reason) for reason in reasons] for name, reasons in values.get("rejected", {}).items()
     }

@@ -71,6 +71,29 @@ class MaskSpec:
 
 
 @dataclass(frozen=True)
+class LatentSpec:
+    """The latent of an MLA attention: one vector per token, of which all heads' keys and values are linear maps.
+
+    Attributes:
+        kv_lora_rank: Its size, C.
+        qk_nope_head_dim, v_head_dim: Sizes per head of what is expanded from it, P and E; None where the graph has only
+            the absorbed form, in which they do not occur.
+        qk_rope_head_dim: Size of the rotated key that all heads share, R; 0 is none.
+        block_size: Rows of a block, if the cache is paged and read in blocks; None is a contiguous cache.
+        form: "prefill", "absorbed", or "runtime" (the op chooses at every call).
+        form_reason: Why, for the report.
+    """
+
+    kv_lora_rank: int | sympy.Expr
+    qk_nope_head_dim: int | sympy.Expr | None
+    qk_rope_head_dim: int | sympy.Expr
+    v_head_dim: int | sympy.Expr | None
+    block_size: int | sympy.Expr | None = None
+    form: str = "prefill"
+    form_reason: str = ""
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """One softmax attention as the canonical op computes it.
 
@@ -113,6 +136,8 @@ class AttentionSpec:
     requires_grad: bool = False
     kind: str = "attention"
     """"attention" or "mla": which family of backends may take it."""
+    latent: LatentSpec | None = None
+    """Of kind "mla": its latent. The sizes above are those of the attention as it is written."""
 
     @property
     def is_decode(self) -> bool:

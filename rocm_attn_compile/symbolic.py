@@ -43,6 +43,12 @@ def is_one(size: Size) -> bool:
     return to_expr(size) == 1
 
 
+def static(size: Size) -> int | None:
+    """The size as an int, None if it is symbolic."""
+    expr = to_expr(size)
+    return int(expr) if expr.is_Integer else None
+
+
 def divide(total: Size, part: Size) -> sympy.Expr | None:
     """`total / part` if that is an integer expression, else None."""
     a, b = to_expr(total), to_expr(part)

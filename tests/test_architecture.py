@@ -21,7 +21,7 @@ ROWS: list[set[str]] = [
     {"recognize"},
     {"backends"},
     {"rewrite", "lower"},
-    {"pipeline", "report"},
+    {"pipeline", "report", "report_text"},
     {"compiler", "explain", "cli", "cli_kernels", "integrations", "testing", "__init__", "__main__"},
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}

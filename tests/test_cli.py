@@ -136,6 +136,7 @@ def test_select_every_spec_argument_arrives(run):
         "has_sinks": True,
         "dropout_p": 0.1,
         "requires_grad": True,
+        "latent": None,
     }
     assert (mask["band_upper"], mask["band_lower"]) == (2, -1)  # 4 keys: k - q from 2 - 3 to 2
 

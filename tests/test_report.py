@@ -22,7 +22,7 @@ from rocm_attn_compile.explain import Explanation
 from rocm_attn_compile.options import Options
 from rocm_attn_compile.reasons import Reason
 from rocm_attn_compile.report import Report, Site, collect_reports, publish
-from rocm_attn_compile.spec import AttentionSpec, EmptyRows, MaskSpec
+from rocm_attn_compile.spec import AttentionSpec, EmptyRows, LatentSpec, MaskSpec
 
 # The module's name is shadowed by the function of that name in the package.
 explain_module = importlib.import_module("rocm_attn_compile.explain")
@@ -89,6 +89,10 @@ def test_spec_data_is_json_and_complete():
     fields = set(AttentionSpec.__dataclass_fields__) - {"kind"}  # a site has its own `kind`
     assert set(data) == fields
     assert set(data["mask"]) == set(MaskSpec.__dataclass_fields__)
+    latent = LatentSpec(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, block_size=S0)
+    data = spec_data(replace(SPEC, latent=latent))["latent"]
+    assert (data["kv_lora_rank"], data["block_size"]) == (512, "s0")
+    assert set(data) == set(LatentSpec.__dataclass_fields__) - {"form_reason"}  # a sentence of the choice
 
 
 # --- Sites and reports ---

@@ -22,7 +22,9 @@ from rocm_attn_compile.kernels.isa import assembly
 from rocm_attn_compile.kernels.isa.metrics import KernelMetrics, LoopMetrics, metrics
 from rocm_attn_compile.kernels.triton import aot
 from rocm_attn_compile.kernels.triton.aot_launches import launches
+from rocm_attn_compile.kernels.triton.aot_mla import launches as latent_launches
 from rocm_attn_compile.kernels.triton.attention import attention_backward, attention_forward
+from rocm_attn_compile.kernels.triton.launch import Launch
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / "tests" / "kernels" / "isa_baseline.json"
@@ -30,19 +32,25 @@ AITER = ROOT / "tests" / "kernels" / "isa_aiter.json"
 PAGE = ROOT / "docs" / "amd.md"
 ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SIZES = (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp16", 128), ("fp32", 64), ("fp32", 128))
-"""Type and head size. CUT is what CI compiles; the rest is slow."""
+LATENT = "latent"
+SIZES: tuple[tuple[str, int | str], ...] = (
+    ("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp16", 128), ("fp32", 64), ("fp32", 128), ("bf16", LATENT),
+)  # fmt: skip
+"""Type and head size, or LATENT: DeepSeek's attention, 512 + 64 absorbed and 192/128. CUT is what CI compiles."""
 CUT = ("bf16", 128)
 KEPT = ("vgprs", "occupancy", "vgpr_spills", "scratch_bytes", "lds_bytes", "matrix_instructions")
 """What the baseline stores of KernelMetrics."""
 
 
-def measure(arch: str, dtype: str, head_dim: int) -> dict[str, KernelMetrics]:
+def measure(arch: str, dtype: str, head_dim: int | str) -> dict[str, KernelMetrics]:
     """Compile and measure all kernels of a causal attention (its gradients and a bias among them) and of a decode step.
 
     Returns:
         Metrics by row name, such as "gfx942 bf16 128 backward_dq_kernel".
     """
+    if head_dim == LATENT:
+        return measure_latent(arch, dtype)
+    assert isinstance(head_dim, int)
     calls = (
         ("", {"attn_bias": False}),
         ("bias ", {"attn_bias": True}),
@@ -53,12 +61,29 @@ def measure(arch: str, dtype: str, head_dim: int) -> dict[str, KernelMetrics]:
         for kernel, launch in launches(arch, DTYPES[dtype], head_dim, **options).items():
             if prefix == "bias " and kernel != "backward_bias_kernel":
                 continue
-            compiled = aot.compile_launch(launch, arch)
-            parsed = assembly.parse_only(compiled.asm["amdgcn"])
-            threads = compiled.metadata.num_warps * parsed.wave_size
             name = kernel if prefix == "bias " else prefix + kernel
-            found[f"{arch} {dtype} {head_dim} {name}"] = metrics(parsed, compiled.metadata.shared, threads)
+            found[f"{arch} {dtype} {head_dim} {name}"] = _compiled(launch, arch)
     return found
+
+
+def measure_latent(arch: str, dtype: str) -> dict[str, KernelMetrics]:
+    """The same of latent attention: decode of 16 heads over pages and of 128 heads; prefill with gradients."""
+    calls = (
+        ("16 heads ", {"num_heads": 16, "block_size": 16, "num_splits": 4}),
+        ("128 heads ", {"num_heads": 128}),
+        ("", {"num_heads": 8, "q_len": 1024, "kv_len": 1024, "absorbed": False, "backward": True}),
+    )
+    return {
+        f"{arch} {dtype} {LATENT} {prefix}{kernel}": _compiled(launch, arch)
+        for prefix, options in calls
+        for kernel, launch in latent_launches(arch, DTYPES[dtype], **options).items()
+    }
+
+
+def _compiled(launch: Launch, arch: str) -> KernelMetrics:
+    compiled = aot.compile_launch(launch, arch)
+    parsed = assembly.parse_only(compiled.asm["amdgcn"])
+    return metrics(parsed, compiled.metadata.shared, compiled.metadata.num_warps * parsed.wave_size)
 
 
 def worse(name: str, now: KernelMetrics, before: dict[str, int]) -> list[str]:
@@ -92,7 +117,8 @@ def page(rows: dict[str, KernelMetrics]) -> str:
         "  two times the SIMDs that share them). A model, `kernels/isa/cost.py`, to compare kernels with.",
     ]
     for dtype, head_dim in SIZES:
-        lines += ["", f"## {dtype}, head size {head_dim}"]
+        title = "latent attention (512 + 64; 192/128)" if head_dim == LATENT else f"head size {head_dim}"
+        lines += ["", f"## {dtype}, {title}"]
         for arch in ARCHS:
             lines += ["", f"### {arch}, {dtype}, {head_dim}", "", "| " + " | ".join(HEADER) + " |"]
             lines.append("| --- | " + "--: | " * (len(HEADER) - 1))
@@ -189,7 +215,7 @@ def _line(name: str, row: KernelMetrics, *more: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _measure(job: tuple[str, str, int]) -> dict[str, KernelMetrics]:
+def _measure(job: tuple[str, str, int | str]) -> dict[str, KernelMetrics]:
     return measure(*job)
 
 

@@ -69,7 +69,8 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
                 attributes[(index,)].append(["tt.pointer_range", 32])
         elif isinstance(value, Descriptor):
             block = ", ".join(map(str, value.block_shape))
-            types[name] = f"tensordesc<{_POINTERS[value.base.dtype][1:]}[{block}]>"
+            layout = f",{value.layout()!r}" if value.swizzle else ""
+            types[name] = f"tensordesc<{_POINTERS[value.base.dtype][1:]}[{block}]{layout}>"
         elif isinstance(value, int):
             types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if specialize and value % 16 == 0:
@@ -83,7 +84,10 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
 def compile_launch(launch: Launch, arch: str) -> Any:
     """Compile for an architecture; returns Triton's compiled kernel (`.asm` has "hsaco" and "amdgcn", or "cubin")."""
     types, constants, attributes = signature(launch)
-    source = ASTSource(launch.kernel, signature=types, constexprs=constants, attrs=attributes)
+    source_type = ASTSource
+    if launch.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source_type
+    source = source_type(launch.kernel, signature=types, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target(arch), options=dict(launch.options))
 
 

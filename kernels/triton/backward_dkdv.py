@@ -41,18 +41,20 @@ def q_block_range(n_first, n_last, q_len, band_lower, band_upper, BLOCK_M: tl.co
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "band_lower", "band_upper"])
 def backward_dkdv_kernel(
-    q, k, v, grad_out, q_rest, k_rest, grad_k, grad_v, lse, shift, delta, correction, any_empty,
+    q, k, v, grad_out, q_rest, k_rest, grad_k, grad_v, grad_k_rest, lse, shift, delta, correction, any_empty,
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_gb, stride_gh, stride_gm, stride_ge,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dve,
+    stride_qpb, stride_qph, stride_qpm, stride_kpb, stride_kpn, stride_dkpb, stride_dkph, stride_dkpn,
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
     batch_size, num_heads, gqa_group_size, q_len, kv_len,
     softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr,
     MERGED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, KV_HEADS_FIRST: tl.constexpr,
     ROUND_BITS: tl.constexpr,
     RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
@@ -60,7 +62,10 @@ def backward_dkdv_kernel(
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write `grad_k` `(B, K, N, D)` (WANT_DK) and `grad_v` `(B, K, N, E)` (WANT_DV). Phases and TMA as in dq."""
+    """Write `grad_k` `(B, K, N, D)` (WANT_DK) and `grad_v` `(B, K, N, E)` (WANT_DV). Phases and TMA as in dq.
+
+    With ROPE > 0, the part of every head in the gradient of the shared piece goes to `grad_k_rest` `(B, K, N, ROPE)`.
+    """
     PRECISE: tl.constexpr = grad_k.dtype.element_ty == tl.float32
     # Inductor hands numbers over in float64, or as constants.
     softmax_scale = tl.full((), softmax_scale, tl.float32)
@@ -96,7 +101,18 @@ def backward_dkdv_kernel(
         v += batch * stride_vb + kv_head * stride_vh
         q += batch * stride_qb
         grad_out += batch * stride_gb
-        k_rest = k
+        if ROPE > 0:
+            k_rest += batch * stride_kpb
+            q_rest += batch * stride_qpb
+        else:
+            k_rest = k
+    REST_COL: tl.constexpr = 0 if ROPE > 0 else BLOCK_D
+    REST_SIZE: tl.constexpr = ROPE if ROPE > 0 else HEAD_DIM
+    stride_q_rest, stride_k_rest, stride_q_rest_d, stride_k_rest_d = stride_qm, stride_kn, stride_qd, stride_kd
+    rest_head = kv_head
+    if ROPE > 0:
+        stride_q_rest, stride_k_rest, stride_q_rest_d, stride_k_rest_d = stride_qpm, stride_kpn, 1, 1
+        rest_head = kv_head * 0
     if HAS_BIAS:
         attn_bias += batch * stride_bb + n_first_long * stride_bn
     if HAS_ATTN_MASK:
@@ -121,8 +137,8 @@ def backward_dkdv_kernel(
     v_tile = load_head_tile(v, batch, kv_head, n_first, stride_vn, stride_ve, kv_len, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E,
                             True, WIDE, TMA)  # fmt: skip
     if BLOCK_REST > 0:
-        k_rest_tile = load_head_tile(k_rest, batch, kv_head, n_first, stride_kn, stride_kd, kv_len, BLOCK_D, HEAD_DIM,
-                                     BLOCK_N, BLOCK_REST, True, WIDE, TMA)  # fmt: skip
+        k_rest_tile = load_head_tile(k_rest, batch, rest_head, n_first, stride_k_rest, stride_k_rest_d, kv_len,
+                                     REST_COL, REST_SIZE, BLOCK_N, BLOCK_REST, True, WIDE, TMA)  # fmt: skip
         dk_rest = tl.zeros((BLOCK_N, BLOCK_REST), tl.float32)
     begin, full_begin, full_end, end = q_block_range(
         n_first, n_last, q_len, band_lower, band_upper, BLOCK_M, HAS_LOWER, HAS_UPPER, ROW_LIMITS
@@ -179,7 +195,10 @@ def backward_dkdv_kernel(
                     if not TMA:
                         q_head = q + head * stride_qh
                         g_head = grad_out + head * stride_gh
-                        q_rest_head = q_head
+                        if ROPE > 0:
+                            q_rest_head = q_rest + head * stride_qph
+                        else:
+                            q_rest_head = q_head
                     q_tile = load_head_tile(
                         q_head, batch, head, q_first, stride_qm, stride_qd, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D,
                         MERGED or phase > 0, WIDE, TMA,
@@ -191,8 +210,8 @@ def backward_dkdv_kernel(
                     qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
                     if BLOCK_REST > 0:
                         q_rest_tile = load_head_tile(
-                            q_rest_head, batch, head, q_first, stride_qm, stride_qd, q_len, BLOCK_D, HEAD_DIM, BLOCK_M,
-                            BLOCK_REST, MERGED or phase > 0, WIDE, TMA,
+                            q_rest_head, batch, head, q_first, stride_q_rest, stride_q_rest_d, q_len, REST_COL,
+                            REST_SIZE, BLOCK_M, BLOCK_REST, MERGED or phase > 0, WIDE, TMA,
                         )  # fmt: skip
                         qk = tl.dot(k_rest_tile, tl.trans(q_rest_tile), qk, input_precision=PRECISION)
                     dp = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
@@ -236,7 +255,11 @@ def backward_dkdv_kernel(
         grad_k += batch * stride_dkb + kv_head * stride_dkh
         store_tile(grad_k, dk * softmax_scale, n_first, stride_dkn, stride_dkd, kv_len, 0, HEAD_DIM, BLOCK_N, BLOCK_D,
                    WIDE)  # fmt: skip
-        if BLOCK_REST > 0:
+        if BLOCK_REST > 0 and ROPE > 0:
+            grad_k_rest += batch * stride_dkpb + kv_head * stride_dkph
+            store_tile(grad_k_rest, dk_rest * softmax_scale, n_first, stride_dkpn, 1, kv_len, 0, ROPE, BLOCK_N,
+                       BLOCK_REST, WIDE)  # fmt: skip
+        elif BLOCK_REST > 0:
             store_tile(grad_k, dk_rest * softmax_scale, n_first, stride_dkn, stride_dkd, kv_len, BLOCK_D, HEAD_DIM,
                        BLOCK_N, BLOCK_REST, WIDE)  # fmt: skip
     if WANT_DV:

@@ -10,18 +10,20 @@ from .tiles import load_head_tile, store_tile, tile_ptrs
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "band_lower", "band_upper"])
 def backward_dq_kernel(
-    q, k, v, grad_out, q_rest, k_rest, grad_q, lse, shift, delta, correction, any_empty,
+    q, k, v, grad_out, q_rest, k_rest, grad_q, grad_q_rest, lse, shift, delta, correction, any_empty,
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_gb, stride_gh, stride_gm, stride_ge,
     stride_dqb, stride_dqh, stride_dqm, stride_dqd,
+    stride_qpb, stride_qph, stride_qpm, stride_kpb, stride_kpn, stride_dqpb, stride_dqph, stride_dqpm,
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
     batch_size, num_heads, gqa_group_size, q_len, kv_len,
     softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr,
     MERGED: tl.constexpr, KV_HEADS_FIRST: tl.constexpr, ROUND_BITS: tl.constexpr,
     RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
@@ -30,7 +32,8 @@ def backward_dq_kernel(
 ):  # fmt: skip
     """Write `grad_q` `(B, H, M, D)`. Phases: blocks that no limit of position cuts, cut blocks, empty rows.
 
-    TMA as in attention_forward_kernel.
+    TMA and ROPE as in attention_forward_kernel; with ROPE > 0 the second piece of the gradient goes to `grad_q_rest`
+    `(B, H, M, ROPE)`.
     """
     PRECISE: tl.constexpr = grad_q.dtype.element_ty == tl.float32
     # Inductor hands numbers over in float64, or as constants.
@@ -74,8 +77,19 @@ def backward_dq_kernel(
         k += batch * stride_kb + kv_head * stride_kh
         v += batch * stride_vb + kv_head * stride_vh
         grad_out += batch * stride_gb + head * stride_gh
-        q_rest = q
-        k_rest = k
+        if ROPE > 0:
+            q_rest += batch * stride_qpb + head * stride_qph
+            k_rest += batch * stride_kpb
+        else:
+            q_rest = q
+            k_rest = k
+    REST_COL: tl.constexpr = 0 if ROPE > 0 else BLOCK_D
+    REST_SIZE: tl.constexpr = ROPE if ROPE > 0 else HEAD_DIM
+    stride_q_rest, stride_k_rest, stride_q_rest_d, stride_k_rest_d = stride_qm, stride_kn, stride_qd, stride_kd
+    rest_head = kv_head
+    if ROPE > 0:
+        stride_q_rest, stride_k_rest, stride_q_rest_d, stride_k_rest_d = stride_qpm, stride_kpn, 1, 1
+        rest_head = kv_head * 0
     if HAS_BIAS:
         attn_bias += batch * stride_bb + head * stride_bh + q_first_long * stride_bm
     if HAS_ATTN_MASK:
@@ -104,8 +118,8 @@ def backward_dq_kernel(
     g_tile = load_head_tile(grad_out, batch, head, q_first, stride_gm, stride_ge, q_len, 0, V_HEAD_DIM, BLOCK_M,
                             BLOCK_E, True, WIDE, TMA)  # fmt: skip
     if BLOCK_REST > 0:
-        q_rest_tile = load_head_tile(q_rest, batch, head, q_first, stride_qm, stride_qd, q_len, BLOCK_D, HEAD_DIM,
-                                     BLOCK_M, BLOCK_REST, True, WIDE, TMA)  # fmt: skip
+        q_rest_tile = load_head_tile(q_rest, batch, head, q_first, stride_q_rest, stride_q_rest_d, q_len, REST_COL,
+                                     REST_SIZE, BLOCK_M, BLOCK_REST, True, WIDE, TMA)  # fmt: skip
         acc_rest = tl.zeros((BLOCK_M, BLOCK_REST), tl.float32)
     begin, full_begin, full_end, end = kv_block_range(
         q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END
@@ -147,8 +161,8 @@ def backward_dq_kernel(
                 qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
                 if BLOCK_REST > 0:
                     k_rest_tile = load_head_tile(
-                        k_rest, batch, kv_head, start_n, stride_kn, stride_kd, kv_len, BLOCK_D, HEAD_DIM, BLOCK_N,
-                        BLOCK_REST, MERGED or phase > 0, WIDE, TMA,
+                        k_rest, batch, rest_head, start_n, stride_k_rest, stride_k_rest_d, kv_len, REST_COL, REST_SIZE,
+                        BLOCK_N, BLOCK_REST, MERGED or phase > 0, WIDE, TMA,
                     )  # fmt: skip
                     qk = tl.dot(q_rest_tile, tl.trans(k_rest_tile), qk, input_precision=PRECISION)
                 dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
@@ -178,6 +192,10 @@ def backward_dq_kernel(
                     acc_rest = tl.dot(ds, k_rest_tile, acc_rest, input_precision=PRECISION)
     grad_q += batch * stride_dqb + head * stride_dqh
     store_tile(grad_q, acc * softmax_scale, q_first, stride_dqm, stride_dqd, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D, WIDE)
-    if BLOCK_REST > 0:
+    if BLOCK_REST > 0 and ROPE > 0:
+        grad_q_rest += batch * stride_dqpb + head * stride_dqph
+        store_tile(grad_q_rest, acc_rest * softmax_scale, q_first, stride_dqpm, 1, q_len, 0, ROPE, BLOCK_M, BLOCK_REST,
+                   WIDE)  # fmt: skip
+    elif BLOCK_REST > 0:
         store_tile(grad_q, acc_rest * softmax_scale, q_first, stride_dqm, stride_dqd, q_len, BLOCK_D, HEAD_DIM, BLOCK_M,
                    BLOCK_REST, WIDE)  # fmt: skip

@@ -20,6 +20,7 @@ from .launch import (
     EMPTY_ROWS,
     MIN_TMA_SCORES,
     Launch,
+    Rope,
     Tuning,
     aligned,
     check,
@@ -27,9 +28,17 @@ from .launch import (
     device_arch,
     dot_precision,
     layout,
+    rope_arguments,
     static_arguments,
     takes_tma,
+    takes_tma_rope,
 )
+
+
+def of_rope(name: str, stride: str, gradient: Tensor | None, letters: str) -> dict[str, Any]:
+    """The arguments for the gradient of a piece that lies elsewhere: the tensor and its outer strides."""
+    strides = (None,) * 3 if gradient is None else gradient.stride()[:3]
+    return {name: gradient, **{stride + letter: value for letter, value in zip(letters, strides)}}
 
 
 def empty_gradient(tensor: Tensor) -> Tensor:
@@ -72,12 +81,14 @@ def backward_launches(
     empty_rows: str,
     output_mask: Sequence[bool],
     tuning: Tuning | None = None,
+    rope: Rope = None,
 ) -> tuple[list[Launch], dict[str, Any]]:
     """Allocate the gradients and describe the launches that fill them. Arguments as attention.attention_backward.
 
     Returns:
         The launches in order, and the tensors: "dq", "dk", "dv", "dbias" (shape (0,) where not wanted), "shift",
-        "delta" and "correction" (`(B, H, M)` float32, the last None without a bias).
+        "delta" and "correction" (`(B, H, M)` float32, the last None without a bias). With `rope` (see
+        forward_launches) also "dq_pe" and "dk_pe", the latter float32 `(B, H, N, R)`: the part of each head.
     """
     check(q, k, v, empty_rows)
     tuning = tuning or Tuning()
@@ -98,6 +109,10 @@ def backward_launches(
     }
     tensors["delta"] = torch.empty((batch, num_heads, q_len), dtype=torch.float32, device=q.device)
     tensors["shift"] = torch.empty_like(tensors["delta"])
+    if rope:
+        tensors["dq_pe"] = torch.empty_like(rope[0]) if computed[0] else None
+        part = (batch, kv_heads, kv_len, rope[1].shape[2])
+        tensors["dk_pe"] = torch.empty(part, dtype=torch.float32, device=q.device) if computed[1] else None
     tensors["correction"] = None if attn_bias is None else torch.empty_like(tensors["delta"])
     if grad_out.numel() == 0 or kv_len == 0:
         for tensor in tensors.values():
@@ -106,7 +121,11 @@ def backward_launches(
         return [], tensors
 
     itemsize = q.element_size()
-    blocks = configs.head_blocks(arch, itemsize, head_dim, v_head_dim)
+    if rope:
+        blocks = configs.rope_blocks(arch, itemsize, head_dim, rope[1].shape[2], v_head_dim)
+    else:
+        blocks = configs.head_blocks(arch, itemsize, head_dim, v_head_dim)
+    rope_layouts = (layout(rope[0]), layout(rope[1])) if rope else (None, None)
     arguments: dict[str, Any] = dict(
         static_arguments(
             layout(q), layout(k), layout(v), layout(attn_bias), layout(attn_mask), layout(key_mask), layout(kv_start),
@@ -138,8 +157,9 @@ def backward_launches(
         tuning.config is None
         and tuning.tma is not False
         and batch * num_heads * q_len * kv_len >= MIN_TMA_SCORES
-        and aligned(q, k, v, grad_out, traced=tuning.traced)
+        and aligned(q, k, v, grad_out, *(rope or ()), traced=tuning.traced)
         and all(takes_tma(layout(tensor), itemsize) for tensor in (q, k, v, grad_out))
+        and takes_tma_rope(rope_layouts, itemsize)
     )
 
     def launch(kernel: Any, direction: str, grid: Any, **extra: Any) -> Launch:
@@ -152,13 +172,15 @@ def backward_launches(
         faster = tma and (tuning.config or configs.select_tma(arch, f"{direction}_tma", head_block, itemsize))
         config = faster or tuning.config or configs.select(arch, direction, head_block, itemsize)
         found = {
-            **arguments, **extra, "q_rest": None, "k_rest": None, "BLOCK_M": config.block_m,
+            **arguments, **extra, **rope_arguments(*rope_layouts), "q_rest": rope[0] if rope else None,
+            "k_rest": rope[1] if rope else None, "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n, "TMA": bool(faster), "MERGED": config.merged, "batch_size": batch,
             "KV_HEADS_FIRST": configs.kv_heads_first(arch), "ROUND_BITS": configs.rounds_bits(arch),
         }  # fmt: skip
         if faster:
             found.update(
-                forward_descriptors(q, k, v, found), grad_out=descriptor(grad_out, config.block_m, found["BLOCK_E"])
+                forward_descriptors(q, k, v, found, rope),
+                grad_out=descriptor(grad_out, config.block_m, found["BLOCK_E"]),
             )
         return Launch(kernel, grid(config), found, config.options(is_amd))
 
@@ -176,7 +198,7 @@ def backward_launches(
     if computed[1]:
         dk, dv = tensors["dk"], tensors["dv"]
         outputs = {
-            "grad_k": dk, "grad_v": dv,
+            "grad_k": dk, "grad_v": dv, **of_rope("grad_k_rest", "stride_dkp", tensors.get("dk_pe"), "bhn"),
             **dict(zip(("stride_dkb", "stride_dkh", "stride_dkn", "stride_dkd"), dk.stride())),
             **dict(zip(("stride_dvb", "stride_dvh", "stride_dvn", "stride_dve"), dv.stride())),
         }  # fmt: skip
@@ -209,6 +231,7 @@ def backward_launches(
                 "backward_q",
                 lambda c: batch * num_heads * triton.cdiv(q_len, c.block_m),
                 grad_q=dq,
+                **of_rope("grad_q_rest", "stride_dqp", tensors.get("dq_pe"), "bhm"),
                 **dict(zip(("stride_dqb", "stride_dqh", "stride_dqm", "stride_dqd"), dq.stride())),
             )
         )

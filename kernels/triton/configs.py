@@ -333,6 +333,13 @@ def head_blocks(arch: str, itemsize: int, head_dim: int, v_head_dim: int) -> tup
     return (*pieces, max(smallest, power_of_two(v_head_dim)))
 
 
+def rope_blocks(arch: str, itemsize: int, nope: int, rope: int, v_head_dim: int) -> tuple[int, int, int]:
+    """The same where the second piece is the rotary part of latent attention, `rope` wide."""
+    smallest = smallest_head_block(arch, itemsize)
+    second = max(32 if smallest > 32 else 16, power_of_two(rope))
+    return max(smallest, power_of_two(nope)), second, max(smallest, power_of_two(v_head_dim))
+
+
 def head_size(blocks: tuple[int, int, int], v_head_dim: int) -> int:
     """The size by which the tables are searched, from the tile extents of head_blocks: 96 is a class of its own."""
     return max(blocks[0] + blocks[1], 96 if 64 < v_head_dim <= 96 else blocks[2])

@@ -42,12 +42,14 @@ def attention_forward_kernel(
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_ob, stride_oh, stride_om, stride_oe,
+    stride_qpb, stride_qph, stride_qpm, stride_kpb, stride_kpn,
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
     batch_size, num_heads, gqa_group_size, q_len, kv_len, num_splits,
     softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, MERGED: tl.constexpr,
     KV_HEADS_FIRST: tl.constexpr, ROUND_BITS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr,
@@ -63,6 +65,9 @@ def attention_forward_kernel(
 
     With TMA (never with PACK > 1) q, k, v, q_rest, k_rest are tensor descriptors, see tiles.py; q_rest and k_rest
     differ from q and k in the width of their block only. Without TMA they are not used.
+
+    With ROPE > 0 the second piece of the head dimension lies elsewhere: q_rest is `(B, H, M, ROPE)`, k_rest
+    `(B, N, ROPE)`, shared by all heads (descriptors of 4-D tensors with one head); last strides are 1. See mla_prefill.
     """
     PRECISE: tl.constexpr = out.dtype.element_ty == tl.float32
     # Inductor hands numbers over in float64, or as constants.
@@ -117,6 +122,15 @@ def attention_forward_kernel(
     q_first_long = q_first.to(tl.int64)
     e_ok = offs_e < V_HEAD_DIM
 
+    REST_COL: tl.constexpr = 0 if ROPE > 0 else BLOCK_D
+    REST_SIZE: tl.constexpr = ROPE if ROPE > 0 else HEAD_DIM
+    stride_rest_n = stride_kn
+    stride_rest_d = stride_kd
+    rest_head = kv_head
+    if ROPE > 0:
+        stride_rest_n = stride_kpn
+        stride_rest_d = 1
+        rest_head = kv_head * 0
     q_rest_tile = 0
     if TMA:
         q_tile = load_head_tile(
@@ -124,13 +138,17 @@ def attention_forward_kernel(
         )  # fmt: skip
         if BLOCK_REST > 0:
             q_rest_tile = load_head_tile(
-                q_rest, batch, head, q_first, 0, 1, q_len, BLOCK_D, HEAD_DIM, BLOCK_M, BLOCK_REST, True, WIDE, True
+                q_rest, batch, head, q_first, 0, 1, q_len, REST_COL, REST_SIZE, BLOCK_M, BLOCK_REST, True, WIDE, True
             )  # fmt: skip
     else:
         q += batch * stride_qb + head_long * stride_qh + q_first_long * stride_qm
         k += batch * stride_kb + kv_head * stride_kh
         v += batch * stride_vb + kv_head * stride_vh
-        k_rest = k
+        if ROPE > 0:
+            k_rest += batch * stride_kpb
+            q_rest += batch * stride_qpb + head_long * stride_qph + q_first_long * stride_qpm
+        else:
+            k_rest = k
         q_ptrs = q + (head_local * stride_qh + q_local * stride_qm)[:, None] + offs_d[None, :] * stride_qd
         if BLOCK_D <= HEAD_DIM:
             q_tile = tl.load(q_ptrs)
@@ -140,9 +158,12 @@ def attention_forward_kernel(
             offs_r = tl.arange(0, BLOCK_REST)
             if WIDE:
                 offs_r = offs_r.to(tl.int64)
-            q_ptrs = q + (head_local * stride_qh + q_local * stride_qm)[:, None]
-            q_ptrs += (BLOCK_D + offs_r)[None, :] * stride_qd
-            q_rest_tile = tl.load(q_ptrs, mask=(BLOCK_D + offs_r < HEAD_DIM)[None, :], other=0.0)
+            if ROPE > 0:
+                q_ptrs = q_rest + (head_local * stride_qph + q_local * stride_qpm)[:, None] + offs_r[None, :]
+            else:
+                q_ptrs = q + (head_local * stride_qh + q_local * stride_qm)[:, None]
+                q_ptrs += (BLOCK_D + offs_r)[None, :] * stride_qd
+            q_rest_tile = tl.load(q_ptrs, mask=(REST_COL + offs_r < REST_SIZE)[None, :], other=0.0)
 
     if HAS_START:
         kv_start += batch * stride_start_b
@@ -206,8 +227,8 @@ def attention_forward_kernel(
             qk = tl.dot(q_tile, k_tile, input_precision=PRECISION)
             if BLOCK_REST > 0:
                 k_rest_tile = load_key_tile(
-                    k_rest, batch, kv_head, start_n, stride_kn, stride_kd, kv_len, BLOCK_D, HEAD_DIM, BLOCK_N,
-                    BLOCK_REST, MERGED or phase > 0, WIDE, TMA, TRANSPOSE_KEYS,
+                    k_rest, batch, rest_head, start_n, stride_rest_n, stride_rest_d, kv_len, REST_COL, REST_SIZE,
+                    BLOCK_N, BLOCK_REST, MERGED or phase > 0, WIDE, TMA, TRANSPOSE_KEYS,
                 )  # fmt: skip
                 qk = tl.dot(q_rest_tile, k_rest_tile, qk, input_precision=PRECISION)
 

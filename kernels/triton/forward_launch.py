@@ -17,6 +17,8 @@ from .launch import (
     MIN_TMA_SCORES,
     PACK_ROWS,
     Launch,
+    Layout,
+    Rope,
     Tuning,
     aligned,
     check,
@@ -24,8 +26,10 @@ from .launch import (
     device_arch,
     dot_precision,
     layout,
+    rope_arguments,
     static_arguments,
     takes_tma,
+    takes_tma_rope,
 )
 
 MAX_DECODE_M = 32
@@ -73,8 +77,11 @@ def forward_launches(
     empty_rows: str,
     out_layout: str,
     tuning: Tuning | None = None,
+    rope: Rope = None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """Allocate the outputs and describe the launches that fill them. Arguments as attention.attention_forward.
+
+    With `rope`, for latent attention, q and k are what is not in it.
 
     Returns:
         The launches in order, `out` and `lse`.
@@ -107,7 +114,8 @@ def forward_launches(
          layout(kv_end), layout(q_ids), layout(kv_ids)),
         (softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p),
         out.stride(), arch, num_units, q.element_size(), dot_precision(q.dtype, arch), sinks is not None, empty_rows,
-        aligned(q, k, v, traced=bool(tuning and tuning.traced)), tuning,
+        aligned(q, k, v, *(rope or ()), traced=bool(tuning and tuning.traced)), tuning,
+        (layout(rope[0]), layout(rope[1])) if rope else (None, None),
     )  # fmt: skip
     tensors = {
         "q": q, "k": k, "v": v, "q_rest": None, "k_rest": None, "out": out, "lse": lse, "partial": None,
@@ -115,13 +123,15 @@ def forward_launches(
         "kv_start": kv_start, "kv_end": kv_end, "q_ids": q_ids, "kv_ids": kv_ids, "sinks": sinks,
         "dropout_seed": dropout_seed if dropout_p > 0.0 else None,
     }  # fmt: skip
+    if rope:
+        tensors["q_rest"], tensors["k_rest"] = rope
     if plan.num_splits > 1:
         shares = lse.numel() * plan.num_splits
         tensors["partial"] = torch.empty((shares, v_head_dim), dtype=torch.float32, device=q.device)
         tensors["partial_stats"] = torch.empty((shares, 2), dtype=torch.float32, device=q.device)
     arguments = {**plan.arguments, **tensors}
     if plan.arguments["TMA"]:
-        arguments.update(forward_descriptors(q, k, v, plan.arguments))
+        arguments.update(forward_descriptors(q, k, v, plan.arguments, rope))
     launches = [Launch(attention_forward_kernel, plan.grid, arguments, plan.options)]
     if plan.num_splits > 1:
         combined = {name: tensors[name] for name in ("partial", "partial_stats", "v", "out", "lse", "sinks")}
@@ -133,7 +143,7 @@ def forward_launches(
     return launches, out, lse
 
 
-def forward_descriptors(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Any]) -> dict[str, Any]:
+def forward_descriptors(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Any], rope: Rope = None) -> dict[str, Any]:
     """The tensor descriptors that take the place of q, k and v, and of their second pieces."""
     rows, keys = plan["BLOCK_M"], plan["BLOCK_N"]
     found = {
@@ -142,8 +152,9 @@ def forward_descriptors(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Any]) -
         "v": descriptor(v, keys, plan["BLOCK_E"]),
     }
     if plan["BLOCK_REST"]:
-        found["q_rest"] = descriptor(q, rows, plan["BLOCK_REST"])
-        found["k_rest"] = descriptor(k, keys, plan["BLOCK_REST"])
+        q_rest, k_rest = (rope[0], rope[1].unsqueeze(1)) if rope else (q, k)
+        found["q_rest"] = descriptor(q_rest, rows, plan["BLOCK_REST"])
+        found["k_rest"] = descriptor(k_rest, keys, plan["BLOCK_REST"])
     return found
 
 
@@ -170,6 +181,7 @@ def forward_plan(
     empty_rows: str,
     is_aligned: bool,
     tuning: Tuning | None,
+    rope: tuple[Layout, Layout] = (None, None),
 ) -> ForwardPlan:
     """Choose tiles, packing and splits. Remembered per shapes and strides: planning costs more than launching.
 
@@ -183,11 +195,16 @@ def forward_plan(
         has_sinks, empty_rows: As the op's arguments.
         is_aligned: From launch.aligned, of q, k and v.
         tuning: Overrides, or None.
+        rope: Of q_pe and k_pe, or None.
     """
     tuning = tuning or Tuning()
     (batch, num_heads, q_len, head_dim), (_, kv_heads, kv_len, v_head_dim) = layouts[0][0], layouts[2][0]
-    blocks = configs.head_blocks(arch, itemsize, head_dim, v_head_dim)
+    if rope[1]:
+        blocks = configs.rope_blocks(arch, itemsize, head_dim, rope[1][0][2], v_head_dim)
+    else:
+        blocks = configs.head_blocks(arch, itemsize, head_dim, v_head_dim)
     arguments = dict(static_arguments(*layouts, *scalars, blocks))
+    arguments.update(rope_arguments(*rope))
     group = num_heads // kv_heads
     pack = tuning.pack or (group if q_len * group <= PACK_ROWS else 1)
     rows = q_len * pack
@@ -202,6 +219,7 @@ def forward_plan(
         and batch * num_heads * q_len * kv_len >= MIN_TMA_SCORES
         and is_aligned
         and all(takes_tma(where, itemsize) for where in layouts[:3])
+        and takes_tma_rope(rope, itemsize)
     ):
         faster = configs.select_tma(arch, "forward_tma", head_block, itemsize)
         if faster:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import configs
 
@@ -31,12 +32,21 @@ class Descriptor:
         base: Gives data and dtype.
         shape, strides: What the descriptor says; for an expanded or a one-element dimension not those of `base`.
         block_shape: Of one read.
+        swizzle: Of the tile in shared memory, in bytes, which kernels in Gluon choose; 0: Triton chooses.
     """
 
     base: torch.Tensor
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     block_shape: tuple[int, ...]
+    swizzle: int = 0
+
+    def layout(self) -> Any:
+        """Gluon's layout of the tile in shared memory."""
+        # Here, since Gluon is experimental, and only Hopper needs it.
+        from triton.experimental.gluon.language import NVMMASharedLayout
+
+        return NVMMASharedLayout(self.swizzle, 8 * self.base.element_size(), rank=len(self.block_shape))
 
 
 @dataclass
@@ -56,11 +66,14 @@ class Launch:
 
 
 def _encode(described: Descriptor) -> Any:
+    fields = described.base, list(described.shape), list(described.strides), list(described.block_shape)
+    if described.swizzle:
+        from triton.experimental.gluon.nvidia import hopper
+
+        return hopper.TensorDescriptor(*fields, described.layout())
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(
-        described.base, list(described.shape), list(described.strides), list(described.block_shape)
-    )  # fmt: skip
+    return TensorDescriptor(*fields)
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,7 @@ class Tuning:
         tma: With `config`: whether the kernels read through tensor descriptors (Hopper only). False also keeps the
             tables' configurations from doing so.
         separate: With `config`: one launch for dk and one for dv.
+        in_flight: With `config`: latent decode by the Hopper kernel in Gluon.
         traced: The tensors have no data: what is aligned is told by their offsets in their storages.
     """
 
@@ -84,6 +98,7 @@ class Tuning:
     arch: str | None = None
     tma: bool | None = None
     separate: bool = False
+    in_flight: bool = False
     traced: bool = False
 
 
@@ -126,6 +141,16 @@ def takes_tma(where: Layout, itemsize: int) -> bool:
     shape, strides = where
     outer = all(size == 1 or (stride > 0 and stride * itemsize % 16 == 0) for size, stride in zip(shape, strides[:3]))
     return outer and strides[3] == 1 and shape[3] * itemsize >= 32
+
+
+def takes_tma_rope(rope: tuple[Layout, Layout], itemsize: int) -> bool:
+    """The same of the layouts of q_pe and k_pe, where they exist."""
+    q_pe, k_pe = rope
+    if k_pe is None:
+        return True
+    (batch, kv_len, width), (stride_b, stride_n, stride_r) = k_pe
+    as_4d = torch.Size((batch, 1, kv_len, width)), (stride_b, stride_b, stride_n, stride_r)
+    return takes_tma(q_pe, itemsize) and takes_tma(as_4d, itemsize)
 
 
 def aligned(*tensors: torch.Tensor, traced: bool = False) -> bool:
@@ -268,6 +293,19 @@ def static_arguments(
         HAS_DROPOUT=dropout_p > 0.0,
     )
     return arguments
+
+
+Rope = tuple[Tensor, Tensor] | None
+"""q_pe `(B, H, M, R)` and k_pe `(B, N, R)` of latent attention, with unit last strides: a piece of the head dimension
+that lies elsewhere, and whose keys all heads share. None where there is none."""
+
+
+def rope_arguments(q_pe: Layout, k_pe: Layout) -> dict[str, Any]:
+    """What the forward, dq and dk/dv kernels know of such a piece."""
+    q_strides = (None,) * 3 if q_pe is None else q_pe[1][:3]
+    k_strides = (None,) * 2 if k_pe is None else k_pe[1][:2]
+    names = ("stride_qpb", "stride_qph", "stride_qpm", "stride_kpb", "stride_kpn")
+    return {**dict(zip(names, (*q_strides, *k_strides))), "ROPE": 0 if k_pe is None else k_pe[0][2]}
 
 
 def run_all(launches: list[Launch], device: torch.device) -> None:

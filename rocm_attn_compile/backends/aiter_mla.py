@@ -7,9 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from .base import AttentionBackend
-from .limits import CAUSAL_BOTTOM_RIGHT, MLA_HEADS, MLA_SHAPES
-from .triton_mla import HEAD_DIMS, TAKES, V_HEAD_DIMS
+from .base import AttentionBackend, Dims
+from .limits import CAUSAL_BOTTOM_RIGHT, MLA_DIMS, MLA_HEADS, MLA_SHAPES
+
+TAKES = frozenset({"gqa", "v_head_dim_differs", "band_upper", "decode", "symbolic_lengths"})
+
+HEAD_DIMS = Dims(listed=tuple(head_dim for head_dim, _ in MLA_DIMS))
+V_HEAD_DIMS = Dims(listed=tuple(v_head_dim for _, v_head_dim in MLA_DIMS))
 
 BACKEND = AttentionBackend(
     name="ROCM_AITER_MLA",

@@ -18,8 +18,8 @@ import torch
 from ..env import Environment
 from ..reasons import Reason
 from ..spec import AttentionSpec
-from ..symbolic import Size
-from .features import FEATURE_CODES, feature_reasons, static, unknown_field_reasons
+from ..symbolic import Size, static
+from .features import FEATURE_CODES, feature_reasons, unknown_field_reasons
 from .words import dtype_name
 
 HARDWARE_CODES = frozenset({"arch", "package_missing"})

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 
 from ..reasons import Reason
 from ..spec import AttentionSpec, EmptyRows
-from ..symbolic import Size, same_size, to_expr
+from ..symbolic import same_size, static
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,6 @@ class Feature:
     summary: str
     reads: tuple[str, ...]
     values: Callable[[AttentionSpec], str | None]
-
-
-def static(size: Size) -> int | None:
-    """The size as an int, None if it is symbolic."""
-    expr = to_expr(size)
-    return int(expr) if expr.is_Integer else None
 
 
 def _symbolic(*names: str) -> Callable[[AttentionSpec], str | None]:
@@ -157,7 +151,7 @@ MASK_FEATURES = frozenset(
     | {f"empty_rows_{mode.value}" for mode in EmptyRows if mode is not EmptyRows.IMPOSSIBLE}
 )
 
-_CHECKED_BY_BASE = {"dtype", "device", "kind", "mask", "mask.text"}
+_CHECKED_BY_BASE = {"dtype", "device", "kind", "latent", "mask", "mask.text"}
 KNOWN_FIELDS = _CHECKED_BY_BASE.union(*(feature.reads for feature in FEATURES))
 """Spec fields that some check accounts for; "mask.text" is words only."""
 

@@ -10,9 +10,8 @@ import sympy
 
 from ..env import Environment
 from ..spec import AttentionSpec
-from ..symbolic import Size, is_one, same_size, to_expr
+from ..symbolic import Size, is_one, same_size, static, to_expr
 from .base import Limit
-from .features import static
 
 
 def _shifted(bound: Size, spec: AttentionSpec) -> sympy.Expr:
@@ -74,6 +73,35 @@ MLA_SHAPES = Limit(
     ),
 )
 
+
+def _latent_sizes(spec: AttentionSpec, env: Environment) -> str | None:
+    """Sizes the Triton kernels have; on the CPU, without an explicit architecture, ATen takes any."""
+    latent = spec.latent
+    if latent is None:
+        return "the latent is not known"
+    if spec.device == "cpu" and not env.arch_is_explicit:
+        return None
+    rank, rope = static(latent.kv_lora_rank), static(latent.qk_rope_head_dim)
+    if rank is None or rank % 16 or not 16 <= rank <= 512:
+        return f"kv_lora_rank={latent.kv_lora_rank}; takes multiples of 16 up to 512"
+    if rope is None or rope % 16 or rope > 64:
+        return f"qk_rope_head_dim={latent.qk_rope_head_dim}; takes 0 and multiples of 16 up to 64"
+    for name in ("qk_nope_head_dim", "v_head_dim"):
+        size = getattr(latent, name)
+        if latent.form != "absorbed" and size is not None and not (static(size) or 999) <= 128:
+            return f"{name}={size}; takes up to 128"
+    size = latent.block_size
+    if size is not None and static(size) != 1 and (static(size) is None or to_expr(size) % 16 != 0):
+        return f"a cache in blocks of {size}; takes multiples of 16"
+    return None
+
+
+MLA_LATENT = Limit(
+    "mla_latent",
+    "kv_lora_rank a multiple of 16 up to 512, qk_rope_head_dim 0 or one up to 64, others up to 128, blocks of 16n rows",
+    _latent_sizes,
+)
+
 MLA_HEADS = Limit(
     "mla_num_heads",
     "16 or 128 query heads",
@@ -82,8 +110,15 @@ MLA_HEADS = Limit(
     ),
 )
 
+
+def block_size_of(spec: AttentionSpec, env: Environment) -> int | None:
+    """That of the paged cache in the graph, else the one given as an option; None is the default, 16."""
+    paged = None if spec.latent is None or spec.latent.block_size is None else static(spec.latent.block_size)
+    return env.block_size if paged is None else paged
+
+
 BLOCK_SIZE_NOT_1 = Limit(
     "block_size",
     "block_size other than 1",
-    lambda spec, env: "block_size=1; takes any other" if env.block_size == 1 else None,
+    lambda spec, env: "block_size=1; takes any other" if block_size_of(spec, env) == 1 else None,
 )

@@ -13,6 +13,8 @@ from ..spec import AttentionSpec
 from . import BACKENDS, by_name, rules
 from .base import HARDWARE_CODES
 from .fingerprint import implementation_tag
+from .limits import block_size_of
+from .words import latent_sentences
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +112,9 @@ def select(spec: AttentionSpec, env: Environment, options: Options) -> Choice | 
     """
     flags, source = _requested(env, options)
     arch, aiter = env.arch_for(spec.device), env.aiter.is_amd
-    preferred, sentence = rules.documented_choice(flags, arch, spec.kind, env.block_size, aiter, source)
-    order = _unique((preferred, *rules.enabled_order(flags, arch, spec.kind, env.block_size, aiter)))
+    block_size = block_size_of(spec, env)
+    preferred, sentence = rules.documented_choice(flags, arch, spec.kind, block_size, aiter, source)
+    order = _unique((preferred, *rules.enabled_order(flags, arch, spec.kind, block_size, aiter)))
     reasons = {backend.name: tuple(backend.reasons(spec, env)) for backend in (*BACKENDS, by_name(preferred))}
 
     missing = [reason for reason in reasons[preferred] if reason.code in HARDWARE_CODES]
@@ -121,7 +124,8 @@ def select(spec: AttentionSpec, env: Environment, options: Options) -> Choice | 
 
     chosen = next((name for name in order if not reasons[name]), None)
     if chosen == preferred:
-        return _choice(chosen, preferred, (sentence,), reasons, env, options)
+        latent = latent_sentences(spec, block_size or rules.DEFAULT_BLOCK_SIZE)
+        return _choice(chosen, preferred, (sentence, *latent), reasons, env, options)
     why = f"{preferred} cannot take it ({'; '.join(map(str, reasons[preferred]))})"
     if chosen is None:
         log.debug("no backend takes the site: %s", reasons)

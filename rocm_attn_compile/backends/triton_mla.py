@@ -1,27 +1,47 @@
-"""TRITON_MLA: Triton kernels for multi-head latent attention, naive for prefill and absorbed for decode."""
+"""TRITON_MLA: our Triton kernels for latent attention (ops mla_prefill, mla_decode and mla)."""
 
 import torch
 
 from .base import AttentionBackend, Dims
-from .limits import BLOCK_SIZE_NOT_1, CAUSAL_BOTTOM_RIGHT, MLA_DIMS, MLA_SHAPES
+from .limits import BLOCK_SIZE_NOT_1, MLA_LATENT
 
-TAKES = frozenset({"gqa", "v_head_dim_differs", "band_upper", "decode", "symbolic_lengths"})
-"""What both MLA backends take: no window, soft cap or bias."""
-
-HEAD_DIMS = Dims(listed=tuple(head_dim for head_dim, _ in MLA_DIMS))
-V_HEAD_DIMS = Dims(listed=tuple(v_head_dim for _, v_head_dim in MLA_DIMS))
+TAKES = frozenset(
+    {
+        "gqa",
+        "v_head_dim_differs",
+        "negative_scale",
+        "training",
+        "decode",
+        "band_upper",
+        "band_lower",
+        "kv_start",
+        "kv_end",
+        "key_mask",
+        "empty_rows_nan",
+        "empty_rows_nan_added",
+        "empty_rows_zero",
+        "empty_rows_mean",
+        "empty_rows_mean_added",
+        "symbolic_heads",
+        "symbolic_lengths",
+    }
+)
+"""What the MLA ops take: every mask in closed form but packed documents; no soft cap, bias, sinks or dropout."""
 
 BACKEND = AttentionBackend(
     name="TRITON_MLA",
-    summary="Triton kernels for latent attention (DeepSeek): naive prefill, absorbed decode",
-    built=False,
+    summary="our Triton kernels for latent attention (DeepSeek): prefill on shared rotary keys, absorbed decode",
+    built=True,
     kinds=frozenset({"mla"}),
     archs=("*",),
     dtypes=(torch.float16, torch.bfloat16),
-    head_dims=HEAD_DIMS,
-    v_head_dims=V_HEAD_DIMS,
+    # Of the attention as it is written; MLA_LATENT has the sizes that matter.
+    head_dims=Dims(low=8, high=576),
+    v_head_dims=Dims(low=8, high=512),
     takes=TAKES,
-    limits=(MLA_SHAPES, CAUSAL_BOTTOM_RIGHT, BLOCK_SIZE_NOT_1),
+    limits=(MLA_LATENT, BLOCK_SIZE_NOT_1),
     package="triton",
     package_on_cpu=False,
+    cpu_dtypes=(torch.float32, torch.float64),
+    cpu_any_dim=True,
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..spec import AttentionSpec, EmptyRows, MaskSpec
+from ..spec import AttentionSpec, EmptyRows, LatentSpec, MaskSpec
 from ..symbolic import Size, is_one, same_size, to_expr
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -20,6 +20,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def words(spec: AttentionSpec) -> str:
     """The spec as one line, such as "causal GQA attention, 32 query heads on 8 kv heads of 128, q_len 512, ..."."""
     parts = [f"{_kind(spec)}, {_heads(spec)}"]
+    if spec.latent is not None:
+        parts.append(_latent(spec.latent))
     if not is_one(spec.batch):
         parts.append(f"batch {spec.batch}")
     parts += [f"q_len {spec.q_len}", f"kv_len {spec.kv_len}", dtype_name(spec.dtype), f"scale {spec.softmax_scale:.3g}"]
@@ -61,6 +63,35 @@ def _heads(spec: AttentionSpec) -> str:
     return f"{spec.num_heads} query heads on {spec.num_kv_heads} kv {plural} of {dims}"
 
 
+def _latent(latent: LatentSpec) -> str:
+    parts = [f"latent {latent.kv_lora_rank}"]
+    parts += [f"rope {latent.qk_rope_head_dim}"] if latent.qk_rope_head_dim != 0 else []
+    parts += [f"nope {latent.qk_nope_head_dim}"] if latent.qk_nope_head_dim is not None else []
+    return " + ".join(parts) + ("" if latent.block_size is None else f" in blocks of {latent.block_size}")
+
+
+FORMS = {
+    "prefill": "prefill form: the keys are not put together with k_pe",
+    "absorbed": "absorbed form: every head reads the latent itself",
+    "runtime": "the op chooses between the prefill and the absorbed form",
+}
+
+
+def latent_sentences(spec: AttentionSpec, block_size: int) -> tuple[str, ...]:
+    """How a latent attention is computed by TRITON_MLA, for the report; none for another attention."""
+    latent = spec.latent
+    if latent is None:
+        return ()
+    where = "of the cache in the graph" if latent.block_size is not None else "of a paged cache, if there were one"
+    sentences = [
+        f"{FORMS[latent.form]} ({latent.form_reason})",
+        f"block_size {block_size} {where}: TRITON_MLA takes any but 1, which is ROCM_AITER_MLA's",
+    ]
+    if spec.device == "cpu":
+        sentences.append("on CPU tensors the op runs ATen, whatever the backend")
+    return tuple(sentences)
+
+
 EMPTY_ROWS_WORDS = {
     EmptyRows.IMPOSSIBLE: "every row keeps a key",
     EmptyRows.NAN: "a row without a key is NaN",
@@ -100,6 +131,7 @@ def spec_data(spec: AttentionSpec) -> dict[str, Any]:
         "has_sinks": spec.has_sinks,
         "dropout_p": spec.dropout_p,
         "requires_grad": spec.requires_grad,
+        "latent": None if spec.latent is None else _latent_data(spec.latent),
         "mask": {
             "band_lower": _plain(mask.band_lower),
             "band_upper": _plain(mask.band_upper),
@@ -112,6 +144,11 @@ def spec_data(spec: AttentionSpec) -> dict[str, Any]:
             "text": mask.text,
         },
     }
+
+
+def _latent_data(latent: LatentSpec) -> dict[str, Any]:
+    sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "block_size")
+    return {**{name: _plain(getattr(latent, name)) for name in sizes}, "form": latent.form}
 
 
 def _plain(size: Size | None) -> int | str | None:

@@ -166,7 +166,7 @@ class Shadow:
         if policy.is_data_attribute(node):
             return args[0].detach()
         if isinstance(example, torch.Tensor) and policy.is_cut(node):
-            return self.fresh(example, "opaque")
+            return self.fresh(example, "opaque", whole.factors(self.memory, node.target, args, kwargs))
         if node.op == "call_function" and node.target in whole.SPELLINGS:
             result = whole.record(self.recorder, node.target, args, kwargs, self._like(example))
         else:

@@ -23,10 +23,17 @@ class Replay:
         leaf: Makes the tensor of a value that has no visible producer, or is in `cut`.
         cut: Ids of values that are taken from `leaf` although they are computed.
         wide: Every float dtype becomes float64.
+        opened: Ids of calls of `F.linear` that are computed from their factors; others are leaves, as all opaque ones.
     """
 
-    def __init__(self, leaf: Callable[[Value], Tensor], cut: frozenset[int] = frozenset(), wide: bool = False) -> None:
-        self._leaf, self._cut, self._wide = leaf, cut, wide
+    def __init__(
+        self,
+        leaf: Callable[[Value], Tensor],
+        cut: frozenset[int] = frozenset(),
+        wide: bool = False,
+        opened: frozenset[int] = frozenset(),
+    ) -> None:
+        self._leaf, self._cut, self._wide, self._opened = leaf, cut, wide, opened
         self._known: dict[int, Tensor] = {}
 
     def __call__(self, value: Value) -> Tensor:
@@ -45,7 +52,9 @@ class Replay:
         return self._known[value.id]
 
     def _is_leaf(self, value: Value) -> bool:
-        return value.id in self._cut or value.op in ("input", "constant", "opaque")
+        if value.op == "opaque":
+            return value.id in self._cut or value.id not in self._opened
+        return value.id in self._cut or value.op in ("input", "constant")
 
     def _arguments(self, value: Value) -> list[Value]:
         if self._is_leaf(value):
@@ -65,6 +74,10 @@ class Replay:
             return F.scaled_dot_product_attention(**{**kwargs, "dropout_p": 0.0})
         if value.op == "view_scatter":
             return self._scatter(value)
+        if value.op == "opaque":  # autocast may have cast the factors to the result's dtype
+            dtype = torch.float64 if self._wide else value.dtype
+            tensor, weight, bias = pytree.tree_map_only(Tensor, lambda factor: factor.to(dtype), kwargs["linear"])
+            return F.linear(tensor, weight, bias)
         assert not isinstance(value.op, str), value
         result = value.op(*args, **kwargs)
         return result if value.output_index is None else result[value.output_index]

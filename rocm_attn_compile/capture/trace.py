@@ -63,7 +63,8 @@ class Value:
 LEAF_OPS = ("input", "constant", "opaque")
 """Values with no visible producer. "input": a placeholder or get_attr. "constant": `kwargs["value"]` holds a Python
 number when it has one element, else None. "opaque": the output of a Dynamo node that was not executed (a higher-order
-op, a library call that is cut, something that failed); `node` says which."""
+op, a library call that is cut, something that failed); `node` says which. That of `F.linear` has
+`kwargs["linear"] = (input, weight, bias or None)`, for who asks whether a tensor is a linear map of another."""
 
 WHOLE_OPS = ("sdpa", "dropout")
 """Calls recorded whole because they decompose differently on every device. "sdpa": `kwargs` has query, key, value,

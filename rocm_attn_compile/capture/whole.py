@@ -1,13 +1,17 @@
-"""Attention and dropout calls, recorded whole: below these names every device has its own decomposition."""
+"""Attention and dropout calls, recorded whole: below these names every device has its own decomposition.
+
+Of linear layers, which are not run at all, only the factors are recorded.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from rocm_attn_compile.capture import policy
-from rocm_attn_compile.capture.memory import Look
+from rocm_attn_compile.capture.memory import Look, Memory
 from rocm_attn_compile.capture.recorder import Recorder
 
 SPELLINGS = policy.SDPA | policy.DROPOUT | policy.DROPOUT_IN_PLACE | policy.NATIVE_DROPOUT
@@ -15,6 +19,16 @@ SPELLINGS = policy.SDPA | policy.DROPOUT | policy.DROPOUT_IN_PLACE | policy.NATI
 
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _SDPA_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+
+_LINEAR = frozenset({F.linear, torch.ops.aten.linear.default})
+
+
+def factors(memory: Memory, target: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """`{"linear": (input, weight, bias or None)}` as Values for a call of `F.linear`, None for another call."""
+    if target not in _LINEAR:
+        return None
+    call = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+    return {"linear": memory.as_values((call["input"], call["weight"], call.get("bias")))}
 
 
 def record(recorder: Recorder, target: Any, args: tuple, kwargs: dict[str, Any], like: torch.Tensor | None) -> Any:

@@ -1,15 +1,27 @@
-"""The canonical op `torch.ops.rocm_attn.attention`, its backward, and everything registered for them.
+"""The canonical op `torch.ops.rocm_attn.attention`, those of latent attention (mla_schemas.py), and all that belongs to
+them: backward, fakes, vmap, autocast.
 
 Importing this registers the ops once, needs torch only, and imports no kernel: see dispatch.py.
 """
 
-from rocm_attn_compile.ops import autocast, autograd, dispatch, dropout, inline, vmap
+from rocm_attn_compile.ops import autocast, autograd, dispatch, dropout, inline, mla_autograd, mla_inline, vmap
 from rocm_attn_compile.ops.dispatch import Implementation, implementation
+from rocm_attn_compile.ops.mla_schemas import mla, mla_decode, mla_prefill, mla_prefill_backward
 from rocm_attn_compile.ops.schemas import attention, attention_backward
 
-__all__ = ["Implementation", "attention", "attention_backward", "implementation", "register"]
+__all__ = [
+    "Implementation",
+    "attention",
+    "attention_backward",
+    "implementation",
+    "mla",
+    "mla_decode",
+    "mla_prefill",
+    "mla_prefill_backward",
+    "register",
+]
 
-_PARTS = (autocast, autograd, dispatch, dropout, inline, vmap)
+_PARTS = (autocast, autograd, dispatch, dropout, inline, mla_autograd, mla_inline, vmap)
 
 
 def register() -> None:

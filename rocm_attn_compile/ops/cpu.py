@@ -12,17 +12,12 @@ from torch import Tensor
 
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import cpu_unfused
+from rocm_attn_compile.ops.checks import DTYPES, EMPTY_ROWS, OUT_LAYOUTS
 from rocm_attn_compile.ops.cpu_mask import empty_rows_of, fused_mask
 from rocm_attn_compile.ops.cpu_unfused import may_be_true, sink_share
 from rocm_attn_compile.ops.reference import NEG_INF
 from rocm_attn_compile.ops.reference import forward as reference_forward
-from rocm_attn_compile.ops.schemas import (
-    DTYPES,
-    EMPTY_ROWS,
-    OUT_LAYOUTS,
-    check_inputs,
-    lse_dtype,
-)
+from rocm_attn_compile.ops.schemas import check_inputs, lse_dtype
 
 _fused = _torch_private.cpu_flash_attention
 _HALF = (torch.float16, torch.bfloat16)

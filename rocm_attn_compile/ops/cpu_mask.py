@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from rocm_attn_compile import _torch_private
+from rocm_attn_compile.ops.checks import DTYPES
 from rocm_attn_compile.ops.reference import NEG_INF, keep_mask
-from rocm_attn_compile.ops.schemas import DTYPES, lse_dtype
+from rocm_attn_compile.ops.schemas import lse_dtype
 
 _KEPT_DROPPED = {dtype: (torch.tensor(0.0, dtype=dtype), torch.tensor(NEG_INF, dtype=dtype)) for dtype in DTYPES}
 

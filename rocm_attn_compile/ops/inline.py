@@ -16,9 +16,9 @@ from torch import Tensor
 
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import cpu_inline, gpu_inline
+from rocm_attn_compile.ops.checks import EMPTY_ROWS
 from rocm_attn_compile.ops.dispatch import DEFAULT, REFERENCE
 from rocm_attn_compile.ops.schemas import (
-    EMPTY_ROWS,
     LIBRARY,
     OPTIONAL_TENSORS,
     attention,

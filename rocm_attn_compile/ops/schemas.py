@@ -5,21 +5,24 @@ Letters: B batch, H query heads, K key/value heads, M q_len, N kv_len, D head_di
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rocm_attn_compile import _torch_private
+from rocm_attn_compile.ops.checks import (
+    DTYPES,
+    INTEGERS,
+    check,
+    check_dtype,
+    check_row_masks,
+    check_shape,
+    check_words,
+)
 
 NAMESPACE = "rocm_attn"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-
-EMPTY_ROWS = ("impossible", "nan", "nan_added", "zero", "mean", "mean_added")
-OUT_LAYOUTS = ("bhsd", "bshd")
-INTEGERS = (torch.int32, torch.int64)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 OPTIONAL_TENSORS = (
     "attn_bias",
@@ -64,11 +67,15 @@ def empty_out(q: Tensor, v: Tensor, out_layout: str) -> Tensor:
 
     Allocated with its strides, not as a view, so that in-place changes of the output stay legal in autograd.
     """
+    return empty_result(q, v.shape[3], out_layout)
+
+
+def empty_result(q: Tensor, width: Any, out_layout: str) -> Tensor:
+    """As `empty_out`, with `width` channels a row."""
     B, H, M, _ = q.shape
-    E = v.shape[3]
     if out_layout == "bshd":
-        return q.new_empty_strided((B, H, M, E), (M * H * E, E, H * E, 1))
-    return q.new_empty((B, H, M, E))
+        return q.new_empty_strided((B, H, M, width), (M * H * width, width, H * width, 1))
+    return q.new_empty((B, H, M, width))
 
 
 def empty_grad(tensor: Tensor) -> Tensor:
@@ -106,47 +113,38 @@ def check_inputs(
     B, H, M, D = q.shape
     _, K, N, _ = k.shape
     E = v.shape[3]
-    _check_shape("k", k, (B, K, N, D))
-    _check_shape("v", v, (B, K, N, E))
+    check_shape("k", k, (B, K, N, D))
+    check_shape("v", v, (B, K, N, E))
     heads = lambda: f"q has {H} heads of {D}, k has {K}, v has {K} of {E}; k's number must divide q's, none is 0"  # noqa: E731
-    _check(K >= 1, heads)
-    _check(H % K == 0, heads)
-    _check(D >= 1, heads)
-    _check(E >= 1, heads)
+    check(K >= 1, heads)
+    check(H % K == 0, heads)
+    check(D >= 1, heads)
+    check(E >= 1, heads)
     if attn_bias is not None:
-        _check_shape("attn_bias", attn_bias, (B, H, M, N), broadcast=4)
-        _check_dtype("attn_bias", attn_bias, attn_bias.dtype.is_floating_point, "a float dtype")
+        check_shape("attn_bias", attn_bias, (B, H, M, N), broadcast=4)
+        check_dtype("attn_bias", attn_bias, attn_bias.dtype.is_floating_point, "a float dtype")
     if attn_mask is not None:
-        _check_shape("attn_mask", attn_mask, (B, H, M, N), broadcast=4)
-        _check_dtype("attn_mask", attn_mask, attn_mask.dtype == torch.bool, "bool, True keeps")
-    if key_mask is not None:
-        _check_shape("key_mask", key_mask, (B, N), broadcast=1)
-        _check_dtype("key_mask", key_mask, key_mask.dtype == torch.bool, "bool, True keeps")
-    for name, bound in (("kv_start", kv_start), ("kv_end", kv_end)):
-        if bound is not None:
-            _check_shape(name, bound, (B, M), broadcast=2)
-            _check_dtype(name, bound, bound.dtype in INTEGERS, "int32 or int64")
+        check_shape("attn_mask", attn_mask, (B, H, M, N), broadcast=4)
+        check_dtype("attn_mask", attn_mask, attn_mask.dtype == torch.bool, "bool, True keeps")
+    check_row_masks(B, M, N, key_mask, kv_start, kv_end)
     for name, ids, length in (("q_ids", q_ids, M), ("kv_ids", kv_ids, N)):
         if ids is not None:
-            _check_shape(name, ids, (B, length), broadcast=1)
-            _check_dtype(name, ids, ids.dtype in INTEGERS, "int32 or int64")
+            check_shape(name, ids, (B, length), broadcast=1)
+            check_dtype(name, ids, ids.dtype in INTEGERS, "int32 or int64")
     if (q_ids is None) != (kv_ids is None):
         raise ValueError("q_ids and kv_ids go together: give both or neither")
     if sinks is not None:
-        _check_shape("sinks", sinks, (H,))
-        _check_dtype("sinks", sinks, sinks.dtype.is_floating_point, "a float dtype")
+        check_shape("sinks", sinks, (H,))
+        check_dtype("sinks", sinks, sinks.dtype.is_floating_point, "a float dtype")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; allowed is 0 <= dropout_p < 1")
     if dropout_seed is not None:
-        _check_dtype("dropout_seed", dropout_seed, dropout_seed.dtype == torch.int64, "int64")
+        check_dtype("dropout_seed", dropout_seed, dropout_seed.dtype == torch.int64, "int64")
         if dropout_seed.numel() != 1:
             raise ValueError(f"dropout_seed is {tuple(dropout_seed.shape)}; need one element")
     elif dropout_p > 0.0:
         raise ValueError(f"dropout_p is {dropout_p} without dropout_seed; give an int64 tensor of one element")
-    if empty_rows not in EMPTY_ROWS:
-        raise ValueError(f"empty_rows is {empty_rows!r}; allowed are {', '.join(EMPTY_ROWS)}")
-    if out_layout not in OUT_LAYOUTS:
-        raise ValueError(f"out_layout is {out_layout!r}; allowed are {', '.join(OUT_LAYOUTS)}")
+    check_words(empty_rows, out_layout)
     others = (k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed)
     for name, other in zip(("k", "v", *OPTIONAL_TENSORS), others):
         if other is not None and other.device != q.device:
@@ -157,36 +155,9 @@ def check_backward_inputs(grad_out: Tensor, q: Tensor, v: Tensor, out: Tensor, l
     """Raise ValueError unless grad_out and out are `(B, H, M, E)` and lse is `(B, H, M)`."""
     B, H, M, _ = q.shape
     E = v.shape[3]
-    _check_shape("grad_out", grad_out, (B, H, M, E))
-    _check_shape("out", out, (B, H, M, E))
-    _check_shape("lse", lse, (B, H, M))
-
-
-def _check(condition: Any, message: Callable[[], str]) -> None:
-    # torch._check costs 1 us; only symbolic conditions need it.
-    if condition is not True:
-        torch._check_value(condition, message)
-
-
-def _check_shape(name: str, tensor: Tensor, sizes: tuple, broadcast: int = 0) -> None:
-    """The shape must be `sizes`, but the first `broadcast` of them may be 1."""
-    shape = tensor.shape
-
-    def message() -> str:
-        need = ", ".join(f"{size} or 1" if i < broadcast else str(size) for i, size in enumerate(sizes))
-        return f"{name} is {tuple(shape)}; need ({need})"
-
-    if len(shape) != len(sizes):
-        raise ValueError(message())
-    for i, got in enumerate(shape):
-        # A static 1 first, so that a symbolic size is not compared (and guarded) without need.
-        if not (i < broadcast and isinstance(got, int) and got == 1):
-            _check(got == sizes[i], message)
-
-
-def _check_dtype(name: str, tensor: Tensor, is_allowed: bool, allowed: str) -> None:
-    if not is_allowed:
-        raise ValueError(f"{name} is {tensor.dtype}; need {allowed}")
+    check_shape("grad_out", grad_out, (B, H, M, E))
+    check_shape("out", out, (B, H, M, E))
+    check_shape("lse", lse, (B, H, M))
 
 
 def _attention_fake(

@@ -24,6 +24,7 @@ from .compose import Logits, compose, sink_atoms
 from .empty_rows import score_dtype
 from .kinship import stands_between_products
 from .labels import scaled_source_of
+from .latent import add_latent
 from .live import LiveUsers
 from .masks import prove_masks
 from .proof import Factor, Proof
@@ -49,7 +50,9 @@ def recognize(trace: Trace) -> tuple[list[Region], list[LookAlike]]:
     for _, anchor in sorted(anchors, key=lambda pair: pair[0]):
         value = anchor if isinstance(anchor, Value) else anchor.weights
         try:
-            regions.append(recognize_site(anchor, live))
+            region = recognize_site(anchor, live)
+            add_latent(region, live)
+            regions.append(region)
         except Refusal as refusal:
             others.append(LookAlike(value, refusal.reason, _is_kin(anchor), refusal.needs_numbers))
         except Exception as error:  # a defect of ours; other sites are independent of it

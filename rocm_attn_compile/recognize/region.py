@@ -15,6 +15,16 @@ from .axes import Atom, Dim
 from .labels import Labels
 
 
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A range of the indices of one axis: `before` becomes `after`, the `length` indices from `start` on."""
+
+    before: Dim
+    start: int
+    length: int
+    after: Dim
+
+
 @dataclass(eq=False)
 class Operand:
     """A tensor the op reads: a captured value and the axes of its dimensions.
@@ -26,6 +36,7 @@ class Operand:
         factor: Number to multiply it with, or 1.
         added_in: Of a bias: the dtype of the sum with the scores.
         rounded_to: Narrower dtype it is cast to after that, where what it holds may become infinite; or None.
+        cuts: Ranges to take of it, one after the other, before it is brought into a layout.
     """
 
     value: Value
@@ -34,6 +45,7 @@ class Operand:
     factor: Any = 1
     rounded_to: torch.dtype | None = None
     added_in: torch.dtype | None = None
+    cuts: list[Cut] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -80,6 +92,63 @@ class Roles:
         return [*self.kv_heads, *self.groups]
 
 
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """The product with W_uv that follows an attention written in its absorbed form.
+
+    Attributes:
+        value, labels: Its result, and the axes of that and of the way to it, in the latent's copies.
+        depth: The axis of the channels, E.
+        values: From after the attention to the product.
+    """
+
+    value: Value
+    labels: Labels
+    depth: list[Atom]
+    values: list[Value]
+
+
+@dataclass(eq=False)
+class Latent:
+    """How an attention reads keys and values from one latent per token (MLA). Axes are copies, see `latent.Frame`.
+
+    Attributes:
+        roles: The axes of the attention; `depth` is that of q_nope and k_nope, or empty if only q_latent is known.
+        rank, rope: The axes of the latent, and of q_pe and k_pe (empty: no rotary half).
+        kv_c, k_pe: Read by all heads, over (batch, key, rank) and (batch, key, rope). Paged: over (block, row of the
+            block, rank or rope), see `block_table`.
+        q_pe: Over (batch, heads, query, rope).
+        q_nope, k_nope, v: Of the expanded spelling, over (batch, heads, query or key, depth or value_depth).
+        w_uk, w_uv: Of the expanded spelling, over (heads, depth or value_depth, rank).
+        q_latent: Of the absorbed spelling, over (batch, heads, query, rank). Where its weights are found, too, q_nope,
+            w_uk, w_uv are given and the `tail`, which another form replaces; `q_values` is the product with W_uk.
+        block_table: Over (batch, blocks), or None; then `block` has the axes (block, row of the block) of the caches.
+        leaves: What old and new code both start from, for `verify`.
+        opened: The linear layers between leaves and attention, for `verify`.
+        values: What only served the expansion, for dead-code removal.
+    """
+
+    roles: Roles
+    rank: list[Atom]
+    rope: list[Atom]
+    kv_c: Operand
+    k_pe: Operand | None = None
+    q_pe: Operand | None = None
+    q_nope: Operand | None = None
+    k_nope: Operand | None = None
+    v: Operand | None = None
+    w_uk: Operand | None = None
+    w_uv: Operand | None = None
+    q_latent: Operand | None = None
+    tail: Tail | None = None
+    q_values: list[Value] = field(default_factory=list)
+    block_table: Operand | None = None
+    block: tuple[list[Atom], list[Atom]] | None = None
+    leaves: list[Value] = field(default_factory=list)
+    opened: list[Value] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+
+
 @dataclass(eq=False)
 class Region:
     """One attention, proved.
@@ -98,6 +167,8 @@ class Region:
         labels: Axes of every value of the site.
         values: All values the site consists of, for provenance and dead-code removal.
         notes: Facts for the report that are not reasons to refuse.
+        latent: Its latent form, if `spec.kind` is "mla"; q, k, v are what the graph computes, all the same.
+        latent_note: Why something near latent attention is a plain one.
     """
 
     spec: AttentionSpec
@@ -116,6 +187,8 @@ class Region:
     sinks: Operand | None = None
     values: list[Value] = field(default_factory=list)
     notes: list[Reason] = field(default_factory=list)
+    latent: Latent | None = None
+    latent_note: Reason | None = None
 
 
 @dataclass(eq=False)

@@ -37,6 +37,7 @@ class GraphBuilder:
         time: Position of the anchor: values are read as they are right after it ran.
         emitted: Nodes added so far, in order; `discard` removes them again.
         sources: The nodes that are read, and what they hold.
+        remade: The emitted nodes that compute a captured value again.
 
     With `saves`, tensors are those that autograd keeps for the backward: what is written later is copied. `examples`
     are remembered from call to call: the layers of a model emit the same.
@@ -63,6 +64,7 @@ class GraphBuilder:
         self._saves = saves
         self._examples = {} if examples is None else examples
         self.sources: dict[fx.Node, Value] = {}
+        self.remade: dict[fx.Node, Value] = {}
         self._values: dict[int, fx.Node] = {}
         self._sizes: dict[sympy.Expr, Any] = {}
 
@@ -102,6 +104,7 @@ class GraphBuilder:
             node = self._snapshot(value)
         if node is None:
             node = self._emit_again(value)
+            self.remade[node] = value
         else:
             self.sources[node] = value
         if self._saves and self.is_written_later(node):

@@ -20,8 +20,11 @@ _KEPT = ("placeholder", "get_attr", "output")
 
 def remove_dead(trace: Trace, values: Iterable[Value]) -> None:
     """Erase unused nodes that computed `values`."""
-    graph = trace.graph_module.graph
-    candidates = {v.node for v in values if v.node is not None and v.node.op not in _KEPT}
+    graph, values = trace.graph_module.graph, list(values)
+    ids = {value.id for value in values}
+    # A dropout of nothing, or a cast to the same dtype, holds a value that another node computed.
+    holders = [*(value.node for value in values), *(n for n, held in trace.tensors.items() if held.value.id in ids)]
+    candidates = {n for n in holders if n is not None and n.op not in _KEPT}
     unread = unread_nodes(trace)
     for node in trace.order:  # in order, so that readers of readers follow
         if node in unread and any(source in candidates for source in node.all_input_nodes):

@@ -8,24 +8,23 @@ import torch
 import torch.fx as fx
 
 from ..capture.memory import Look
-from ..capture.trace import Value
-from ..recognize.axes import atoms_of
-from ..recognize.region import Region
+from ..recognize.axes import Atom, Dim, atoms_of, resolve
 from ..symbolic import is_one, same_size, to_expr
 from .builder import GraphBuilder
 
 aten = torch.ops.aten
 
 
-def choose_out_layout(builder: GraphBuilder, target: fx.Node, region: Region, value: Value) -> str:
+def choose_out_layout(builder: GraphBuilder, target: fx.Node, groups: Sequence[Sequence[Atom]], dims: list[Dim]) -> str:
     """ "bshd" if every reader goes through the memory in that order, or if eager's result lies so; else "bhsd".
 
-    The usual `(p @ v).transpose(1, 2).reshape(b, s, h * d)` then finds it in order.
+    The usual `(p @ v).transpose(1, 2).reshape(b, s, h * d)` then finds it in order. `groups` are the axes (batch,
+    heads, query, channels), `dims` those of what the target held.
     """
-    roles, dims = region.roles, region.labels.of(value)
-    if not (roles.heads and roles.query):
+    batch, heads, query, channels = groups
+    if not (resolve(heads) and resolve(query)):
         return "bhsd"  # both are the same
-    bshd = atoms_of([tuple(g) for g in (roles.batch, roles.query, roles.heads, roles.value_depth)])
+    bshd = atoms_of([tuple(g) for g in (batch, query, heads, channels)])
     orders = [_order_read(reader, len(dims)) for reader in target.users]
     if not orders or None in orders:
         orders = [_order_in_memory(builder.look(target))]

@@ -18,8 +18,9 @@ from ..symbolic import to_expr
 from .builder import GraphBuilder
 from .canonical import from_layout, to_layout
 from .dead_code import remove_dead
+from .latent import Output, emit_latent, is_latent, output_of, take_cuts
 from .layout import choose_out_layout, with_strides_of
-from .masks import emit_masks
+from .masks import MaskArguments, emit_masks
 
 aten = torch.ops.aten
 
@@ -47,12 +48,13 @@ class Rewriter:
         Raises:
             Refusal: A tensor the op needs is not available where the result is; the graph is unchanged.
         """
-        target, value = self._output_node(region)
+        output = output_of(region, impl)
+        target, value = self._output_node(output.value)
         builder = GraphBuilder(
             self.trace, target, self.replaced, saves=region.spec.requires_grad, examples=self._examples
         )
         try:
-            result = self._emit(builder, region, target, value, impl)
+            result = self._emit(builder, region, output, target, value, impl)
             if self._check is not None:
                 self._check(builder, region, value, result)
         except Exception:
@@ -68,13 +70,12 @@ class Rewriter:
 
     def finish(self) -> None:
         """Remove what the rewritten sites leave unused, check the graph and recompile it."""
-        remove_dead(self.trace, [value for region in self._regions for value in region.values])
+        remove_dead(self.trace, [value for region in self._regions for value in _served(region)])
         self.trace.graph_module.graph.lint()
         self.trace.graph_module.recompile()
 
-    def _output_node(self, region: Region) -> tuple[fx.Node, Value]:
+    def _output_node(self, value: Value) -> tuple[fx.Node, Value]:
         """The first Dynamo node that holds the result, or a view or cast of it."""
-        value = region.output.value
         while True:
             nodes = [n for n, t in self.trace.tensors.items() if t.value is value]
             if nodes:
@@ -86,7 +87,26 @@ class Rewriter:
                 raise Refusal("output_hidden", "the result of the attention is inside a larger call")
             value = users[0]
 
-    def _emit(self, builder: GraphBuilder, region: Region, target: fx.Node, value: Value, impl: str) -> fx.Node:
+    def _emit(
+        self, builder: GraphBuilder, region: Region, output: Output, target: fx.Node, value: Value, impl: str
+    ) -> fx.Node:
+        spec, dims = region.spec, output.labels.of(value)
+        layout = choose_out_layout(builder, target, output.groups, dims)
+        masks = emit_masks(builder, region)
+        if region.latent is not None and is_latent(impl):
+            out = emit_latent(builder, region, region.latent, masks, layout, impl, self._operand)
+        else:
+            out = self._attention(builder, region, masks, layout, impl)
+        out = from_layout(builder, out, output.groups, dims, value.shape)
+        if builder.example(out).dtype != value.dtype:
+            out = builder.call(aten._to_copy.default, out, dtype=value.dtype)
+        if spec.requires_grad and builder.is_written_later(target):
+            out = builder.call(aten.clone.default, out)  # the op's backward reads what it gave
+        return with_strides_of(builder, out, target)
+
+    def _attention(
+        self, builder: GraphBuilder, region: Region, masks: MaskArguments, layout: str, impl: str
+    ) -> fx.Node:
         spec, roles = region.spec, region.roles
         heads = roles.heads
         q = self._operand(builder, region.q, [roles.batch, heads, roles.query, roles.depth], spec.dtype)
@@ -95,12 +115,10 @@ class Rewriter:
         if region.second:
             q, k = self._concatenate(builder, region, q, k)
         bias = self._bias(builder, region)
-        masks = emit_masks(builder, region)
         sinks = self._sinks(builder, region)
         seed = None
         if spec.dropout_p:
             seed = builder.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=builder.device)
-        layout = choose_out_layout(builder, target, region, value)
         call = builder.call(
             ops.attention,
             q,
@@ -124,17 +142,11 @@ class Rewriter:
             out_layout=layout,
             impl=impl,
         )
-        out = builder.call(operator.getitem, call, 0)
-        dims = region.labels.of(value)
-        out = from_layout(builder, out, [roles.batch, heads, roles.query, roles.value_depth], dims, value.shape)
-        if builder.example(out).dtype != value.dtype:
-            out = builder.call(aten._to_copy.default, out, dtype=value.dtype)
-        if spec.requires_grad and builder.is_written_later(target):
-            out = builder.call(aten.clone.default, out)  # the op's backward reads what it gave
-        return with_strides_of(builder, out, target)
+        return builder.call(operator.getitem, call, 0)
 
     def _operand(self, builder: GraphBuilder, operand: Operand, groups: list, dtype: torch.dtype) -> fx.Node:
-        node = to_layout(builder, builder.tensor(operand.value), operand.dims, groups, [True] * 4)
+        node, dims = take_cuts(builder, builder.tensor(operand.value), operand)
+        node = to_layout(builder, node, dims, groups, [True] * len(groups))
         if builder.example(node).dtype != dtype:
             node = builder.call(aten._to_copy.default, node, dtype=dtype)
         for factor, divides in operand.factors:
@@ -230,3 +242,8 @@ class Rewriter:
 
 def _is_added_in_half(bias: Bias) -> bool:
     return isinstance(bias, Operand) and bias.added_in == torch.float16
+
+
+def _served(region: Region) -> list[Value]:
+    """What the site consists of, and what its latent form no longer needs."""
+    return [*region.values, *(region.latent.values if region.latent is not None else ())]

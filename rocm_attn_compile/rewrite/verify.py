@@ -72,7 +72,10 @@ class _Leaves:
         operands += [factor for operand in operands for factor, _ in operand.factors]
         if region.sinks is not None:
             operands.append(region.sinks)
-        self.cut = frozenset(operand.value.id for operand in operands if operand.value.op != "constant")
+        # A latent form may be computed from what lies before k and v, so both ways start there.
+        starts = [operand.value for operand in operands] if region.latent is None else region.latent.leaves
+        self.cut = frozenset(value.id for value in starts if value.op != "constant")
+        self.opened = frozenset(() if region.latent is None else (value.id for value in region.latent.opened))
         self._inputs, self._round = inputs, index
         self._generator = torch.Generator().manual_seed(index)
         self._known: dict[int, Tensor] = {}
@@ -146,10 +149,10 @@ def _run(
     builder: GraphBuilder, region: Region, value: Value, result: fx.Node, leaves: _Leaves
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """`(what, old, new, exact)` for the result and each gradient."""
-    replay = Replay(leaves, leaves.cut)
+    replay = Replay(leaves, leaves.cut, opened=leaves.opened)
     old = replay(value)
-    exact = Replay(leaves, leaves.cut, wide=True)(value)
-    new = _run_emitted(builder, result, replay)
+    exact = Replay(leaves, leaves.cut, wide=True, opened=leaves.opened)(value)
+    new = _run_emitted(builder, result, replay, leaves.cut)
     yield "result", old, new, exact
     floats = leaves.floats
     if not (floats and old.requires_grad and new.requires_grad):
@@ -165,7 +168,7 @@ def _run(
             yield f"gradient of {list(tensor.shape)}", a, b, c.double()
 
 
-def _run_emitted(builder: GraphBuilder, result: fx.Node, replay: Replay) -> Tensor:
+def _run_emitted(builder: GraphBuilder, result: fx.Node, replay: Replay, cut: frozenset[int]) -> Tensor:
     """The emitted nodes, with the tensors of the old program for what they read."""
     known: dict[fx.Node, Any] = {}
 
@@ -178,6 +181,9 @@ def _run_emitted(builder: GraphBuilder, result: fx.Node, replay: Replay) -> Tens
 
     for node in builder.emitted:
         if node in builder.sources or not isinstance(node.meta.get("example_value"), (Tensor, tuple)):
+            continue
+        if node in builder.remade and builder.remade[node].id in cut:
+            known[node] = replay(builder.remade[node])  # the old way does not compute it either
             continue
         args, kwargs = pytree.tree_map_only(fx.Node, read, (node.args, dict(node.kwargs)))
         if node.target is ops.attention:

@@ -91,12 +91,12 @@ def count_calls(graph_module: fx.GraphModule) -> Counter[str]:
 
 
 def count_attention_calls(graph_module: fx.GraphModule) -> int:
-    """How many attentions were replaced: calls of `rocm_attn::attention` and of its variants, without the backward."""
+    """How many attentions were replaced: calls of `rocm_attn::attention` and `rocm_attn::mla...`, without backwards."""
     calls = count_calls(graph_module)
     return sum(
         count
         for name, count in calls.items()
-        if name.startswith("rocm_attn.attention") and not name.startswith("rocm_attn.attention_backward")
+        if name.startswith(("rocm_attn.attention", "rocm_attn.mla")) and not name.endswith("_backward")
     )
 
 

@@ -9,11 +9,13 @@ import sympy
 
 from rocm_attn_compile.backends.base import AttentionBackend
 from rocm_attn_compile.env import AiterPackage, Environment
-from rocm_attn_compile.spec import AttentionSpec, EmptyRows, MaskSpec
+from rocm_attn_compile.spec import AttentionSpec, EmptyRows, LatentSpec, MaskSpec
 
 Q_LEN, KV_LEN = 64, 96
 END = KV_LEN - Q_LEN
 SYMBOL = sympy.Symbol("s0", integer=True, positive=True)
+
+LATENT = LatentSpec(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
 EVERYTHING_INSTALLED = AiterPackage(is_amd=True, version="0.1.20")
 
@@ -42,6 +44,7 @@ def taken_spec(backend: AttentionBackend) -> AttentionSpec:
         softmax_scale=0.125,
         mask=MaskSpec(band_upper=END, text="causal"),
         kind=sorted(backend.kinds)[0],
+        latent=LATENT if backend.kinds == {"mla"} else None,
     )
 
 
@@ -58,6 +61,10 @@ def with_mask(**changes):
 
 def with_spec(**changes):
     return lambda spec: replace(spec, **changes)
+
+
+def with_latent(**changes):
+    return lambda spec: replace(spec, latent=replace(spec.latent or LATENT, **changes))
 
 
 def other_v_head_dim(spec):
@@ -112,5 +119,16 @@ LIMIT_EXAMPLES = {
     "soft_cap_backward": [(with_spec(logits_soft_cap=30.0, requires_grad=True), {})],
     "mla_dims": [(with_spec(head_dim=576, v_head_dim=128), {}), (with_spec(head_dim=192, v_head_dim=512), {})],
     "mla_num_heads": [(with_spec(num_heads=heads, num_kv_heads=heads), {}) for heads in (8, 17, 64)],
-    "block_size": [(with_spec(), {"block_size": 1})],
+    "mla_latent": [
+        (with_spec(latent=None), {}),
+        (with_latent(kv_lora_rank=520), {}),
+        (with_latent(kv_lora_rank=528), {}),
+        (with_latent(kv_lora_rank=SYMBOL), {}),
+        (with_latent(qk_rope_head_dim=8), {}),
+        (with_latent(qk_rope_head_dim=80), {}),
+        (with_latent(qk_nope_head_dim=136), {}),
+        (with_latent(v_head_dim=192), {}),
+        (with_latent(block_size=24, form="absorbed"), {}),
+    ],
+    "block_size": [(with_spec(), {"block_size": 1}), (with_latent(block_size=1, form="absorbed"), {})],
 }

@@ -27,7 +27,7 @@ class InterpreterWorker:
         )
 
     def call(self, function: str, **arguments: Any) -> Any:
-        """Run `forward` or `backward` of this file in the worker.
+        """Run a function of this file, such as `forward`, in the worker.
 
         Raises:
             RuntimeError: With the worker's traceback.
@@ -99,6 +99,34 @@ def backward(**arguments: Any) -> Any:
     from rocm_attn_compile.kernels.triton.attention import attention_backward
 
     return attention_backward(**arguments)
+
+
+def mla_decode(tuning: dict[str, Any] | None, **arguments: Any) -> Any:
+    """`(out, lse)` of latent attention, absorbed; as `forward`."""
+    from rocm_attn_compile.kernels.triton.launch import Tuning
+    from rocm_attn_compile.kernels.triton.mla_decode_launch import mla_decode_launches
+
+    launches, out, lse = mla_decode_launches(**arguments, tuning=Tuning(**tuning) if tuning else None)
+    if launches:
+        out.fill_(float("nan"))
+        lse.fill_(float("nan"))
+    for launch in launches:
+        launch.run()
+    return out, lse
+
+
+def mla_prefill(**arguments: Any) -> Any:
+    """`(out, lse)`."""
+    from rocm_attn_compile.kernels.triton import mla
+
+    return mla.mla_prefill(**arguments)
+
+
+def mla_prefill_backward(**arguments: Any) -> Any:
+    """The five gradients."""
+    from rocm_attn_compile.kernels.triton import mla
+
+    return mla.mla_prefill_backward(**arguments)
 
 
 def serve() -> None:

@@ -17,12 +17,15 @@ import torch
 pytest.importorskip("triton")
 
 import kernel_oracle as oracle
+import mla_grid
+import mla_oracle
 import simulated_grid as grid
 from gcnsim.triton_launch import simulated_device
 
-from rocm_attn_compile.kernels.triton import configs, forward_launch
+from rocm_attn_compile.kernels.triton import configs, forward_launch, mla_configs, mla_decode_launch
 from rocm_attn_compile.kernels.triton.attention import attention_backward, attention_forward
 from rocm_attn_compile.kernels.triton.launch import Launch
+from rocm_attn_compile.kernels.triton.mla import mla_decode, mla_prefill, mla_prefill_backward
 
 KERNELS = Path(configs.__file__).parent
 
@@ -83,10 +86,42 @@ def reached(rows: Any, arch: str) -> tuple[set[str], set[int]]:
     return kernels, chosen
 
 
+def reached_by_latent(arch: str, ci: bool) -> tuple[set[str], set[int]]:
+    """The same for the rows of mla_grid.py on an architecture, or for those of its CI cut."""
+    kernels: set[str] = set()
+    chosen: set[int] = set()
+    original = mla_configs.select
+
+    def select(*args: Any) -> Any:
+        chosen.add(id(found := original(*args)))
+        return found
+
+    mla_decode_launch.mla_decode_plan.cache_clear()
+    with simulated_device(arch), mock.patch.object(mla_configs, "select", select), \
+         mock.patch.object(Launch, "run", lambda launch: kernels.add(launch.kernel.__name__)):  # fmt: skip
+        for row in mla_grid.GRID:
+            if arch not in (row.ci if ci else row.archs):
+                continue
+            if row in mla_grid.DECODE:
+                tensors, scalars = mla_oracle.decode_inputs(row.fields)
+                mla_decode(**tensors, **scalars)
+            else:
+                tensors, scalars = mla_oracle.prefill_inputs(row.fields)
+                out, lse = mla_prefill(**tensors, **scalars)
+                mla_prefill_backward(torch.zeros_like(out), **tensors, out=out, lse=lse, **scalars)
+    mla_decode_launch.mla_decode_plan.cache_clear()
+    return kernels, chosen
+
+
 @pytest.mark.parametrize("arch", grid.ARCHS)
 def test_every_kernel_and_configuration_is_simulated(arch: str) -> None:
     kernels, chosen = reached([row for row in grid.GRID if arch in row.archs], arch)
-    assert launched_kernels(KERNELS) - kernels == set(), f"kernels that no row of the grid launches on {arch}"
+    latent_kernels, latent_chosen = reached_by_latent(arch, ci=False)
+    launched = kernels | latent_kernels
+    assert launched_kernels(KERNELS) - launched == set(), f"kernels that no row of the grid launches on {arch}"
+    table = mla_configs.DECODE[configs.family(arch)]
+    missing = [place for place, row in rows_of(table) if id(row) not in latent_chosen]
+    assert not missing, f"configurations of latent decode that no row of the grid uses on {arch}: {missing}"
     missing = [place for place, row in rows_of(configs.TABLES[configs.family(arch)]) if id(row) not in chosen]
     assert not missing, f"configurations that no row of the grid uses on {arch}: {missing}"
 
@@ -94,7 +129,7 @@ def test_every_kernel_and_configuration_is_simulated(arch: str) -> None:
 @pytest.mark.parametrize("arch", grid.ARCHS)
 def test_the_cut_for_ci_runs_every_kernel(arch: str) -> None:
     kernels, _ = reached([row for row in grid.GRID if arch in row.ci], arch)
-    assert launched_kernels(KERNELS) - kernels == set()
+    assert launched_kernels(KERNELS) - kernels - reached_by_latent(arch, ci=True)[0] == set()
 
 
 def test_all_shipped_architectures_are_in_the_grid() -> None:

@@ -1,0 +1,90 @@
+"""TRITON_MLA on a real GPU: every feature against float64, every result twice and equal to the bit.
+
+python benchmarks/gpu/check_mla.py [--only TEXT] [--workers 12]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "kernels"))
+
+import mla_cases
+import mla_oracle
+
+from rocm_attn_compile.kernels.triton.launch import Tuning
+from rocm_attn_compile.kernels.triton.mla_decode_launch import mla_decode_launches
+
+
+def decode(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Error and limit of out and lse, with the shipped configuration, without tensor descriptors, and in 3 splits."""
+    tensors, scalars = mla_oracle.decode_inputs(case, "cuda")
+    worst: dict[str, tuple[float, float]] = {}
+    for label, tuning in (("", None), ("plain ", Tuning(tma=False)), ("3 splits ", Tuning(num_splits=3))):
+        results = []
+        for _ in range(2):
+            launches, out, lse = mla_decode_launches(
+                **tensors, **scalars, out_layout=case.get("out_layout", "bhsd"), tuning=tuning
+            )
+            out.fill_(math.nan)
+            lse.fill_(math.nan)
+            for launch in launches:
+                launch.run()
+            results.append((out, lse))
+        for first, second in zip(*results):
+            if not torch.equal(first.nan_to_num(7), second.nan_to_num(7)):
+                worst[label + "differs between two runs"] = (math.inf, 0.0)
+        for name, value in mla_oracle.compare(tensors, scalars, dict(zip(("out", "lse"), results[0]))).items():
+            worst[label + name] = value
+    return worst
+
+
+def check(task: tuple[str, dict[str, Any]]) -> tuple[dict[str, float], list[str]]:
+    """Ratios of error and limit, and failures in words, of one case."""
+    kind, case = task
+    text = ", ".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in case.items())
+    try:
+        errors = KINDS[kind](case)
+    except Exception as error:
+        return {}, [f"{type(error).__name__}: {str(error)[:300]} | {kind} {text}"]
+    failures = [f"{n}: {e:.2e} > {limit:.2e} | {kind} {text}" for n, (e, limit) in errors.items() if not e <= limit]
+    return {f"{kind} {name}": error / limit if limit else math.inf for name, (error, limit) in errors.items()}, failures
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], dict[str, tuple[float, float]]]] = {"decode": decode}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="")
+    parser.add_argument("--workers", type=int, default=12)
+    options = parser.parse_args()
+    start = time.time()
+    tasks = [("decode", case) for case in mla_cases.device_cases()]
+    tasks = [task for task in tasks if options.only in f"{task[0]} {task[1]['name']}"]
+    worst: dict[str, float] = {}
+    failures: list[str] = []
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        for ratios, failed in pool.map(check, tasks):
+            failures += failed
+            for name, ratio in ratios.items():
+                worst[name] = max(worst.get(name, 0.0), ratio)
+    for failure in failures:
+        print("FAIL", failure)
+    print(f"{len(tasks)} cases, {len(failures)} failures, {time.time() - start:.0f} s; worst error / limit:")
+    print("  " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in sorted(worst.items())))
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

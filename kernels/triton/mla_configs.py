@@ -1,0 +1,95 @@
+"""Launch configurations of latent attention, as data; see configs.py for what bounds them."""
+
+from __future__ import annotations
+
+from .configs import KernelConfig, family, power_of_two
+
+C = KernelConfig
+
+# (rows up to, columns of kv_c and k_pe up to, bytes per element) -> configuration, first match wins.
+Table = dict[tuple[int, int, int], KernelConfig | None]
+
+ANY = 1 << 30
+
+# A tile of 16 rows is bound by memory: 16 tokens leave room for two workgroups on a compute unit, whose loads and
+# products overlap. More rows are bound by products or LDS: a wave owns 16 rows, whose queries it keeps
+# in registers. One stage: a transposed tile that the pipeliner keeps in LDS has bank conflicts, see
+# configs.transposes_keys. Compiled, counted and simulated, not run on hardware; see docs/mla.md.
+_CDNA: Table = {
+    (16, ANY, 2): C(16, 16, 4, 1),
+    (32, ANY, 2): C(32, 16, 4, 1),
+    (ANY, ANY, 2): C(64, 16, 4, 1, 0, 16),
+    (ANY, ANY, 4): C(16, 16, 4, 1),
+}
+_RDNA: Table = {
+    (ANY, ANY, 2): C(16, 16, 8, 1),
+    (ANY, ANY, 4): C(16, 16, 16, 1),
+}
+# Measured on an H200, see docs/mla.md.
+_HOPPER_TMA: Table = {
+    (16, ANY, 2): C(16, 64, 8, 3, merged=True),
+    (ANY, ANY, 2): C(64, 64, 8, 2, merged=True),
+}
+_HOPPER: Table = {
+    (16, ANY, 2): C(16, 64, 8, 3, merged=True),
+    (ANY, ANY, 2): C(64, 64, 8, 2, merged=True),
+    (ANY, ANY, 4): C(16, 16, 4, 2),
+}
+_CUDA: Table = {
+    (ANY, ANY, 2): C(16, 32, 4, 2),
+    (ANY, ANY, 4): C(16, 16, 4, 1),
+}
+_INTERPRETER: Table = {(ANY, ANY, 4): C(16, 16, 1, 1)}
+
+DECODE: dict[str, Table] = {
+    "gfx90a": _CDNA,
+    "gfx942": _CDNA,
+    "gfx950": _CDNA,
+    "rdna": _RDNA,
+    "sm90": _HOPPER,
+    "cuda": _CUDA,
+    "interpreter": _INTERPRETER,
+}
+"""Family -> table of the decode kernel."""
+
+DECODE_TMA: dict[str, Table] = {"sm90": _HOPPER_TMA}
+"""The same where it reads the cache through tensor descriptors."""
+
+DECODE_IN_FLIGHT: dict[str, Table] = {"sm90": {(16, ANY, 2): None, (ANY, ANY, 2): C(64, 64, 4, 1)}}
+"""The same of mla_decode_hopper.py's kernel, which has this one tile."""
+
+MIN_SPLIT_KEYS = 64
+MAX_SPLITS = 64
+
+
+def select(tables: dict[str, Table], arch: str, rows: int, columns: int, itemsize: int) -> KernelConfig | None:
+    """The first configuration that fits, None where there is none.
+
+    Args:
+        tables: One of the dictionaries above.
+        arch: "gfx942", "sm90", ... or "interpreter".
+        rows: q_len * num_heads.
+        columns: Padded kv_lora_rank plus qk_rope_head_dim.
+        itemsize: Bytes of one element of the cache.
+    """
+    for (max_rows, max_columns, max_bytes), config in tables.get(family(arch), {}).items():
+        if rows <= max_rows and columns <= max_columns and itemsize <= max_bytes:
+            return config
+    return None
+
+
+def fits_in_flight(blocks: tuple[int, int]) -> bool:
+    """Whether the Hopper kernel takes these padded sizes of kv_lora_rank and qk_rope_head_dim."""
+    return blocks[0] == 512 and blocks[1] <= 64
+
+
+def blocks(arch: str, itemsize: int, latent: int, rope: int) -> tuple[int, int]:
+    """Tile extents of kv_lora_rank and of qk_rope_head_dim (0: none)."""
+    smallest = 64 if arch == "sm90" and itemsize == 2 else 16
+    return max(smallest, power_of_two(latent)), max(16, power_of_two(rope)) if rope else 0
+
+
+def choose_splits(arch: str, tiles: int, kv_len: int, num_units: int, block_n: int) -> int:
+    """How many programs share the keys of one tile, so that they fill the device once, each with a block at least."""
+    splits = num_units // tiles if arch.startswith("sm") else 2 * num_units // tiles
+    return max(1, min(splits, kv_len // max(MIN_SPLIT_KEYS, block_n), MAX_SPLITS))

@@ -1,0 +1,143 @@
+"""Multi-head latent attention (MLA): prove that keys and values of an attention come from one latent per token.
+
+    expanded   k = [c W_uk | k_pe, the same for all heads]      v = c W_uv      q = [q_nope | q_pe]
+    absorbed   scores = (q_nope W_uk) c^T + q_pe k_pe^T         p c             DeepSeek's inference code
+
+The attention itself is proved already, from the softmax outwards; this is a further step inwards. Axes are copied
+first: a proof that fails half-way must not have merged any of the attention's own. What is nearly latent attention
+stays a plain one, with a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from torch.utils import _pytree as pytree
+
+from ..capture.trace import Value
+from ..reasons import Reason, Refusal
+from ..spec import LatentSpec
+from ..symbolic import static
+from .descent import origin
+from .labels import is_contraction, operands_of
+from .latent_absorbed import find_absorbed
+from .latent_cache import expanded_cache
+from .latent_expanded import find_expanded
+from .latent_form import form_of, latent_spec
+from .latent_paged import read_pages
+from .latent_terms import Attempt
+from .latent_weights import add_weights
+from .live import LiveUsers
+from .mask.predicate import free_symbols
+from .region import Latent, Operand, Region
+
+
+def add_latent(region: Region, live: LiveUsers) -> None:
+    """Make `region` one of kind "mla" with its `latent`, if that is proved; if it comes near, say what it lacks."""
+    try:
+        attempt = Attempt(region)
+    except Refusal:
+        return
+    try:
+        absorbed = find_absorbed(region, attempt)
+        if absorbed is not None:
+            add_weights(region, absorbed, attempt, live)
+        latent = absorbed or find_expanded(region, attempt)
+        attempt.is_near = bool(latent.rope) or latent.q_latent is not None
+        _check_features(region, latent)
+    except Refusal as refusal:
+        region.latent_note = _note(refusal) if attempt.is_near else expanded_cache(region)
+        return
+    if latent.q_latent is not None:
+        _name_the_heads(region, latent)
+    if form_of(region.spec, latent)[0] != "prefill":
+        read_pages(latent)
+    spec = latent_spec(region.spec, latent)
+    if not latent.rope and _is_plain(spec):
+        return
+    # One range of a cache may be taken twice, once for the keys and once for the values.
+    latent.leaves = [origin(operand.value) for operand in _operands(latent)]
+    latent.values = [*_between(region, latent), *(latent.tail.values if latent.tail is not None else ())]
+    region.latent = latent
+    region.spec = replace(region.spec, kind="mla", latent=spec)
+
+
+def _name_the_heads(region: Region, latent: Latent) -> None:
+    """One query of many heads: where all read one key, the heads look like queries, and the mask tells nothing else."""
+    spec, closed = region.spec, region.closed_mask
+    count = static(spec.q_len)
+    if region.roles.heads or count is None or not 1 < count <= 128:
+        return
+    if closed is not None and closed.context.q in free_symbols(closed.predicate):
+        return
+    for roles in (region.roles, latent.roles):
+        roles.groups, roles.query = roles.query, []
+    region.spec = replace(spec, num_heads=count, q_len=1)
+
+
+def _is_plain(spec: LatentSpec) -> bool:
+    """Without a rotary half any keys and values that are wider than the hidden states are maps of a latent.
+
+    The prefill form of those is plain attention, and the kernels read no latents wider than 512.
+    """
+    return spec.form == "prefill" or (static(spec.kv_lora_rank) or 0) > 512
+
+
+def _note(refusal: Refusal) -> Reason:
+    """The reason as the report has it; that of the axis algebra is one of axes."""
+    reason = refusal.reason
+    return reason if reason.code.startswith("latent_") else Reason("latent_axes", reason.text)
+
+
+def _check_features(region: Region, latent: Latent) -> None:
+    """The MLA ops take bands, key masks and bounds per row; everything else is refused."""
+    spec = region.spec
+    refused = (
+        (bool(region.q.factors or region.k.factors), "latent_tensor_scale", "the scores are scaled by a tensor"),
+        (spec.has_bias, "latent_attn_bias", "a bias is added to the scores"),
+        (spec.logits_soft_cap is not None, "latent_soft_cap", "the scores have a soft cap"),
+        (spec.has_sinks, "latent_sinks", "the softmax has learned sinks"),
+        (spec.dropout_p != 0, "latent_dropout", "the attention weights pass a dropout"),
+        (spec.mask.has_segment_ids, "latent_segment_ids", "documents are packed"),
+        (spec.mask.has_attn_mask, "latent_attn_mask", "a part of the mask has no closed form"),
+        (
+            latent.w_uv is None and spec.requires_grad,
+            "latent_training",
+            "it is written in its absorbed form, which has no gradients",
+        ),
+    )
+    for is_there, code, text in refused:
+        if is_there:
+            raise Refusal(code, f"latent attention, but {text}, which the MLA ops do not take")
+
+
+def _operands(latent: Latent) -> Iterator[Operand]:
+    """What the latent form is computed from. k_nope and v are not: they are maps of kv_c."""
+    query = latent.q_latent if latent.q_nope is None else latent.q_nope
+    found = (query, latent.q_pe, latent.kv_c, latent.k_pe, latent.w_uk, latent.w_uv)
+    yield from (operand for operand in found if operand is not None)
+
+
+def _between(region: Region, latent: Latent) -> Iterator[Value]:
+    """Everything that is computed from the leaves on the way to the attention."""
+    inside = {value.id for value in region.values}
+    stop = {value.id for value in latent.leaves} | inside
+    todo = [factor for value in region.values for factor in _factors(value) if factor.id not in inside]
+    while todo:
+        value = todo.pop()
+        if value.id in stop:
+            continue
+        stop.add(value.id)
+        yield value
+        todo += _tensors((value.args, value.kwargs))
+
+
+def _factors(value: Value) -> Iterable[Value]:
+    if value.op == "sdpa":
+        return [value.kwargs[name] for name in ("query", "key", "value")]
+    return operands_of(value) if is_contraction(value) else ()
+
+
+def _tensors(tree: object) -> list[Value]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Value)]

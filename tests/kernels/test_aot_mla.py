@@ -1,0 +1,81 @@
+"""TRITON_MLA's kernels compiled ahead of time: for AMD GPUs without spills and within the LDS, and for Hopper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_aot import ARCHS, HALF, NO_MATRIX_WORK
+
+from rocm_attn_compile.kernels.triton import aot, configs
+from rocm_attn_compile.kernels.triton.aot_mla import launches
+
+CDNA = ARCHS[:3]
+
+
+def check(arch: str, dtype: torch.dtype, heavy: bool = False, **sizes: Any) -> None:
+    """Compile all launches and assert. On Radeon a wave's 256 registers do not hold 576 columns: it spills."""
+    for name, launch in launches(arch, dtype, **sizes).items():
+        used = aot.resources(aot.compile_launch(launch, arch))
+        assert used.lds_bytes <= configs.LDS_BYTES[configs.family(arch)], f"{name}: {used}"
+        if name not in NO_MATRIX_WORK and (dtype != torch.float32 or arch in CDNA):
+            assert used.matrix_instructions > 0, f"{name}: {used}"
+        if arch in CDNA and not heavy:
+            assert used.vgpr_spills == 0, f"{name}: {used}"
+            assert used.scratch_bytes == 0, f"{name}: {used}"
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_decode(arch: str) -> None:
+    """16 heads over pages, 128 heads over a contiguous cache; bfloat16."""
+    check(arch, HALF, num_heads=16, block_size=16)
+    check(arch, HALF, num_heads=128)
+
+
+def test_prefill() -> None:
+    check("gfx942", HALF, num_heads=4, q_len=1024, kv_len=1024, absorbed=False, backward=True)
+
+
+EVERYTHING = {"key_mask": True, "kv_start": True, "kv_end": True, "band_lower": -256, "q_len": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("heads", [8, 16, 32, 128])
+@pytest.mark.parametrize("block_size", [0, 16, 64])
+def test_every_decode_configuration(arch: str, dtype: torch.dtype, heads: int, block_size: int) -> None:
+    check(arch, dtype, num_heads=heads, block_size=block_size)
+    check(arch, dtype, heavy=True, num_heads=heads, block_size=block_size, empty_rows="nan", **EVERYTHING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("sizes", [(128, 64, 128), (64, 32, 64), (32, 16, 32)], ids=str)
+def test_every_prefill_configuration(arch: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    nope, rope, value = sizes
+    widths = {"qk_nope_head_dim": nope, "qk_rope_head_dim": rope, "v_head_dim": value}
+    check(arch, dtype, num_heads=4, q_len=1024, kv_len=1024, absorbed=False, backward=True, **widths)
+    check(arch, dtype, num_heads=4, q_len=1, kv_len=1024, absorbed=False, **widths)
+
+
+@pytest.mark.parametrize(("heads", "block_size"), [(16, 0), (16, 16)])
+def test_hopper_decode(heads: int, block_size: int) -> None:
+    """16 rows: matrix instructions of a warp, no spills."""
+    for launch in launches("sm90", HALF, heads, block_size=block_size).values():
+        ptx = aot.compile_launch(launch, "sm90").asm["ptx"]
+        assert launch.kernel.__name__ in NO_MATRIX_WORK or "mma.sync" in ptx
+
+
+def test_hopper_decode_in_gluon() -> None:
+    """Many heads: the kernel with roles, and its products by warp groups. Gluon is experimental: changes show here."""
+    found = launches("sm90", HALF, 128, block_size=64, key_mask=True)
+    assert "mla_decode_hopper_kernel" in found
+    ptx = aot.compile_launch(found["mla_decode_hopper_kernel"], "sm90").asm["ptx"]
+    assert ptx.count("wgmma.mma_async") > 50
+    assert "setmaxnreg" in ptx
