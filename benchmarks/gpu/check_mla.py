@@ -22,11 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "kernels"
 import mla_cases
 import mla_oracle
 
-from rocm_attn_compile.kernels.triton.configs import KernelConfig  # noqa: E402
+from rocm_attn_compile.kernels.triton.configs import KernelConfig
 from rocm_attn_compile.kernels.triton.launch import Tuning
-from rocm_attn_compile.kernels.triton.mla import mla_prefill, mla_prefill_backward  # noqa: E402
+from rocm_attn_compile.kernels.triton.mla import mla_prefill, mla_prefill_backward
 from rocm_attn_compile.kernels.triton.mla_decode_launch import mla_decode_launches
-
 
 HOPPER = KernelConfig(64, 64, 4, 1)
 
