@@ -35,6 +35,25 @@ from .region import Latent, Operand, Region
 
 def add_latent(region: Region, live: LiveUsers) -> None:
     """Make `region` one of kind "mla" with its `latent`, if that is proved; if it comes near, say what it lacks."""
+    _try(region, live)
+    if region.latent is None and _batch_may_be_heads(region):
+        # Without a batch the heads are the first axis, and were taken for it.
+        roles, spec = region.roles, region.spec
+        region.roles = replace(roles, batch=[], kv_heads=roles.batch)
+        region.spec = replace(spec, batch=1, num_heads=spec.batch, num_kv_heads=spec.batch)
+        _try(region, live)
+        if region.latent is None:
+            region.roles, region.spec = roles, spec
+
+
+def _batch_may_be_heads(region: Region) -> bool:
+    closed = region.closed_mask
+    if region.roles.heads or not region.roles.batch or region.masks or region.biases:
+        return False
+    return closed is None or not set(closed.context.batch) & free_symbols(closed.predicate)
+
+
+def _try(region: Region, live: LiveUsers) -> None:
     try:
         attempt = Attempt(region)
     except Refusal:
@@ -49,6 +68,7 @@ def add_latent(region: Region, live: LiveUsers) -> None:
     except Refusal as refusal:
         region.latent_note = _note(refusal) if attempt.is_near else expanded_cache(region)
         return
+    region.latent_note = None
     if latent.q_latent is not None:
         _name_the_heads(region, latent)
     # The mean of all values needs a number of keys, which blocks do not tell.
