@@ -137,6 +137,8 @@ def one(source: str, name: str, setting: dict[str, Any], with_peer: bool) -> dic
         return {"status": "not built", "error": str(error)[:1500]}
     start = time.perf_counter()
     found = judge(case, with_peer=with_peer, lowering=setting["lowering"])
+    if failed := found.get("eager_error") or found.get("watch_error"):
+        return {"status": "fails in eager", "error": failed}
     return {"status": "run", **about, **found, "wall": round(time.perf_counter() - start, 1)}
 
 

@@ -23,7 +23,7 @@ A case is not run again whenever the recogniser changes, so some rows were made 
 
 *Right* means that no result and no gradient is further from float64 than {factor:g} times what eager is, or what one
 more rounding of the result or of the parameters would make.
-*Inductor* counts sites of softmax that its matcher makes SDPA, on the cases that were run with it (forward only).
+*Inductor* counts sites of softmax that its matcher makes SDPA, on the cases that were run with it.
 
 Attention whose query or key is a parameter is replaced too, but is not in these counts.
 

@@ -53,11 +53,12 @@ def backward(_name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
 
 def _is_traced_right(q: Tensor) -> bool:
     """False where a trace takes the lse of ATen's kernel for float32 and it is float64 (PyTorch 2.11)."""
-    return q.dtype != torch.float64 or _lse_is_traced_in_float64()
+    return q.dtype != torch.float64 or lse_is_traced_in_float64()
 
 
 @cache
-def _lse_is_traced_in_float64() -> bool:
+def lse_is_traced_in_float64() -> bool:
+    """True if ATen's kernel says of float64 inputs what it gives."""
     q = torch.empty(1, 1, 2, 8, dtype=torch.float64, device="meta")
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[1].dtype == torch.float64
 

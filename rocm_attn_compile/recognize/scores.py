@@ -164,9 +164,9 @@ class ScoreWalk:
         if left_is and right_is and alpha == 1:
             return self._sum_of_two(value, left, right)
         if left_is:
-            return self._through(value, left, *_bias_steps(value, right, alpha))
+            return self._through(value, left, *bias_steps(value, right, alpha))
         if right_is and alpha == 1:
-            return self._through(value, right, *_bias_steps(value, left, 1))
+            return self._through(value, right, *bias_steps(value, left, 1))
         return self._through(value, left)
 
     def _sum_of_two(self, value: Value, left: Value, right: Value) -> ScorePath:
@@ -244,20 +244,18 @@ class ScoreWalk:
         raise Refusal("score_op", f"scores are concatenated with other scores along dimension {dim}")
 
 
-def _bias_steps(at: Value, bias: Value, factor: Any) -> list[Step]:
+def bias_steps(at: Value, bias: Value, factor: Any) -> list[Step]:
     """One step per term of a sum: `scores + (position_bias + mask)` adds a bias and a mask."""
     if is_cast(bias) and bias.args[0].dtype == torch.float32 and bias.dtype == at.dtype == torch.bfloat16:
         whole = bias.args[0]  # of one range: what is infinite in the sum is so in a term
-        return (
-            _bias_steps(at, whole, factor) if len(_bias_steps(at, whole, 1)) > 1 else [Step("bias", at, bias, factor)]
-        )
+        return bias_steps(at, whole, factor) if len(bias_steps(at, whole, 1)) > 1 else [Step("bias", at, bias, factor)]
     is_sum = bias.name == "add" and not isinstance(bias.op, str) and bias.kwargs.get("alpha", 1) == 1
     # Beside -1e9 the other term vanishes in float32, and would not in float64.
     is_narrow = at.dtype == torch.float64 and bias.dtype != torch.float64
     if is_sum and not is_narrow and not cuts_gradient(bias):
         terms = bias.args[:2]
         if all(isinstance(t, Value) and t.dtype == bias.dtype and number_of(t) is None for t in terms):
-            return [step for term in terms for step in _bias_steps(at, term, factor)]
+            return [step for term in terms for step in bias_steps(at, term, factor)]
     return [Step("bias", at, bias, factor=factor)]
 
 

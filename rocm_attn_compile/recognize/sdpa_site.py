@@ -10,9 +10,9 @@ from ..capture.trace import Value
 from ..reasons import Refusal
 from ..symbolic import divide, is_one, same_size, to_expr
 from .axes import Atom, Dim, broadcast, resolve, unify
-from .labels import Labels
+from .labels import Labels, cuts_gradient, is_cast, number_of
 from .proof import Factor, Proof
-from .scores import Step
+from .scores import Step, bias_steps
 
 
 def prove_sdpa_site(value: Value) -> Proof:
@@ -46,13 +46,10 @@ def prove_sdpa_site(value: Value) -> Proof:
             raise Refusal("sdpa_inputs", "attn_mask and is_causal are both given")
         steps.append(Step("causal", value))
     own = {}
-    if isinstance(mask, Value):
-        if mask.dtype == torch.bool:
-            steps.append(Step("mask", value, mask, keeps=True, fill=-math.inf))
-        else:
-            steps.append(Step("bias", value, mask))
-        own[id(steps[-1])] = Labels()
-        own[id(steps[-1])].align(mask, score_dims)
+    for step in _mask_steps(value, mask) if isinstance(mask, Value) else ():
+        steps.append(step)
+        own[id(step)] = Labels()
+        own[id(step)].align(step.operand, score_dims)
     return Proof(
         anchor=value,
         output=value,
@@ -70,6 +67,36 @@ def prove_sdpa_site(value: Value) -> Proof:
         dropout_p=float(args.get("dropout_p") or 0.0),
         values=[value],
     )
+
+
+def _mask_steps(at: Value, mask: Value) -> list[Step]:
+    """`attn_mask`: True keeps, or what is added. A bias with -inf in the place of what is dropped is a bias and a mask.
+
+    That is exact: -inf that is added and a key that is dropped are the same to this softmax, also in an empty row.
+    """
+    if mask.dtype == torch.bool:
+        return [Step("mask", at, mask, keeps=True, fill=-math.inf)]
+    mask = _broadcast_source(mask)
+    inner = _broadcast_source(mask, through_casts=True)  # in which -inf stays what it is
+    if inner.name in ("masked_fill", "where") and not isinstance(inner.op, str) and len(inner.args) == 3:
+        bias, condition, fill = inner.args if inner.name == "masked_fill" else (inner.args[i] for i in (1, 0, 2))
+        keeps = inner.name == "where"
+        if keeps and number_of(bias) is not None:
+            keeps, bias, fill = False, fill, bias
+        is_bias = isinstance(bias, Value) and number_of(bias) is None and bias.dtype.is_floating_point
+        if is_bias and number_of(fill) == -math.inf and condition.dtype == torch.bool and not cuts_gradient(inner):
+            return [*_mask_steps(at, bias), Step("mask", at, condition, keeps=keeps, fill=-math.inf)]
+    return bias_steps(at, mask, 1)
+
+
+def _broadcast_source(mask: Value, through_casts: bool = False) -> Value:
+    """The tensor of which `mask` is a broadcast, or with `through_casts` a rounding."""
+    while not isinstance(mask.op, str) and not cuts_gradient(mask):
+        grows = mask.name == "expand" or (mask.name == "unsqueeze" and mask.args[1] in (0, -mask.ndim))
+        if not grows and not (through_casts and is_cast(mask)):
+            break
+        mask = mask.args[0]
+    return mask
 
 
 def _default_scale(q: Value) -> float:

@@ -183,16 +183,16 @@ class Rewriter:
                 node = builder.call(aten.mul.Tensor, node, bias.factor)
             if bias.rounded_to is not None:
                 node = builder.call(aten._to_copy.default, node, dtype=bias.rounded_to)
-            added_in = bias.added_in or (region.anchor.args[0].dtype if total is not None else None)
+            scores = region.anchor.args[:1]  # SDPA has none: terms of a mask are added as they are
+            added_in = bias.added_in or (scores[0].dtype if scores else builder.look(node).dtype)
             total = self._add(builder, total, node, added_in)
         in_half = any(isinstance(bias, MaskTerm) or _is_added_in_half(bias) for bias in region.biases)
         return self._lowest(builder, total) if in_half and total is not None else total
 
-    def _add(self, builder: GraphBuilder, total: Any, node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
+    def _add(self, builder: GraphBuilder, total: Any, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """Eager adds one after the other to the scores: what two narrower biases would lose to one another it keeps."""
         if total is None:
             return node
-        assert dtype is not None
         dtype = torch.promote_types(builder.look(total).dtype, dtype)
         if builder.look(total).dtype != dtype:
             total = builder.call(aten._to_copy.default, total, dtype=dtype)

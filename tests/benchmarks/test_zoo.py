@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from zoo_lib.children import in_children
 from zoo_lib.rows import compact, newest
 from zoo_lib.table import page
 from zoo_lib.watch import SiteWatch
@@ -131,3 +134,22 @@ def test_the_page_names_what_is_wrong_and_what_is_missed():
     assert "w (eager, forward): **wrong**: far off" in text
     assert "| transformers | eager, forward | 2 | 2 | 4 | 2 (50.0%) | 2 | 2 (100.0%) | 1 of 2 | - |" in text
     assert "- f: not built; no weights" in text
+
+
+def test_functions_run_in_processes_that_may_die():
+    tasks = {
+        "good": partial(dict, status="run"),
+        "raises": partial(int, "x"),
+        "exits": partial(os._exit, 3),
+        "never ends": partial(sum, range(10**12)),
+        "after": partial(dict, status="run"),
+    }
+    found = dict(in_children(tasks.items(), prepare=partial(int), jobs=2, timeout=1))
+    assert found["good"] == found["after"] == {"status": "run"}
+    assert found["raises"]["status"] == "harness error"
+    assert (found["exits"]["status"], found["never ends"]["status"]) == ("died", "timeout")
+
+
+def test_what_does_not_come_in_time_has_no_result():
+    tasks = {"never ends": partial(sum, range(10**12)), "never begun": partial(dict)}
+    assert not list(in_children(tasks.items(), prepare=partial(int), jobs=1, timeout=60, seconds=2))

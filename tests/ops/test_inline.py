@@ -10,6 +10,7 @@ from oracle import Call, attend, grads_of, keep_of
 from torch._dynamo.backends.common import aot_autograd
 
 import rocm_attn_compile.ops as ops
+from rocm_attn_compile.ops import cpu_inline
 from rocm_attn_compile.testing import assert_as_accurate_as_eager, count_calls
 
 MODES = ["nan", "nan_added", "zero", "mean", "mean_added"]
@@ -69,10 +70,11 @@ def test_forward_and_gradients(name):
     traced = check(call, torch.float64, "bshd")
     is_inlined = call.q.shape[1] == call.k.shape[1] or "logits_soft_cap" in call.settings
     is_fused_decode = call.q.shape[2] == 1 and call.q.shape[3] == call.v.shape[3]
-    assert traced.is_forward_inlined == (is_inlined or is_fused_decode)
+    right = cpu_inline.lse_is_traced_in_float64()
+    assert traced.is_forward_inlined == (right and (is_inlined or is_fused_decode))
     # The unfused code, in which groups cost nothing, computes the gradients of a bias and of a single query.
     is_unfused = "attn_bias" in call.tensors or call.q.shape[2] == 1
-    assert traced.is_backward_inlined == (is_inlined or is_unfused)
+    assert traced.is_backward_inlined == (right and (is_inlined or is_unfused))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -91,9 +93,20 @@ def test_empty_rows(name, mode):
     assert bool((~keep_of(call).any(-1)).any())
     traced = check(call, torch.float64)
     has_cap, has_groups = "logits_soft_cap" in call.settings, call.q.shape[1] != call.k.shape[1]
-    assert traced.is_forward_inlined == (has_cap or not has_groups or call.q.shape[2] == 1)
+    right = cpu_inline.lse_is_traced_in_float64()
+    assert traced.is_forward_inlined == (right and (has_cap or not has_groups or call.q.shape[2] == 1))
     is_unfused = has_cap or call.q.shape[2] == 1
-    assert traced.is_backward_inlined == (is_unfused or not (has_groups or mode == "mean_added"))
+    assert traced.is_backward_inlined == (right and (is_unfused or not (has_groups or mode == "mean_added")))
+
+
+def test_float64_stays_a_call_where_a_trace_takes_lse_for_float32(monkeypatch):
+    """As PyTorch 2.11 does."""
+    monkeypatch.setattr(cpu_inline, "lse_is_traced_in_float64", lambda: False)
+    call = seeded(lambda: make(M=9, band_upper=0, empty_rows="impossible"))
+    traced = check(call, torch.float64)
+    assert not traced.is_forward_inlined and not traced.is_backward_inlined
+    traced = check(call, torch.float32)
+    assert traced.is_forward_inlined and traced.is_backward_inlined
 
 
 def test_what_is_called_instead():

@@ -207,3 +207,33 @@ def test_a_learned_bias_beside_the_lowest_float16_keeps_its_gradient():
 
     nothing = torch.zeros(B, 1, 1, M, dtype=torch.bool)
     check(function, lambda: (*square(), rand(H, 1, 1), nothing, dropped()), calls=1, trains=True)
+
+
+def sdpa_filled(q, k, v, bias, keep):
+    return F.scaled_dot_product_attention(q, k, v, bias.masked_fill(~keep, -math.inf))
+
+
+def sdpa_chosen(q, k, v, bias, keep):
+    return F.scaled_dot_product_attention(q, k, v, torch.where(keep, bias, -math.inf)[None])
+
+
+def sdpa_summed(q, k, v, bias, keep):
+    mask = torch.zeros(keep.shape, dtype=bias.dtype).masked_fill(~keep, -math.inf)
+    return F.scaled_dot_product_attention(q, k, v, (bias + mask).expand(B, H, M, M))
+
+
+def sdpa_filled_and_summed(q, k, v, bias, keep):
+    return F.scaled_dot_product_attention(q, k, v, torch.where(keep, bias, -math.inf) + bias.sin())
+
+
+@pytest.mark.parametrize("function", [sdpa_filled, sdpa_chosen, sdpa_summed, sdpa_filled_and_summed])
+def test_the_mask_in_the_bias_of_sdpa_is_a_mask(function):
+    """An empty row, the fourth, is 0 and has no gradient, however the mask comes in."""
+
+    def make():
+        keep = torch.ones(M, M, dtype=torch.bool).tril()
+        keep[3] = False
+        return (*square(), rand(H, M, M), keep)
+
+    check(function, make, calls=1, trains=True)
+    assert sites()[0].data["mask"]["has_attn_mask"] == (function in (sdpa_filled, sdpa_chosen))

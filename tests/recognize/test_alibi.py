@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from recorder import Recorder
 
 import rocm_attn_compile
@@ -60,6 +61,19 @@ def without_a_mask(q, k, v, slopes):
     return (q @ k.mT * SCALE + slopes.neg()[:, None, None].to(q.dtype) * (i * 2 - j + 3)).softmax(-1) @ v
 
 
+def sdpa_with_the_mask_in_the_bias(q, k, v, slopes):
+    i, j = positions(q, k)
+    bias = (slopes[:, None, None] * (j - i)).masked_fill(~causal(q, k), -math.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
+
+
+def sdpa_with_the_mask_added(q, k, v, slopes):
+    i, j = positions(q, k)
+    mask = torch.zeros(i.shape[0], j.shape[1]).masked_fill(~causal(q, k), -math.inf)
+    bias = (slopes[None, :, None, None] * (j - i) + mask).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(q.shape[0], -1, -1, -1), scale=0.2)
+
+
 KEPT = [
     distance,
     absolute_distance_under_a_causal_mask,
@@ -67,6 +81,8 @@ KEPT = [
     slopes_of_a_formula,
     one_slope,
     without_a_mask,
+    sdpa_with_the_mask_in_the_bias,
+    sdpa_with_the_mask_added,
 ]
 
 
