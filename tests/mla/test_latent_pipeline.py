@@ -112,6 +112,20 @@ def test_another_choice_is_another_impl():
     assert all(impl.startswith("TRITON_MLA@") for impl in impls)
 
 
+def test_a_defect_of_ours_leaves_the_plain_attention(monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("broken")
+
+    monkeypatch.setattr("rocm_attn_compile.recognize.latent.find_absorbed", broken)
+    assert compiled("concatenated").calls == 1
+    (site,) = sites()
+    assert (site.kind, site.backend, [note.code for note in site.notes]) == (
+        "attention",
+        "TRITON_ATTN",
+        ["internal_error"],
+    )
+
+
 # --- what is left in the graph ---
 
 
