@@ -124,6 +124,8 @@ CASES = [
     prefill("structure: 8 documents", 1, 32, 8, 8192, 128, documents=1024, plain="structure: causal"),
     prefill("structure: soft cap", 1, 32, 8, 8192, 128, soft_cap=30.0, plain="structure: causal"),
     prefill("structure: sinks", 1, 32, 8, 8192, 128, sinks=True, plain="structure: causal"),
+    prefill("structure: bias", 2, 16, 16, 2048, 128, causal=False, bias=True),
+    prefill("131072 tokens", 1, 8, 2, 131072, 128),
     decoding("structure: cache of 8192", 16, 32, 8, 8192, 128),
     decoding("structure: 1000 of 8192 valid", 16, 32, 8, 8192, 128, valid=1000, plain="structure: cache of 8192"),
     decoding("structure: cache of 1000", 16, 32, 8, 1000, 128, plain="structure: cache of 8192"),

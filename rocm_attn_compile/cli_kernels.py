@@ -19,11 +19,11 @@ HEADER = (
 
 
 def aot(spec: AttentionSpec, arch: str, out: str | None) -> list[KernelMetrics]:
-    """Compile TRITON_ATTN's kernels for one attention, as the device would; write them to the folder `out` if given.
+    """Compile our Triton kernels for one attention, as the device would; write them to the folder `out` if given.
 
     Raises:
         RuntimeError: There is no Triton.
-        ValueError: `arch` is not an AMD GPU that Triton compiles for, or it is latent attention.
+        ValueError: `arch` is not an AMD GPU that Triton compiles for.
     """
     try:
         import triton  # noqa: F401
@@ -32,13 +32,26 @@ def aot(spec: AttentionSpec, arch: str, out: str | None) -> list[KernelMetrics]:
     from .kernels.isa import assembly, cost
     from .kernels.isa.metrics import metrics
     from .kernels.triton import aot as compiler
-    from .kernels.triton.aot_launches import launches
 
     if not cost.known(arch):
         raise ValueError(f"--arch must be gfx90a, gfx942, gfx950 or one of gfx11.. and gfx12..; got {arch!r}")
-    if spec.kind == "mla":
-        raise ValueError("latent attention has no kernels of ours that could be compiled; leave out --mla")
-    found = launches(
+    results = []
+    for name, launch in (_latent_launches if spec.latent else _launches)(spec, arch).items():
+        compiled = compiler.compile_launch(launch, arch)
+        if out is not None:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            (Path(out) / f"{name}.amdgcn").write_text(compiled.asm["amdgcn"])
+            (Path(out) / f"{name}.hsaco").write_bytes(compiled.asm["hsaco"])
+        kernel = assembly.parse_only(compiled.asm["amdgcn"])
+        results.append(metrics(kernel, compiled.metadata.shared, compiled.metadata.num_warps * kernel.wave_size))
+    return results
+
+
+def _launches(spec: AttentionSpec, arch: str) -> dict[str, Any]:
+    """TRITON_ATTN's launches by kernel name."""
+    from .kernels.triton.aot_launches import launches
+
+    return launches(
         arch,
         spec.dtype,
         spec.head_dim,
@@ -56,16 +69,36 @@ def aot(spec: AttentionSpec, arch: str, out: str | None) -> list[KernelMetrics]:
         band_lower=spec.mask.band_lower,
         dropout_p=spec.dropout_p,
     )
-    results = []
-    for name, launch in found.items():
-        compiled = compiler.compile_launch(launch, arch)
-        if out is not None:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            (Path(out) / f"{name}.amdgcn").write_text(compiled.asm["amdgcn"])
-            (Path(out) / f"{name}.hsaco").write_bytes(compiled.asm["hsaco"])
-        kernel = assembly.parse_only(compiled.asm["amdgcn"])
-        results.append(metrics(kernel, compiled.metadata.shared, compiled.metadata.num_warps * kernel.wave_size))
-    return results
+
+
+def _latent_launches(spec: AttentionSpec, arch: str) -> dict[str, Any]:
+    """TRITON_MLA's launches by kernel name, in the form that the cost rule takes."""
+    from .kernels.triton.aot_mla import launches
+    from .ops.mla_form import prefers_absorbed
+
+    latent: Any = spec.latent
+    names = ("qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank", "v_head_dim")
+    sizes: Any = {name: getattr(latent, name) for name in names}
+    call: Any = {
+        **sizes,
+        **{name: getattr(spec, name) for name in ("q_len", "kv_len", "num_heads")},
+        **{name: getattr(spec.mask, name) for name in ("band_lower", "band_upper")},
+        "itemsize": spec.dtype.itemsize,
+    }
+    absorbed = not spec.requires_grad and prefers_absorbed(**call)
+    return launches(
+        arch,
+        spec.dtype,
+        spec.num_heads,
+        q_len=spec.q_len,
+        kv_len=spec.kv_len,
+        batch=spec.batch,
+        causal=spec.mask.band_upper is not None,
+        absorbed=absorbed,
+        backward=spec.requires_grad,
+        band_lower=spec.mask.band_lower,
+        **sizes,
+    )
 
 
 def isa_report(paths: list[str]) -> list[KernelMetrics]:

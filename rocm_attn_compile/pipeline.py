@@ -30,6 +30,7 @@ from .lower import lower
 from .options import Options, guard_environment, split_options
 from .reasons import INTERNAL_ERROR, Reason, Refusal
 from .recognize import recognize
+from .recognize.latent import forget_latent
 from .recognize.region import LookAlike, Region
 from .report import Report, Site, publish, source_of, withdraw
 from .rewrite import Rewriter, verify
@@ -39,6 +40,9 @@ log = logging.getLogger(__name__)
 
 _ROUNDS = 3
 """One proof may need head counts as numbers first and head sizes then."""
+
+LATENTS_GONE = frozenset({"value_unavailable", "size_unavailable"})
+"""With these the keys may still be there where what they were expanded from has been overwritten."""
 
 
 def compile_graph(
@@ -149,6 +153,8 @@ def _replace_site(
     try:
         rewriter.apply(region, choice.impl)
     except Refusal as refusal:
+        if refusal.reason.code in LATENTS_GONE and forget_latent(region, refusal.reason):
+            return _replace_site(rewriter, region, select(region.spec, env, options), options, env, report)
         return _not_replaced(site, refusal.reason)
     except Exception as error:  # a defect of ours must not stop the user's program; the graph is as it was
         _warn_internal(env, f"while rewriting {site.source}, left as it is", error)

@@ -212,6 +212,19 @@ def test_aot_and_isa_report(run, tmp_path):
     assert row.split()[:3] == ["attention_forward_kernel", "gfx942", str(compiled["vgprs"])]
 
 
+def test_aot_of_latent_attention(run):
+    """A decode step compiles the absorbed kernel, a prompt the prefill kernel."""
+    pytest.importorskip("triton")
+    common = ("aot", "--arch", "gfx942", "--mla", "--num-heads", "16", "--causal", "--json")
+    step = json.loads(run(*common, "--q-len", "1", "--kv-len", "64"))
+    assert [row["kernel"] for row in step] == ["mla_decode_kernel"]
+    prompt = json.loads(run(*common, "--q-len", "512"))
+    assert [row["kernel"] for row in prompt] == ["attention_forward_kernel"]
+    for row in (*step, *prompt):
+        assert row["matrix_instructions"] > 0
+        assert row["vgpr_spills"] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -220,7 +233,6 @@ def test_aot_and_isa_report(run, tmp_path):
             ["aot", "--arch", "sm_90"],
             "--arch must be gfx90a, gfx942, gfx950 or one of gfx11.. and gfx12..; got 'sm_90'",
         ),
-        (["aot", "--arch", "gfx942", "--mla"], "latent attention has no kernels of ours"),
         (["isa-report", "nowhere"], "nowhere: no such file or folder"),
         (["isa-report", "."], "no .amdgcn file in this folder"),
         (["isa-report", "x.s"], "this is not AMD GPU assembly"),

@@ -34,6 +34,8 @@ CANDIDATES = [("flight", C(64, 64, 4, 1))] + [
     for tma, m, n, warps, stages in (
         (True, 64, 64, 8, 2), (True, 16, 64, 8, 2), (True, 16, 64, 8, 3), (True, 16, 32, 8, 6), (True, 16, 32, 4, 3),
         (False, 16, 32, 4, 3), (False, 16, 64, 8, 3), (False, 64, 64, 8, 2),
+        (False, 16, 64, 8, 5), (False, 16, 32, 8, 7), (False, 16, 32, 4, 7), (False, 64, 32, 8, 5),
+        (False, 64, 32, 8, 7), (False, 64, 64, 8, 3),
     )
 ]  # fmt: skip
 

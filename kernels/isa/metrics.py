@@ -61,8 +61,9 @@ class KernelMetrics:
         occupancy: Waves that fit a SIMD, by registers and LDS.
         limited_by: "vgprs", "sgprs", "lds", "waves" (the hardware's limit) or "reserved" (see allocated_vgprs).
         instructions, matrix_instructions: In the text.
-        main_loop: The innermost loop with the most matrix cycles, or the most instructions if none has any; None
-            without a loop.
+        main_loop: The innermost loop with the most matrix cycles, and of several (a kernel has further copies of its
+            loop for blocks that a mask cuts) that with the fewest instructions; that with the most if none has matrix
+            instructions; None without a loop.
     """
 
     kernel: str
@@ -177,7 +178,12 @@ def _main_loop(kernel: Kernel) -> LoopMetrics | None:
     ]
     if not measured:
         return None
-    return max(measured, key=lambda pair: (pair[0].cycles[cost.MATRIX], pair[1]))[0]
+
+    def rank(pair: tuple[LoopMetrics, int]) -> tuple[int, int]:
+        matrix = pair[0].cycles[cost.MATRIX]
+        return matrix, -pair[1] if matrix else pair[1]
+
+    return max(measured, key=rank)[0]
 
 
 def _loop(names: Counter[str], arch: str) -> LoopMetrics:

@@ -16,6 +16,7 @@ Letters as in common.py.
 import triton
 import triton.language as tl
 
+from .bias import BIAS_ELEMENTS, load_bias
 from .common import (
     EMPTY_MEAN,
     EMPTY_MEAN_ADDED,
@@ -23,10 +24,10 @@ from .common import (
     EMPTY_NAN_ADDED,
     EMPTY_ZERO,
     LOG2E,
+    NO_CAP,
     dropout_keep,
     exponent,
     kv_block_range,
-    load_bias,
     load_key_masks,
     load_row_masks,
     mask_scores,
@@ -65,26 +66,22 @@ def load_empty(lse, row_base, q_pos, row_ok):
 
 @triton.jit
 def tile_gradients(
-    qk, dp, q_pos, kv_pos, row_ok, kv_len, m, delta, fix, empty, starts, ends, q_id, kv_id, key_keep, bias_ptrs,
+    qk, dp, q_pos, kv_pos, row_ok, kv_len, m, delta, fix, empty, starts, ends, q_id, kv_id, key_keep, bias,
     mask_ptrs, seed, row_index, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-    cut, BOUNDED: tl.constexpr, EMPTY_PASS: tl.constexpr, RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    cut, BOUNDED: tl.constexpr, EMPTY_PASS: tl.constexpr, RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr,
 ):  # fmt: skip
     """From the products of one tile to `(weights, ds_bias, ds)`, in either orientation.
 
     `weights` are p after dropout (for dv), `ds_bias` the gradient of the capped scores, `ds` that of `scale * q k^T`.
     EMPTY_PASS replaces p: 1/N or NaN on every key of an empty row, 0 on all other rows.
     """
-    bias = 0.0
     mask_keep = 0
-    pair_ok = (kv_pos < kv_len) & row_ok
-    if HAS_BIAS:
-        bias = load_bias(bias_ptrs, pair_ok)
     if HAS_ATTN_MASK:
-        mask_keep = tl.load(mask_ptrs, mask=pair_ok, other=0) != 0
-    s, slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, HAS_SOFT_CAP, HAS_BIAS, PRECISE)
+        mask_keep = tl.load(mask_ptrs, mask=(kv_pos < kv_len) & row_ok, other=0) != 0
+    s, slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
     if EMPTY_PASS:
         here = empty & (kv_pos < kv_len)
         if EMPTY_ROWS == EMPTY_NAN or EMPTY_ROWS == EMPTY_NAN_ADDED:
@@ -111,7 +108,7 @@ def tile_gradients(
             # The fill took the place of the scores: they have no gradient.
             ds_bias = tl.zeros_like(ds_bias)
     ds = ds_bias
-    if HAS_SOFT_CAP:
+    if SOFT_CAP != NO_CAP:
         ds = ds_bias * slope
     return weights, ds_bias, ds
 
@@ -128,7 +125,7 @@ def backward_rows_kernel(
     stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
     num_heads, gqa_group_size, q_len, kv_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
@@ -141,10 +138,9 @@ def backward_rows_kernel(
     lse) sums to N instead of 1. For such rows this kernel sums exp(s - lse) again and stores its log2 as `correction`;
     for all others 0. Only with a bias can scores be that large and still be meant.
     """
-    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
     # Inductor hands numbers over in float64, or as constants.
     softmax_scale = tl.full((), softmax_scale, tl.float32)
-    if HAS_SOFT_CAP:
+    if SOFT_CAP != NO_CAP:
         logits_soft_cap = tl.full((), logits_soft_cap, tl.float32)
     if HAS_DROPOUT:
         dropout_p = tl.full((), dropout_p, tl.float32)
@@ -221,9 +217,10 @@ def backward_rows_kernel(
                 qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
                 ok = (kv_pos < kv_len)[None, :]
                 start_long = start_n.to(tl.int64)
-                bias_ptrs = tile_ptrs(attn_bias + start_long * stride_bn, row_local[:, None], col_local[None, :],
-                                      stride_bm, stride_bn)  # fmt: skip
-                bias = load_bias(bias_ptrs, ok)
+                bias = load_bias(
+                    attn_bias, batch, head, q_first, start_n, (row_local * stride_bm)[:, None], col_local[None, :], ok,
+                    stride_bb, stride_bh, stride_bn, BLOCK_M, BLOCK_N, BIAS_ELEMENTS, False,
+                )  # fmt: skip
                 mask_keep = 0
                 if HAS_ATTN_MASK:
                     mask_ptrs = tile_ptrs(attn_mask + start_long * stride_mn, row_local[:, None], col_local[None, :],
@@ -232,7 +229,7 @@ def backward_rows_kernel(
                 key_keep, kv_id = load_key_masks(
                     key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
                 )
-                s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, HAS_SOFT_CAP, HAS_BIAS, PRECISE)
+                s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
                 s = mask_scores(
                     s, q_pos[:, None], kv_pos[None, :], kv_len, starts[:, None], ends[:, None], q_id[:, None],
                     kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper, True, 1, HAS_LOWER, HAS_UPPER,

@@ -9,7 +9,8 @@ import triton.language as tl
 
 from .backward import load_empty, load_row_statistics, tile_gradients
 from .backward_dkdv import row_block_meets
-from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, load_key_masks, load_row_masks
+from .bias import BIAS_ELEMENTS, load_bias
+from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, NO_CAP, load_key_masks, load_row_masks
 from .tiles import load_tile, tile_ptrs
 
 
@@ -27,7 +28,7 @@ def backward_bias_kernel(
     num_heads, gqa_group_size, q_len, kv_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REDUCE_M: tl.constexpr, REDUCE_N: tl.constexpr, WIDE: tl.constexpr,
-    RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
@@ -36,10 +37,9 @@ def backward_bias_kernel(
 
     REDUCE_M, REDUCE_N: the bias has size 1 there. repeat_batch, repeat_heads: B or H where it has size 1, else 1.
     """
-    PRECISE: tl.constexpr = q.dtype.element_ty == tl.float32
     # Inductor hands numbers over in float64, or as constants.
     softmax_scale = tl.full((), softmax_scale, tl.float32)
-    if HAS_SOFT_CAP:
+    if SOFT_CAP != NO_CAP:
         logits_soft_cap = tl.full((), logits_soft_cap, tl.float32)
     if HAS_DROPOUT:
         dropout_p = tl.full((), dropout_p, tl.float32)
@@ -131,9 +131,10 @@ def backward_bias_kernel(
             dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
             q_first_long = q_first.to(tl.int64)
             n_first_long = n_first.to(tl.int64)
-            bias_ptrs = tile_ptrs(
-                attn_bias + batch * stride_bb + head * stride_bh + q_first_long * stride_bm + n_first_long * stride_bn,
-                row_local[:, None], col_local[None, :], stride_bm, stride_bn,
+            bias = load_bias(
+                attn_bias + batch * stride_bb + head * stride_bh + q_first_long * stride_bm, batch, head, q_first,
+                n_first, (row_local * stride_bm)[:, None], col_local[None, :], (kv_pos < kv_len)[None, :], stride_bb,
+                stride_bh, stride_bn, BLOCK_M, BLOCK_N, BIAS_ELEMENTS, False,
             )  # fmt: skip
             mask_ptrs = attn_mask
             if HAS_ATTN_MASK:
@@ -147,10 +148,10 @@ def backward_bias_kernel(
                     _weights, ds_bias, _ds = tile_gradients(
                         qk, dp, q_pos[:, None], kv_pos[None, :], row_ok[:, None], kv_len, m[:, None], d[:, None],
                         fix[:, None], empty[:, None], starts[:, None], ends[:, None], q_id[:, None], kv_id[None, :],
-                        key_keep[None, :], bias_ptrs, mask_ptrs, seed, (row_base + q_pos)[:, None],
+                        key_keep[None, :], bias, mask_ptrs, seed, (row_base + q_pos)[:, None],
                         softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-                        True, 1, empty_pass == 1, RAW, HAS_SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START,
-                        HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, EMPTY_ROWS, PRECISE,
+                        True, 1, empty_pass == 1, RAW, SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START,
+                        HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, EMPTY_ROWS,
                     )  # fmt: skip
                     acc += ds_bias
 

@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 
 from .backward import load_empty, load_row_statistics, tile_gradients
-from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, EMPTY_ZERO, load_key_masks, load_row_masks, narrow
+from .bias import BIAS_TILES, load_bias
+from .common import (
+    EMPTY_MEAN_ADDED,
+    EMPTY_NAN_ADDED,
+    EMPTY_ZERO,
+    NO_CAP,
+    deal_programs,
+    load_key_masks,
+    load_row_masks,
+    narrow,
+)
 from .tiles import load_head_tile, store_tile, tile_ptrs
 
 
@@ -39,7 +49,7 @@ def q_block_range(n_first, n_last, q_len, band_lower, band_upper, BLOCK_M: tl.co
     return begin, full_begin, full_end, end
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "band_lower", "band_upper"])
+@triton.jit(do_not_specialize=["q_len", "kv_len", "heads_at_once", "band_lower", "band_upper"])
 def backward_dkdv_kernel(
     q, k, v, grad_out, q_rest, k_rest, grad_k, grad_v, grad_k_rest, lse, shift, delta, correction, any_empty,
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed,
@@ -50,14 +60,13 @@ def backward_dkdv_kernel(
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
-    batch_size, num_heads, gqa_group_size, q_len, kv_len,
+    batch_size, num_heads, gqa_group_size, q_len, kv_len, heads_at_once,
     softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr,
-    MERGED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, KV_HEADS_FIRST: tl.constexpr,
-    ROUND_BITS: tl.constexpr,
-    RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    MERGED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, ROUND_BITS: tl.constexpr, BIAS: tl.constexpr,
+    RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
@@ -66,10 +75,9 @@ def backward_dkdv_kernel(
 
     With ROPE > 0, the part of every head in the gradient of the shared piece goes to `grad_k_rest` `(B, K, N, ROPE)`.
     """
-    PRECISE: tl.constexpr = grad_k.dtype.element_ty == tl.float32
     # Inductor hands numbers over in float64, or as constants.
     softmax_scale = tl.full((), softmax_scale, tl.float32)
-    if HAS_SOFT_CAP:
+    if SOFT_CAP != NO_CAP:
         logits_soft_cap = tl.full((), logits_soft_cap, tl.float32)
     if HAS_DROPOUT:
         dropout_p = tl.full((), dropout_p, tl.float32)
@@ -80,12 +88,7 @@ def backward_dkdv_kernel(
     num_row_blocks = tl.cdiv(q_len, BLOCK_M)
     num_kv_heads = num_heads // gqa_group_size
     pid = tl.program_id(0)
-    if KV_HEADS_FIRST:
-        kv_block = pid // (batch_size * num_kv_heads)
-        kv_head_index = pid % (batch_size * num_kv_heads)
-    else:
-        kv_block = pid % num_kv_blocks
-        kv_head_index = pid // num_kv_blocks
+    kv_head_index, kv_block = deal_programs(pid, batch_size * num_kv_heads, num_kv_blocks, heads_at_once)
     batch = (kv_head_index // num_kv_heads).to(tl.int64)
     kv_head = (kv_head_index % num_kv_heads).to(tl.int64)
     n_first = kv_block * BLOCK_N
@@ -113,8 +116,8 @@ def backward_dkdv_kernel(
     if ROPE > 0:
         stride_q_rest, stride_k_rest, stride_q_rest_d, stride_k_rest_d = stride_qpm, stride_kpn, 1, 1
         rest_head = kv_head * 0
-    if HAS_BIAS:
-        attn_bias += batch * stride_bb + n_first_long * stride_bn
+    if HAS_BIAS and BIAS != BIAS_TILES:
+        attn_bias += batch * stride_bb
     if HAS_ATTN_MASK:
         attn_mask += batch * stride_mb + n_first_long * stride_mn
     if HAS_START:
@@ -218,12 +221,16 @@ def backward_dkdv_kernel(
                     row_local = q_pos - q_first
                     if WIDE:
                         row_local = row_local.to(tl.int64)
-                    bias_ptrs = attn_bias
+                    bias = 0.0
                     mask_ptrs = attn_mask
                     if HAS_BIAS:
-                        bias_ptrs = tile_ptrs(
-                            attn_bias + head * stride_bh + q_first.to(tl.int64) * stride_bm,
-                            row_local[None, :], col_local[:, None], stride_bm, stride_bn,
+                        bias_head = attn_bias
+                        if BIAS != BIAS_TILES:
+                            bias_head += head * stride_bh + q_first.to(tl.int64) * stride_bm
+                        bias = load_bias(
+                            bias_head, batch, head, q_first, n_first, (row_local * stride_bm)[None, :],
+                            col_local[:, None], (kv_pos < kv_len)[:, None], stride_bb, stride_bh, stride_bn, BLOCK_M,
+                            BLOCK_N, BIAS, True,
                         )  # fmt: skip
                     if HAS_ATTN_MASK:
                         mask_ptrs = tile_ptrs(
@@ -233,11 +240,11 @@ def backward_dkdv_kernel(
                     weights, _ds_bias, ds = tile_gradients(
                         qk, dp, q_pos[None, :], kv_pos[:, None], row_ok[None, :], kv_len, m[None, :], d[None, :],
                         fix[None, :], empty[None, :], starts[None, :], ends[None, :], q_id[None, :], kv_id[:, None],
-                        key_keep[:, None], bias_ptrs, mask_ptrs, seed, (row_base + q_pos)[None, :],
+                        key_keep[:, None], bias, mask_ptrs, seed, (row_base + q_pos)[None, :],
                         softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-                        cut, 2 if MERGED and phase == 0 else phase > 0, phase == 2, RAW, HAS_SOFT_CAP, HAS_BIAS,
+                        cut, 2 if MERGED and phase == 0 else phase > 0, phase == 2, RAW, SOFT_CAP, HAS_BIAS,
                         HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT,
-                        EMPTY_ROWS, PRECISE,
+                        EMPTY_ROWS,
                     )  # fmt: skip
                     if WANT_DV:
                         dv = tl.dot(narrow(weights, g_tile.dtype, ROUND_BITS), g_tile, dv, input_precision=PRECISION)

@@ -4,11 +4,21 @@ import triton
 import triton.language as tl
 
 from .backward import load_empty, load_row_statistics, tile_gradients
-from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, kv_block_range, load_key_masks, load_row_masks, narrow
+from .bias import BIAS_TILES, load_bias
+from .common import (
+    EMPTY_MEAN_ADDED,
+    EMPTY_NAN_ADDED,
+    NO_CAP,
+    deal_programs,
+    kv_block_range,
+    load_key_masks,
+    load_row_masks,
+    narrow,
+)
 from .tiles import load_head_tile, store_tile, tile_ptrs
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "band_lower", "band_upper"])
+@triton.jit(do_not_specialize=["q_len", "kv_len", "heads_at_once", "band_lower", "band_upper"])
 def backward_dq_kernel(
     q, k, v, grad_out, q_rest, k_rest, grad_q, grad_q_rest, lse, shift, delta, correction, any_empty,
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed,
@@ -19,13 +29,13 @@ def backward_dq_kernel(
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
-    batch_size, num_heads, gqa_group_size, q_len, kv_len,
+    batch_size, num_heads, gqa_group_size, q_len, kv_len, heads_at_once,
     softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr,
-    MERGED: tl.constexpr, KV_HEADS_FIRST: tl.constexpr, ROUND_BITS: tl.constexpr,
-    RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    MERGED: tl.constexpr, ROUND_BITS: tl.constexpr, BIAS: tl.constexpr,
+    RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
@@ -35,10 +45,9 @@ def backward_dq_kernel(
     TMA and ROPE as in attention_forward_kernel; with ROPE > 0 the second piece of the gradient goes to `grad_q_rest`
     `(B, H, M, ROPE)`.
     """
-    PRECISE: tl.constexpr = grad_q.dtype.element_ty == tl.float32
     # Inductor hands numbers over in float64, or as constants.
     softmax_scale = tl.full((), softmax_scale, tl.float32)
-    if HAS_SOFT_CAP:
+    if SOFT_CAP != NO_CAP:
         logits_soft_cap = tl.full((), logits_soft_cap, tl.float32)
     if HAS_DROPOUT:
         dropout_p = tl.full((), dropout_p, tl.float32)
@@ -46,12 +55,7 @@ def backward_dq_kernel(
     num_row_blocks = tl.cdiv(q_len, BLOCK_M)
     pid = tl.program_id(0)
     num_kv_heads = num_heads // gqa_group_size
-    if KV_HEADS_FIRST:
-        kv_index = pid % (batch_size * num_kv_heads)
-        tile = pid // (batch_size * num_kv_heads)
-    else:
-        kv_index = pid // (gqa_group_size * num_row_blocks)
-        tile = pid % (gqa_group_size * num_row_blocks)
+    kv_index, tile = deal_programs(pid, batch_size * num_kv_heads, gqa_group_size * num_row_blocks, heads_at_once)
     row_block = tile // gqa_group_size
     if HAS_UPPER:
         row_block = num_row_blocks - 1 - row_block
@@ -90,7 +94,7 @@ def backward_dq_kernel(
     if ROPE > 0:
         stride_q_rest, stride_k_rest, stride_q_rest_d, stride_k_rest_d = stride_qpm, stride_kpn, 1, 1
         rest_head = kv_head * 0
-    if HAS_BIAS:
+    if HAS_BIAS and BIAS != BIAS_TILES:
         attn_bias += batch * stride_bb + head * stride_bh + q_first_long * stride_bm
     if HAS_ATTN_MASK:
         attn_mask += batch * stride_mb + head * stride_mh + q_first_long * stride_mm
@@ -169,22 +173,24 @@ def backward_dq_kernel(
                 key_keep, kv_id = load_key_masks(
                     key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
                 )
-                bias_ptrs = attn_bias
+                bias = 0.0
                 mask_ptrs = attn_mask
                 if HAS_BIAS:
-                    bias_ptrs = tile_ptrs(attn_bias + start_long * stride_bn, row_local[:, None], col_local[None, :],
-                                          stride_bm, stride_bn)  # fmt: skip
+                    bias = load_bias(
+                        attn_bias, batch, head, q_first, start_n, (row_local * stride_bm)[:, None], col_local[None, :],
+                        (kv_pos < kv_len)[None, :], stride_bb, stride_bh, stride_bn, BLOCK_M, BLOCK_N, BIAS, False,
+                    )  # fmt: skip
                 if HAS_ATTN_MASK:
                     mask_ptrs = tile_ptrs(attn_mask + start_long * stride_mn, row_local[:, None], col_local[None, :],
                                           stride_mm, stride_mn)  # fmt: skip
                 _weights, _ds_bias, ds = tile_gradients(
                     qk, dp, q_pos[:, None], kv_pos[None, :], row_ok[:, None], kv_len, m[:, None], d[:, None],
                     fix[:, None], empty[:, None], starts[:, None], ends[:, None], q_id[:, None], kv_id[None, :],
-                    key_keep[None, :], bias_ptrs, mask_ptrs, seed, (row_base + q_pos)[:, None],
+                    key_keep[None, :], bias, mask_ptrs, seed, (row_base + q_pos)[:, None],
                     softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-                    cut, 2 if MERGED and phase == 0 else phase > 0, phase == 2, RAW, HAS_SOFT_CAP, HAS_BIAS,
+                    cut, 2 if MERGED and phase == 0 else phase > 0, phase == 2, RAW, SOFT_CAP, HAS_BIAS,
                     HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT,
-                    EMPTY_ROWS, PRECISE,
+                    EMPTY_ROWS,
                 )  # fmt: skip
                 ds = narrow(ds, k_tile.dtype, ROUND_BITS)
                 acc = tl.dot(ds, k_tile, acc, input_precision=PRECISION)

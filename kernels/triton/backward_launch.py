@@ -15,7 +15,7 @@ from .backward import backward_rows_kernel
 from .backward_bias import backward_bias_kernel
 from .backward_dkdv import backward_dkdv_kernel
 from .backward_dq import backward_dq_kernel
-from .forward_launch import forward_descriptors
+from .forward_launch import feature, forward_descriptors
 from .launch import (
     EMPTY_ROWS,
     MIN_TMA_SCORES,
@@ -23,6 +23,9 @@ from .launch import (
     Rope,
     Tuning,
     aligned,
+    bias_kind,
+    bias_storage,
+    cap_kind,
     check,
     descriptor,
     device_arch,
@@ -148,6 +151,7 @@ def backward_launches(
         any_empty=torch.zeros((batch * num_heads,), dtype=torch.int32, device=q.device) if empty else None,
         EMPTY_ROWS=empty,
         PRECISION=dot_precision(q.dtype, arch),
+        SOFT_CAP=cap_kind(logits_soft_cap, q.dtype, arch),
     )
     head_block = configs.head_size(blocks, v_head_dim)
     # The two small kernels read a head dimension in one piece.
@@ -162,6 +166,8 @@ def backward_launches(
         and takes_tma_rope(rope_layouts, itemsize)
     )
 
+    bias_itemsize, bias_is_aligned = bias_storage(attn_bias, tuning.traced)
+
     def launch(kernel: Any, direction: str, grid: Any, **extra: Any) -> Launch:
         config = tuning.config or configs.select(arch, direction, head_block, itemsize)
         tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
@@ -169,17 +175,26 @@ def backward_launches(
 
     def launch_main(kernel: Any, direction: str, grid: Any, **extra: Any) -> Launch:
         """dk/dv and dq: through tensor descriptors where those can be had."""
-        faster = tma and (tuning.config or configs.select_tma(arch, f"{direction}_tma", head_block, itemsize))
+        faster = tma and (
+            tuning.config
+            or configs.select_tma(arch, f"{direction}_tma", head_block, itemsize, feature(arguments, q.dtype))
+        )
         config = faster or tuning.config or configs.select(arch, direction, head_block, itemsize)
         found = {
             **arguments, **extra, **rope_arguments(*rope_layouts), "q_rest": rope[0] if rope else None,
             "k_rest": rope[1] if rope else None, "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n, "TMA": bool(faster), "MERGED": config.merged, "batch_size": batch,
-            "KV_HEADS_FIRST": configs.kv_heads_first(arch), "ROUND_BITS": configs.rounds_bits(arch),
+            "BIAS": bias_kind(layout(attn_bias), bias_itemsize, bool(faster) and bias_is_aligned),
+            "heads_at_once": configs.heads_at_once(
+                arch, arguments["HAS_UPPER"], batch * kv_heads,
+                (kv_len if direction == "backward_q" else q_len) * (head_dim + v_head_dim) * itemsize,
+                direction != "backward_q",
+            ),
+            "ROUND_BITS": configs.rounds_bits(arch),
         }  # fmt: skip
         if faster:
             found.update(
-                forward_descriptors(q, k, v, found, rope),
+                forward_descriptors(q, k, v, attn_bias, found, rope),
                 grad_out=descriptor(grad_out, config.block_m, found["BLOCK_E"]),
             )
         return Launch(kernel, grid(config), found, config.options(is_amd))

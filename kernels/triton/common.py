@@ -21,7 +21,6 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-FLOAT32_MIN = tl.constexpr(-3.4028234663852886e38)
 
 # Values of the kernels' EMPTY_ROWS argument; see rocm_attn_compile.spec.EmptyRows. "zero" and "impossible" share code.
 EMPTY_ZERO = tl.constexpr(0)
@@ -30,22 +29,57 @@ EMPTY_MEAN = tl.constexpr(2)
 EMPTY_MEAN_ADDED = tl.constexpr(3)
 EMPTY_NAN_ADDED = tl.constexpr(4)
 
+# Values of the kernels' SOFT_CAP: none, or how its tanh is evaluated.
+NO_CAP = tl.constexpr(0)
+CAP_PLAIN = tl.constexpr(1)
+CAP_PRECISE = tl.constexpr(2)
+CAP_FAST = tl.constexpr(3)
+
+# Values of the forward kernel's SHIFT: what is subtracted from the scores of a row before they are exponentiated.
+RUNNING_MAX = tl.constexpr(0)
+FIRST_MAX = tl.constexpr(1)
+NO_MAX = tl.constexpr(2)
+# With FIRST_MAX, a row whose sum leaves these bounds is computed again with RUNNING_MAX: 2**-64, 2**64.
+SMALLEST_SUM = tl.constexpr(5.421010862427522e-20)
+LARGEST_SUM = tl.constexpr(1.8446744073709552e19)
+
 
 @triton.jit
-def tanh(x, PRECISE: tl.constexpr):
-    """tanh of a float32 tensor. Absolute error about 1e-7; with PRECISE also a small relative error near zero.
+def deal_programs(pid, heads, tiles, heads_at_once):
+    """Which `(head, tile)` program `pid` of `heads * tiles` takes; see configs.heads_at_once."""
+    first = pid // (heads_at_once * tiles) * heads_at_once
+    count = tl.minimum(heads_at_once, heads - first)
+    rest = pid - first * tiles
+    return first + rest % count, rest // count
 
-    `1 - 2 / (exp(2x) + 1)` cancels for small x, which a soft cap multiplies by the cap: harmless beside 16-bit inputs,
-    visible beside float32 ones, so those take the Taylor polynomial for |x| < 0.25 (next term below 1e-8).
+
+@triton.jit
+def soft_cap(x, inner, outer, SOFT_CAP: tl.constexpr):
+    """`outer * tanh(inner * x)` for a float32 tile `x` and scalars `inner`, `outer`.
+
+    CAP_FAST: NVIDIA's instruction, relative error 2^-11. bfloat16 scores, as eager has them, are off by four times that
+    before the cap and again after it.
+    CAP_PLAIN: `1 - 2 / (exp(2 y) + 1)`, absolute error about 3e-7. It cancels for small y, which the cap multiplies:
+    harmless beside 16-bit inputs. A square of rsqrt, because a division takes ten instructions on AMD.
+    CAP_PRECISE, for float32 inputs: a division, and for |y| < 0.25 the Taylor polynomial (next term below 1e-8).
     """
-    t = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
-    if PRECISE:
-        y = x * x
-        series = -17.0 / 315.0 + y * (62.0 / 2835.0)
-        series = 2.0 / 15.0 + y * series
-        series = -1.0 / 3.0 + y * series
-        t = tl.where(y < 0.0625, x + x * (y * series), t)
-    return t
+    if SOFT_CAP == CAP_FAST:
+        t = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x * inner], dtype=tl.float32, is_pure=True, pack=1
+        )
+        s = t * outer
+    elif SOFT_CAP == CAP_PLAIN:
+        root = tl.rsqrt(tl.exp2(x * (2.0 * LOG2E * inner)) + 1.0)
+        s = outer - (root * root) * (2.0 * outer)
+    else:
+        y = x * inner
+        square = y * y
+        series = -17.0 / 315.0 + square * (62.0 / 2835.0)
+        series = 2.0 / 15.0 + square * series
+        series = -1.0 / 3.0 + square * series
+        t = 1.0 - 2.0 / (tl.exp2(y * (2.0 * LOG2E)) + 1.0)
+        s = outer * tl.where(square < 0.0625, y + y * (square * series), t)
+    return s
 
 
 @triton.jit
@@ -65,17 +99,8 @@ def narrow(x, dtype: tl.constexpr, ROUND_BITS: tl.constexpr):
 
 
 @triton.jit
-def load_bias(ptrs, ok):
-    """Load a bias tile as float32; a float64 bias below the float32 range becomes the smallest float32, not -inf."""
-    bias = tl.load(ptrs, mask=ok, other=0.0)
-    if bias.dtype == tl.float64:
-        bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias, FLOAT32_MIN))
-    return bias.to(tl.float32)
-
-
-@triton.jit
-def score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
-               HAS_BIAS: tl.constexpr, PRECISE: tl.constexpr):  # fmt: skip
+def score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
+               HAS_BIAS: tl.constexpr):  # fmt: skip
     """Turn q k^T into scores of the chosen domain.
 
     Returns:
@@ -84,13 +109,16 @@ def score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW: tl.constexpr, HAS_
     slope = 1.0
     if RAW:
         s = qk
-    elif HAS_SOFT_CAP:
-        t = tanh(qk * (softmax_scale / logits_soft_cap), PRECISE)
-        slope = 1.0 - t * t
+    elif SOFT_CAP != NO_CAP:
+        inner = softmax_scale / logits_soft_cap
         if HAS_BIAS:
-            s = t * logits_soft_cap + bias
+            outer = logits_soft_cap
         else:
-            s = t * (logits_soft_cap * LOG2E)
+            outer = logits_soft_cap * LOG2E
+        s = soft_cap(qk, inner, outer, SOFT_CAP)
+        slope = 1.0 - s * s * (1.0 / (outer * outer))
+        if HAS_BIAS:
+            s += bias
     else:
         if HAS_BIAS:
             s = qk * softmax_scale + bias

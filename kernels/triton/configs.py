@@ -28,6 +28,8 @@ class KernelConfig:
         waves_per_eu: AMD only: occupancy that the compiler makes, no less and no more; 0 lets it choose.
         matrix_instr_nonkdim: AMD CDNA only: 16 or 32 picks the MFMA shape, 0 lets the compiler choose.
         merged: One loop over cut and uncut blocks with a branch, instead of one loop for each kind.
+        first_max: Forward with bfloat16 only: no running maximum, see forward.py. For fewer instructions a score, but a
+            third copy of the loop, which can need more registers.
     """
 
     block_m: int
@@ -37,6 +39,7 @@ class KernelConfig:
     waves_per_eu: int = 0
     matrix_instr_nonkdim: int = 0
     merged: bool = False
+    first_max: bool = False
 
     def options(self, is_amd: bool) -> dict[str, int]:
         """Triton's compile options; the AMD-only ones are left out elsewhere, where Triton rejects them."""
@@ -61,8 +64,8 @@ Table = dict[tuple[int, int], KernelConfig | None]
 # an upper bound, too: LLVM then reserves registers that keep more waves out. It is given only where two waves need it.
 _CDNA: dict[str, Table] = {
     "forward": {
-        (64, 2): C(128, 64, 4, 2, 2),
-        (128, 2): C(128, 32, 4, 2, 2),
+        (64, 2): C(128, 64, 4, 2, 2, first_max=True),
+        (128, 2): C(128, 32, 4, 2, 2, first_max=True),
         (192, 2): C(128, 32, 4, 1, 2),
         (256, 2): C(64, 32, 8, 1),
         (64, 4): C(64, 32, 4, 1, 2),
@@ -100,6 +103,7 @@ _CDNA: dict[str, Table] = {
 # gfx90a needs more registers for the narrower MFMA's operands.
 _GFX90A: dict[str, Table] = {
     **_CDNA,
+    "forward": {**_CDNA["forward"], (64, 2): C(128, 64, 4, 2, 2), (128, 2): C(128, 32, 4, 2, 2)},
     "backward_kv": {**_CDNA["backward_kv"], (128, 2): C(32, 64, 4, 1, 0, 16)},
 }
 
@@ -110,6 +114,10 @@ _GFX950: dict[str, Table] = {
         **_CDNA["forward"],
         (64, 2): C(128, 128, 4, 1, 2),
         (128, 2): C(128, 64, 4, 1, 2),
+    },
+    "forward_first": {
+        (64, 2): C(128, 64, 4, 2, 2, first_max=True),
+        (128, 2): C(128, 32, 4, 2, 2, first_max=True),
     },
 }
 
@@ -155,9 +163,9 @@ _HOPPER: dict[str, Table] = {
     "forward_tma": {
         (64, 2): C(64, 128, 4, 2, merged=True),
         (96, 2): C(64, 64, 4, 2, merged=True),
-        (128, 2): C(128, 64, 4, 2, merged=True),
-        (192, 2): C(128, 128, 8, 2, merged=True),
-        (256, 2): C(128, 64, 8, 2, merged=True),
+        (128, 2): C(128, 64, 4, 2, merged=True, first_max=True),
+        (192, 2): C(128, 128, 8, 2, merged=True, first_max=True),
+        (256, 2): C(128, 64, 8, 2, merged=True, first_max=True),
     },
     "forward": {
         (64, 2): C(128, 64, 4, 3),
@@ -169,11 +177,16 @@ _HOPPER: dict[str, Table] = {
     },
     "decode": {
         (64, 2): C(16, 128, 2, 2),
-        (128, 2): C(16, 64, 2, 4),
-        (256, 2): C(16, 32, 4, 4),
+        (128, 2): C(16, 128, 4, 3),
+        (256, 2): C(16, 64, 4, 3),
         (128, 4): C(16, 32, 4, 2),
         (256, 4): C(16, 16, 4, 2),
     },
+    "forward_tma_first": {(96, 2): C(128, 64, 4, 3, merged=True, first_max=True)},
+    "forward_tma_bias": {(128, 2): C(64, 64, 4, 2, merged=True)},
+    "backward_kv_tma_bias": {(64, 2): C(32, 128, 4, 3)},
+    "backward_q_tma_bias": {(128, 2): C(64, 64, 4, 2)},
+    "backward_kv_tma_cap": {(64, 2): None, (128, 2): C(32, 64, 4, 3)},
     "backward_kv_tma": {
         (64, 2): C(64, 64, 4, 3),
         (128, 2): C(64, 64, 4, 2),
@@ -250,7 +263,9 @@ TABLES: dict[str, dict[str, Table]] = {
 
 Directions: forward, decode, backward_kv, backward_q, backward_bias. Where tensor descriptors exist and the tensors'
 strides and size allow them, also forward_tma, backward_q_tma and backward_kv_tma, or instead of the last backward_k_tma
-and backward_v_tma: two launches.
+and backward_v_tma: two launches. A suffix "_bias" or "_cap" is for calls with a bias or mask tensor or a soft cap,
+which need more registers, "_first" for forward calls that may take first_max. Where such a table has no row, the one
+without a suffix counts.
 """
 
 
@@ -265,7 +280,7 @@ def family(arch: str) -> str:
     return "cuda"
 
 
-def select(arch: str, direction: str, head_block: int, itemsize: int) -> KernelConfig:
+def select(arch: str, direction: str, head_block: int, itemsize: int, feature: str = "") -> KernelConfig:
     """The launch configuration of one kernel.
 
     Args:
@@ -273,14 +288,23 @@ def select(arch: str, direction: str, head_block: int, itemsize: int) -> KernelC
         direction: "forward", "decode", "backward_kv", "backward_q" or "backward_bias".
         head_block: From head_size, at most 256.
         itemsize: Bytes of one element of q: 2 or 4.
+        feature: "" or a suffix that a table's name may have: "first", "bias" or "cap".
     """
-    config = select_tma(arch, direction, head_block, itemsize)
+    config = select_tma(arch, direction, head_block, itemsize, feature)
     assert config, f"no {direction} configuration for {arch}, head size {head_block}, {itemsize} bytes"
     return config
 
 
-def select_tma(arch: str, direction: str, head_block: int, itemsize: int) -> KernelConfig | None:
-    """Like select, None where there is no row: the tables "forward_tma", "backward_kv_tma", "backward_q_tma"."""
+def select_tma(arch: str, direction: str, head_block: int, itemsize: int, feature: str = "") -> KernelConfig | None:
+    """Like select, None where there is no row: the tables "forward_tma", "backward_kv_tma", "backward_q_tma".
+
+    Args:
+        arch, direction, head_block, itemsize, feature: As for select.
+    """
+    if feature:
+        special = select_tma(arch, f"{direction}_{feature}", head_block, itemsize)
+        if special:
+            return special
     for (max_head, max_bytes), config in TABLES[family(arch)].get(direction, {}).items():
         if head_block <= max_head and itemsize <= max_bytes:
             return config
@@ -291,9 +315,42 @@ def kv_heads_first(arch: str) -> bool:
     """Whether consecutive programs take different key/value heads instead of the blocks of one.
 
     MI300 and MI350 deal programs out to 8 dies in turn, each with an L2 cache of its own. With as many heads as dies, a
-    head's programs then meet in one cache. Elsewhere one L2 serves all, and programs that follow each other share.
+    head's programs then meet in one cache.
     """
     return arch in ("gfx942", "gfx950")
+
+
+HEADS_BYTES, LONG_HEADS_BYTES = 32 * 2**20, 8 * 2**20
+"""How much of Hopper's 50 MB L2 cache all heads, or those that run at once, may take; see heads_at_once."""
+
+
+def heads_at_once(arch: str, uneven: bool, heads: int, head_bytes: int, is_long: bool = False) -> int:
+    """How many key/value heads the programs are dealt out to in turn, before the next ones start.
+
+    1 lets the programs of one head follow each other and share its tensors in the cache. That is best on one L2 cache,
+    unless the programs do uneven work (a causal mask): they start with the longest, but the last head's all start
+    together, and the device waits for the longest of them. Among several heads the short programs fill that time, as
+    long as the cache holds what those heads read. For several L2 caches see kv_heads_first.
+
+    Args:
+        arch: "gfx942", "sm90", ...
+        uneven: Whether programs of the same head do unequal work.
+        heads: Key/value heads of all batch entries.
+        head_bytes: What the programs of one of them all read.
+        is_long: Whether programs are few and long: with grouped queries, those of dk and dv are.
+    """
+    if kv_heads_first(arch):
+        return heads
+    if arch != "sm90" or not uneven:
+        return 1
+    if heads * head_bytes <= HEADS_BYTES:
+        return heads
+    return max(1, LONG_HEADS_BYTES // head_bytes) if is_long else 1
+
+
+def has_tanh(arch: str) -> bool:
+    """Whether the GPU has an instruction for tanh: NVIDIA from sm75 on."""
+    return arch.startswith("sm") and int(arch[2:]) >= 75
 
 
 def rounds_bits(arch: str) -> bool:

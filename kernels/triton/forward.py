@@ -7,7 +7,13 @@ one (query head, query position) pair: with PACK > 1 the PACK query heads that s
 The walk has two phases: first the blocks that no limit of position cuts (no comparison per element), then the rest on
 both sides of them; with MERGED it is one loop with a branch, which needs fewer registers. Blocks that no row keeps are
 never visited; their range comes from the band and, on the device, from kv_start and kv_end, so a static cache costs
-what its valid part costs.
+what its valid part costs. Masks and bias are loaded before q k^T: then Triton keeps row statistics in the layout of
+that product. The other way round it computed the softmax once in each layout.
+
+What is subtracted from the scores (SHIFT) may be any number, as long as float32 holds the exponentials:
+RUNNING_MAX, the online softmax, has to find each block's maximum and rescale the sums. FIRST_MAX is the maximum of the
+first block of keys: a lower bound of the row's, so nothing that matters underflows. Should it be off by more than 2^64,
+the row's sum shows it, and the tile is computed again with the running maximum. NO_MAX is for a small soft cap.
 
 Letters as in common.py.
 """
@@ -15,25 +21,32 @@ Letters as in common.py.
 import triton
 import triton.language as tl
 
+from .bias import BIAS_TILES, load_bias
 from .combine import finish_rows
 from .common import (
     EMPTY_MEAN,
     EMPTY_MEAN_ADDED,
+    FIRST_MAX,
+    LARGEST_SUM,
     LOG2E,
+    NO_CAP,
+    NO_MAX,
+    RUNNING_MAX,
+    SMALLEST_SUM,
+    deal_programs,
     dropout_keep,
     exponent,
     kv_block_range,
-    load_bias,
     load_key_masks,
     load_row_masks,
     mask_scores,
     narrow,
     score_tile,
 )
-from .tiles import load_head_tile, load_key_tile
+from .tiles import load_head_tile, q_k_product
 
 # These change from call to call (lengths grow while decoding); specialising on them would recompile.
-_RUNTIME_SIZES = ["q_len", "kv_len", "num_splits", "band_lower", "band_upper"]
+_RUNTIME_SIZES = ["q_len", "kv_len", "num_splits", "heads_at_once", "band_lower", "band_upper"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
@@ -46,14 +59,15 @@ def attention_forward_kernel(
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
-    batch_size, num_heads, gqa_group_size, q_len, kv_len, num_splits,
+    batch_size, num_heads, gqa_group_size, q_len, kv_len, num_splits, heads_at_once,
     softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
-    WIDE: tl.constexpr, TMA: tl.constexpr, MERGED: tl.constexpr,
-    KV_HEADS_FIRST: tl.constexpr, ROUND_BITS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr,
-    RAW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr, MERGED: tl.constexpr, SHIFT: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROUND_BITS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr,
+    RAW: tl.constexpr, SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
@@ -69,10 +83,9 @@ def attention_forward_kernel(
     With ROPE > 0 the second piece of the head dimension lies elsewhere: q_rest is `(B, H, M, ROPE)`, k_rest
     `(B, N, ROPE)`, shared by all heads (descriptors of 4-D tensors with one head); last strides are 1. See mla_prefill.
     """
-    PRECISE: tl.constexpr = out.dtype.element_ty == tl.float32
     # Inductor hands numbers over in float64, or as constants.
     softmax_scale = tl.full((), softmax_scale, tl.float32)
-    if HAS_SOFT_CAP:
+    if SOFT_CAP != NO_CAP:
         logits_soft_cap = tl.full((), logits_soft_cap, tl.float32)
     if HAS_DROPOUT:
         dropout_p = tl.full((), dropout_p, tl.float32)
@@ -83,15 +96,10 @@ def attention_forward_kernel(
     if SPLIT:
         split = pid % num_splits
         pid = pid // num_splits
-    # A group's query heads run side by side and share K and V in the cache; see configs.py on KV_HEADS_FIRST.
+    # A group's query heads run side by side and share K and V in the cache.
     tiles_of_group = gqa_group_size // PACK
     num_kv_heads = num_heads // gqa_group_size
-    if KV_HEADS_FIRST:
-        kv_index = pid % (batch_size * num_kv_heads)
-        tile = pid // (batch_size * num_kv_heads)
-    else:
-        kv_index = pid // (tiles_of_group * num_row_blocks)
-        tile = pid % (tiles_of_group * num_row_blocks)
+    kv_index, tile = deal_programs(pid, batch_size * num_kv_heads, tiles_of_group * num_row_blocks, heads_at_once)
     row_block = tile // tiles_of_group
     if HAS_UPPER:
         # The last queries of a causal mask see the most keys: start them first, so that short ones fill the tail.
@@ -178,7 +186,8 @@ def attention_forward_kernel(
         kv_start, kv_end, q_ids, stride_start_m, stride_end_m, stride_qid_m, q_pos, kv_len, HAS_START, HAS_END, HAS_IDS
     )
     if HAS_BIAS:
-        attn_bias += batch * stride_bb + head_long * stride_bh + q_first_long * stride_bm
+        if BIAS != BIAS_TILES:
+            attn_bias += batch * stride_bb + head_long * stride_bh + q_first_long * stride_bm
         bias_row = head_local * stride_bh + q_local * stride_bm
     if HAS_ATTN_MASK:
         attn_mask += batch * stride_mb + head_long * stride_mh + q_first_long * stride_mm
@@ -198,76 +207,92 @@ def attention_forward_kernel(
         full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
 
     scale_log2 = softmax_scale * LOG2E
-    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    m_i = tl.full((BLOCK_M,), 0.0 if SHIFT == NO_MAX else float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    for phase in tl.static_range(1 if MERGED else 2):
-        if MERGED:
+    if SHIFT == FIRST_MAX:
+        m_i = scale_log2 * tl.max(
+            q_k_product(
+                q_tile, q_rest_tile, k, k_rest, batch, kv_head, rest_head, begin * BLOCK_N, stride_kn, stride_kd,
+                stride_rest_n, stride_rest_d, kv_len, HEAD_DIM, REST_COL, REST_SIZE, BLOCK_N, BLOCK_D, BLOCK_REST,
+                True, WIDE, TMA, TRANSPOSE_KEYS, PRECISION,
+            ),
+            1,
+        )  # fmt: skip
+    for attempt in tl.static_range(2 if SHIFT == FIRST_MAX else 1):
+        if attempt == 1:
+            # Not a number is out of bounds, too.
+            again = tl.max(tl.where((l_i > SMALLEST_SUM) & (l_i < LARGEST_SUM), 0, 1)) != 0
+            m_i = tl.where(again, float("-inf"), m_i)
+            l_i = tl.where(again, 0.0, l_i)
+            acc = tl.where(again, 0.0, acc)
+            end = tl.where(again, end, begin)
+        # Phases: 0 blocks that no limit of position cuts, 1 the other blocks, or instead of both 2 all blocks.
+        for phase in tl.static_range(2 if MERGED or attempt == 1 else 0, 3 if MERGED or attempt == 1 else 2):
             first = begin
             last = end
-        elif phase == 0:
-            first = full_begin
-            last = full_end
-        else:
-            first = begin
-            last = end - (full_end - full_begin)
-        for i in range(first, last):
-            block = i
+            if phase == 0:
+                first = full_begin
+                last = full_end
             if phase == 1:
-                block = tl.where(i < full_begin, i, i + (full_end - full_begin))
-            start_n = block * BLOCK_N
-            start_long = start_n.to(tl.int64)
-            kv_pos = start_n + tl.arange(0, BLOCK_N)
-            n_ok = kv_pos < kv_len
-            cut = (block < full_begin) | (block >= full_end)
-            k_tile = load_key_tile(
-                k, batch, kv_head, start_n, stride_kn, stride_kd, kv_len, 0, HEAD_DIM, BLOCK_N, BLOCK_D,
-                MERGED or phase > 0, WIDE, TMA, TRANSPOSE_KEYS,
-            )  # fmt: skip
-            qk = tl.dot(q_tile, k_tile, input_precision=PRECISION)
-            if BLOCK_REST > 0:
-                k_rest_tile = load_key_tile(
-                    k_rest, batch, rest_head, start_n, stride_rest_n, stride_rest_d, kv_len, REST_COL, REST_SIZE,
-                    BLOCK_N, BLOCK_REST, MERGED or phase > 0, WIDE, TMA, TRANSPOSE_KEYS,
+                last = end - (full_end - full_begin)
+            # Prefetched tiles take registers on AMD, which has no MERGED: there the second attempt does without.
+            for i in tl.range(first, last, num_stages=1 if attempt == 1 and not MERGED else None):
+                block = i
+                if phase == 1:
+                    block = tl.where(i < full_begin, i, i + (full_end - full_begin))
+                start_n = block * BLOCK_N
+                start_long = start_n.to(tl.int64)
+                kv_pos = start_n + tl.arange(0, BLOCK_N)
+                n_ok = kv_pos < kv_len
+                cut = (block < full_begin) | (block >= full_end)
+                bias = 0.0
+                mask_keep = 0
+                if HAS_BIAS:
+                    bias = load_bias(
+                        attn_bias, batch, head, q_first, start_n, bias_row[:, None], offs_n[None, :],
+                        (n_ok | (phase == 0))[None, :], stride_bb, stride_bh, stride_bn, BLOCK_M, BLOCK_N, BIAS, False,
+                    )  # fmt: skip
+                if HAS_ATTN_MASK:
+                    mask_ptrs = attn_mask + start_long * stride_mn + mask_row[:, None] + offs_n[None, :] * stride_mn
+                    mask_keep = tl.load(mask_ptrs, mask=(n_ok | (phase == 0))[None, :], other=0) != 0
+                key_keep, kv_id = load_key_masks(
+                    key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
+                )
+                qk = q_k_product(
+                    q_tile, q_rest_tile, k, k_rest, batch, kv_head, rest_head, start_n, stride_kn, stride_kd,
+                    stride_rest_n, stride_rest_d, kv_len, HEAD_DIM, REST_COL, REST_SIZE, BLOCK_N, BLOCK_D, BLOCK_REST,
+                    phase > 0, WIDE, TMA, TRANSPOSE_KEYS, PRECISION,
                 )  # fmt: skip
-                qk = tl.dot(q_rest_tile, k_rest_tile, qk, input_precision=PRECISION)
+                s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
+                s = mask_scores(
+                    s, q_pos[:, None], kv_pos[None, :], kv_len, starts[:, None], ends[:, None], q_id[:, None],
+                    kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper, cut, phase, HAS_LOWER,
+                    HAS_UPPER, HAS_START, HAS_END, HAS_IDS, HAS_KEY_MASK, HAS_ATTN_MASK,
+                )  # fmt: skip
 
-            bias = 0.0
-            mask_keep = 0
-            if HAS_BIAS:
-                bias_ptrs = attn_bias + start_long * stride_bn + bias_row[:, None] + offs_n[None, :] * stride_bn
-                bias = load_bias(bias_ptrs, (n_ok | (phase == 0 and not MERGED))[None, :])
-            if HAS_ATTN_MASK:
-                mask_ptrs = attn_mask + start_long * stride_mn + mask_row[:, None] + offs_n[None, :] * stride_mn
-                mask_keep = tl.load(mask_ptrs, mask=(n_ok | (phase == 0 and not MERGED))[None, :], other=0) != 0
-            key_keep, kv_id = load_key_masks(
-                key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
-            )
-            s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, HAS_SOFT_CAP, HAS_BIAS, PRECISE)
-            s = mask_scores(
-                s, q_pos[:, None], kv_pos[None, :], kv_len, starts[:, None], ends[:, None], q_id[:, None],
-                kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper, cut,
-                2 if MERGED else phase, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END, HAS_IDS, HAS_KEY_MASK, HAS_ATTN_MASK,
-            )  # fmt: skip
-
-            top = tl.max(s, 1)
-            if RAW:
-                top = top * scale_log2
-            m_new = tl.maximum(m_i, top)
-            # A row that has seen no key yet: subtract 0 instead of -inf, which would give NaN.
-            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(exponent(s, m_safe[:, None], scale_log2, RAW, HAS_BIAS))
-            alpha = tl.exp2((m_i - m_safe) * LOG2E) if HAS_BIAS else tl.exp2(m_i - m_safe)
-            l_i = l_i * alpha + tl.sum(p, 1)
-            if HAS_DROPOUT:
-                p = tl.where(dropout_keep(seed, row_index[:, None], kv_pos[None, :], kv_len, dropout_p), p, 0.0)
-            v_tile = load_head_tile(
-                v, batch, kv_head, start_n, stride_vn, stride_ve, kv_len, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E,
-                MERGED or phase > 0, WIDE, TMA,
-            )  # fmt: skip
-            acc = acc * alpha[:, None]
-            acc = tl.dot(narrow(p, v_tile.dtype, ROUND_BITS), v_tile, acc, input_precision=PRECISION)
-            m_i = m_new
+                if SHIFT == RUNNING_MAX or attempt == 1:
+                    top = tl.max(s, 1)
+                    if RAW:
+                        top = top * scale_log2
+                    m_new = tl.maximum(m_i, top)
+                    # A row that has seen no key yet: subtract 0 instead of -inf, which would give NaN.
+                    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+                    alpha = tl.exp2((m_i - m_safe) * LOG2E) if HAS_BIAS else tl.exp2(m_i - m_safe)
+                    l_i = l_i * alpha
+                    acc = acc * alpha[:, None]
+                    m_i = m_new
+                else:
+                    m_safe = m_i
+                p = tl.exp2(exponent(s, m_safe[:, None], scale_log2, RAW, HAS_BIAS))
+                l_i += tl.sum(p, 1)
+                if HAS_DROPOUT:
+                    p = tl.where(dropout_keep(seed, row_index[:, None], kv_pos[None, :], kv_len, dropout_p), p, 0.0)
+                v_tile = load_head_tile(
+                    v, batch, kv_head, start_n, stride_vn, stride_ve, kv_len, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E,
+                    phase > 0, WIDE, TMA,
+                )  # fmt: skip
+                acc = tl.dot(narrow(p, v_tile.dtype, ROUND_BITS), v_tile, acc, input_precision=PRECISION)
 
     row_flat = (batch * num_heads + head + (row % PACK)) * q_len + q_pos
     if SPLIT:

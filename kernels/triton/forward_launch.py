@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from . import configs
+from . import common, configs
+from .bias import BIAS_TILES
 from .combine import attention_combine_kernel
 from .forward import attention_forward_kernel
 from .launch import (
@@ -21,6 +22,9 @@ from .launch import (
     Rope,
     Tuning,
     aligned,
+    bias_kind,
+    bias_storage,
+    cap_kind,
     check,
     descriptor,
     device_arch,
@@ -38,6 +42,8 @@ configs.smallest_head_block."""
 MIN_SPLIT_KEYS, MAX_SPLIT_KEYS = 128, 4096
 """Keys of a split: with fewer, the combine step costs more than it saves; with more, the last split weighs more."""
 MAX_SPLITS = 128
+
+RUNNING_MAX, FIRST_MAX, NO_MAX = (mode.value for mode in (common.RUNNING_MAX, common.FIRST_MAX, common.NO_MAX))
 
 
 def choose_splits(tiles: int, kv_len: int, programs: int) -> int:
@@ -109,12 +115,13 @@ def forward_launches(
     arch, num_units = device_arch(q.device)
     if tuning is not None and tuning.arch is not None:
         arch = tuning.arch
+    traced = bool(tuning and tuning.traced)
     plan = forward_plan(
         (layout(q), layout(k), layout(v), layout(attn_bias), layout(attn_mask), layout(key_mask), layout(kv_start),
          layout(kv_end), layout(q_ids), layout(kv_ids)),
         (softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p),
-        out.stride(), arch, num_units, q.element_size(), dot_precision(q.dtype, arch), sinks is not None, empty_rows,
-        aligned(q, k, v, *(rope or ()), traced=bool(tuning and tuning.traced)), tuning,
+        out.stride(), arch, num_units, q.dtype, dot_precision(q.dtype, arch), sinks is not None, empty_rows,
+        aligned(q, k, v, *(rope or ()), traced=traced), tuning, *bias_storage(attn_bias, traced),
         (layout(rope[0]), layout(rope[1])) if rope else (None, None),
     )  # fmt: skip
     tensors = {
@@ -131,7 +138,7 @@ def forward_launches(
         tensors["partial_stats"] = torch.empty((shares, 2), dtype=torch.float32, device=q.device)
     arguments = {**plan.arguments, **tensors}
     if plan.arguments["TMA"]:
-        arguments.update(forward_descriptors(q, k, v, plan.arguments, rope))
+        arguments.update(forward_descriptors(q, k, v, attn_bias, plan.arguments, rope))
     launches = [Launch(attention_forward_kernel, plan.grid, arguments, plan.options)]
     if plan.num_splits > 1:
         combined = {name: tensors[name] for name in ("partial", "partial_stats", "v", "out", "lse", "sinks")}
@@ -143,8 +150,10 @@ def forward_launches(
     return launches, out, lse
 
 
-def forward_descriptors(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Any], rope: Rope = None) -> dict[str, Any]:
-    """The tensor descriptors that take the place of q, k and v, and of their second pieces."""
+def forward_descriptors(
+    q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, plan: dict[str, Any], rope: Rope = None
+) -> dict[str, Any]:
+    """The tensor descriptors that take the place of q, k, v, of their second pieces, and of the bias."""
     rows, keys = plan["BLOCK_M"], plan["BLOCK_N"]
     found = {
         "q": descriptor(q, rows, plan["BLOCK_D"]),
@@ -155,7 +164,33 @@ def forward_descriptors(q: Tensor, k: Tensor, v: Tensor, plan: dict[str, Any], r
         q_rest, k_rest = (rope[0], rope[1].unsqueeze(1)) if rope else (q, k)
         found["q_rest"] = descriptor(q_rest, rows, plan["BLOCK_REST"])
         found["k_rest"] = descriptor(k_rest, keys, plan["BLOCK_REST"])
+    if attn_bias is not None and plan["BIAS"] == BIAS_TILES.value:
+        found["attn_bias"] = descriptor(attn_bias, rows, keys)
     return found
+
+
+def feature(arguments: dict[str, Any], dtype: torch.dtype) -> str:
+    """Which special rows of the configuration tables a call takes, see configs.TABLES."""
+    if arguments["HAS_BIAS"] or arguments["HAS_ATTN_MASK"]:
+        return "bias"
+    if arguments["logits_soft_cap"] is not None:
+        return "cap"
+    # Masks of one element each need the registers, and are then what bounds.
+    plain = arguments["RAW"] and not arguments["HAS_KEY_MASK"] and not arguments["HAS_IDS"]
+    return "first" if plain and dtype == torch.bfloat16 else ""
+
+
+def score_shift(arguments: dict[str, Any], dtype: torch.dtype, special: str, first_max: bool) -> int:
+    """What the forward kernel of prefill subtracts from the scores before it exponentiates them; see forward.py.
+
+    Anything but the running maximum needs weights with the exponents of float32.
+    A soft cap up to 50 bounds the weights to exp(-50) .. exp(50). A million of them, times values up to 1e10, fit.
+    """
+    if special == "first" and first_max:
+        return FIRST_MAX
+    cap = arguments["logits_soft_cap"]
+    bounded = cap is not None and cap <= 50.0 and dtype == torch.bfloat16 and not arguments["HAS_BIAS"]
+    return NO_MAX if bounded else RUNNING_MAX
 
 
 class ForwardPlan(NamedTuple):
@@ -175,12 +210,14 @@ def forward_plan(
     out_strides: tuple[int, ...],
     arch: str,
     num_units: int,
-    itemsize: int,
+    dtype: torch.dtype,
     precision: str,
     has_sinks: bool,
     empty_rows: str,
     is_aligned: bool,
     tuning: Tuning | None,
+    bias_itemsize: int,
+    bias_is_aligned: bool,
     rope: tuple[Layout, Layout] = (None, None),
 ) -> ForwardPlan:
     """Choose tiles, packing and splits. Remembered per shapes and strides: planning costs more than launching.
@@ -190,15 +227,17 @@ def forward_plan(
         scalars: softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p.
         out_strides: Strides of the output.
         arch, num_units: From launch.device_arch.
-        itemsize: Bytes of one element of q.
+        dtype: Of q.
         precision: From launch.dot_precision.
         has_sinks, empty_rows: As the op's arguments.
         is_aligned: From launch.aligned, of q, k and v.
         tuning: Overrides, or None.
+        bias_itemsize, bias_is_aligned: From launch.bias_storage.
         rope: Of q_pe and k_pe, or None.
     """
     tuning = tuning or Tuning()
     (batch, num_heads, q_len, head_dim), (_, kv_heads, kv_len, v_head_dim) = layouts[0][0], layouts[2][0]
+    itemsize = dtype.itemsize
     if rope[1]:
         blocks = configs.rope_blocks(arch, itemsize, head_dim, rope[1][0][2], v_head_dim)
     else:
@@ -210,7 +249,8 @@ def forward_plan(
     rows = q_len * pack
     decode = rows <= PACK_ROWS
     head_block = configs.head_size(blocks, v_head_dim)
-    config = tuning.config or configs.select(arch, "decode" if decode else "forward", head_block, itemsize)
+    special = feature(arguments, dtype)
+    config = tuning.config or configs.select(arch, "decode" if decode else "forward", head_block, itemsize, special)
     tma = bool(tuning.config and tuning.tma)
     if (
         tuning.config is None
@@ -221,7 +261,7 @@ def forward_plan(
         and all(takes_tma(where, itemsize) for where in layouts[:3])
         and takes_tma_rope(rope, itemsize)
     ):
-        faster = configs.select_tma(arch, "forward_tma", head_block, itemsize)
+        faster = configs.select_tma(arch, "forward_tma", head_block, itemsize, special)
         if faster:
             config, tma = faster, True
     block_m = config.block_m
@@ -231,17 +271,25 @@ def forward_plan(
     # Splits would each need the whole row's dropout mask in the combine step for empty rows; not worth it.
     programs = num_units * configs.programs_per_unit(arch)
     num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, programs) if scalars[-1] == 0.0 else 1)
+    shift = RUNNING_MAX if decode else score_shift(arguments, dtype, special, config.first_max)
+    if tuning.shift is not None:
+        shift = tuning.shift
     arguments.update(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out_strides))
     arguments.update(
         batch_size=batch,
         num_splits=num_splits,
+        heads_at_once=configs.heads_at_once(
+            arch, arguments["HAS_UPPER"], batch * kv_heads, kv_len * (head_dim + v_head_dim) * itemsize
+        ),
+        SOFT_CAP=cap_kind(scalars[1], dtype, arch),
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         PACK=pack,
         SPLIT=num_splits > 1,
         TMA=tma,
         MERGED=config.merged,
-        KV_HEADS_FIRST=configs.kv_heads_first(arch),
+        BIAS=bias_kind(layouts[3], bias_itemsize, tma and bias_is_aligned, pack),
+        SHIFT=shift,
         ROUND_BITS=configs.rounds_bits(arch),
         TRANSPOSE_KEYS=configs.transposes_keys(arch),
         HAS_SINKS=has_sinks,

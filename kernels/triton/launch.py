@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from . import configs
+from .bias import BIAS_ELEMENTS, BIAS_ROW, BIAS_TILES
+from .common import CAP_FAST, CAP_PLAIN, CAP_PRECISE, NO_CAP
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -84,6 +86,7 @@ class Tuning:
         config: Launch configuration of every kernel of the call; None takes the table's.
         pack: Query heads of one group per tile; must divide H / K.
         num_splits: Programs that share the keys of one tile.
+        shift: What the forward subtracts from the scores, common.RUNNING_MAX, FIRST_MAX or NO_MAX.
         arch: Architecture whose table is used.
         tma: With `config`: whether the kernels read through tensor descriptors (Hopper only). False also keeps the
             tables' configurations from doing so.
@@ -95,6 +98,7 @@ class Tuning:
     config: configs.KernelConfig | None = None
     pack: int | None = None
     num_splits: int | None = None
+    shift: int | None = None
     arch: str | None = None
     tma: bool | None = None
     separate: bool = False
@@ -164,15 +168,55 @@ def aligned(*tensors: torch.Tensor, traced: bool = False) -> bool:
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
+def cap_kind(logits_soft_cap: float | None, dtype: torch.dtype, arch: str) -> int:
+    """The kernels' SOFT_CAP argument, see common.soft_cap: a function of what forward and backward share."""
+    if logits_soft_cap is None:
+        return NO_CAP.value
+    if dtype == torch.float32:
+        return CAP_PRECISE.value
+    return CAP_FAST.value if dtype == torch.bfloat16 and configs.has_tanh(arch) else CAP_PLAIN.value
+
+
+def bias_storage(bias: torch.Tensor | None, traced: bool) -> tuple[int, bool]:
+    """Bytes of an element, and whether a descriptor can be made of it by its address; without a bias something.
+
+    In a trace a descriptor has its tensor's own sizes, so that no dimension may be expanded.
+    """
+    if bias is None:
+        return 1, False
+    is_expanded = any(stride == 0 and size > 1 for size, stride in zip(bias.shape, bias.stride()))
+    return bias.element_size(), aligned(bias, traced=traced) and not (traced and is_expanded)
+
+
+def bias_kind(bias: Layout, itemsize: int, tma: bool, pack: int = 1) -> int:
+    """How a kernel reads a bias; see bias.py.
+
+    Args:
+        bias: Layout of the bias, None without one.
+        itemsize: Bytes of one of its elements.
+        tma: Whether the kernel reads through tensor descriptors, and the bias starts at a multiple of 16 bytes.
+        pack: Query heads in one tile.
+    """
+    if bias is None:
+        return BIAS_ELEMENTS.value
+    _, head, row, _ = broadcast_strides(bias, 4)
+    if row == 0 and (head == 0 or pack == 1):
+        return BIAS_ROW.value
+    shape, strides = bias
+    stored = torch.Size(1 if stride == 0 else size for size, stride in zip(shape, strides))
+    return BIAS_TILES.value if tma and takes_tma((stored, strides), itemsize) else BIAS_ELEMENTS.value
+
+
 def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Descriptor:
     """The descriptor of a 4-D tensor (see takes_tma) read in blocks of `rows` x `columns` of one head."""
-    # The stride of a dimension of size 1 says nothing, but must be valid.
+    # An expanded dimension is stored once. The stride of a dimension of size 1 says nothing, but must be valid.
+    shape = tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride()))
     unit = 16 // tensor.element_size()
     strides = [
         stride if size > 1 or (stride > 0 and stride % unit == 0) else unit
-        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3])
+        for size, stride in zip(shape[:3], tensor.stride()[:3])
     ]
-    return Descriptor(tensor, tuple(tensor.shape), (*strides, 1), (1, 1, rows, columns))
+    return Descriptor(tensor, shape, (*strides, 1), (1, 1, rows, columns))
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty_rows: str, out_layout: str = "bhsd") -> None:
@@ -281,7 +325,6 @@ def static_arguments(
         BLOCK_E=head_blocks[2],
         WIDE=any(256 * max(stride[1:]) >= 2**31 for _, stride in matrices),
         RAW=attn_bias is None and logits_soft_cap is None and softmax_scale > 0,
-        HAS_SOFT_CAP=logits_soft_cap is not None,
         HAS_BIAS=attn_bias is not None,
         HAS_ATTN_MASK=attn_mask is not None,
         HAS_KEY_MASK=key_mask is not None,

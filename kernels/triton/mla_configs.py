@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import triton
+
 from .configs import KernelConfig, family, power_of_two
 
 C = KernelConfig
@@ -52,6 +54,12 @@ DECODE: dict[str, Table] = {
 }
 """Family -> table of the decode kernel."""
 
+DECODE_PAGES: dict[str, Table] = {
+    "sm90": {(16, ANY, 2): C(16, 64, 8, 5, merged=True), (ANY, ANY, 2): C(64, 64, 8, 3, merged=True)},
+}
+"""The same where it gathers pages through pointers, if that has its own: loads that wait for the block table take two
+more stages of the pipeline."""
+
 DECODE_TMA: dict[str, Table] = {"sm90": _HOPPER_TMA}
 """The same where it reads the cache through tensor descriptors."""
 
@@ -78,9 +86,13 @@ def select(tables: dict[str, Table], arch: str, rows: int, columns: int, itemsiz
     return None
 
 
+GLUON_KNOWN = ("3.6.", "3.7.")
+"""Releases of Triton with which the Hopper kernel was compiled; Gluon is experimental, and changes."""
+
+
 def fits_in_flight(blocks: tuple[int, int]) -> bool:
-    """Whether the Hopper kernel takes these padded sizes of kv_lora_rank and qk_rope_head_dim."""
-    return blocks[0] == 512 and blocks[1] <= 64
+    """Whether the Hopper kernel takes these padded sizes of kv_lora_rank and qk_rope_head_dim, with this Triton."""
+    return blocks[0] == 512 and blocks[1] <= 64 and triton.__version__.startswith(GLUON_KNOWN)
 
 
 def blocks(arch: str, itemsize: int, latent: int, rope: int) -> tuple[int, int]:

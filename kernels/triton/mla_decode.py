@@ -16,7 +16,8 @@ import triton.language as tl
 from .combine import finish_rows
 from .common import LOG2E, kv_block_range, load_key_masks, load_row_masks, mask_scores, narrow
 
-_RUNTIME_SIZES = ["q_len", "kv_len", "num_splits", "band_lower", "band_upper"]
+# As in forward.py; the batch changes while serving, too.
+_RUNTIME_SIZES = ["batch_size", "q_len", "kv_len", "num_splits", "band_lower", "band_upper"]
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def load_rows(source, offset, row_ok, SIZE: tl.constexpr, BLOCK: tl.constexpr, C
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
 def mla_decode_kernel(
-    q, q_pe, kv, k_pe, block_table, out, lse, partial, partial_stats, key_mask, kv_start, kv_end,
+    q, q_pe, kv, k_pe, kv_blocks, pe_blocks, block_table, out, lse, partial, partial_stats, key_mask, kv_start, kv_end,
     stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_cb, stride_cn, stride_kb, stride_kn,
     stride_tb, stride_ob, stride_oh, stride_om,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
@@ -52,8 +53,10 @@ def mla_decode_kernel(
 
     Writes `out` and `lse`, or with SPLIT the shares as forward.py's kernel does. Every row's last stride is 1.
 
-    PAGE is the block size of a paged cache, 0 for a contiguous one. With TMA, kv and k_pe are tensor descriptors of
-    blocks of one page or batch entry and BLOCK_N tokens, and BLOCK_N divides PAGE.
+    PAGE is the block size of a paged cache, 0 for a contiguous one. With TMA, kv_blocks and pe_blocks are tensor
+    descriptors of kv and k_pe, in blocks of one page or batch entry and BLOCK_N tokens, and BLOCK_N divides PAGE. Then
+    MERGED is False for pages: a descriptor has no mask, and what lies behind the last token of a page may be not a
+    number, so blocks that are cut are read through pointers.
     """
     softmax_scale = tl.full((), softmax_scale, tl.float32)
     rows_len = q_len * num_heads
@@ -115,6 +118,7 @@ def mla_decode_kernel(
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    slab = batch.to(tl.int32)
     for phase in tl.static_range(1 if MERGED else 2):
         if MERGED:
             first = begin
@@ -125,6 +129,9 @@ def mla_decode_kernel(
         else:
             first = begin
             last = end - (full_end - full_begin)
+        if TMA and PAGE > 0 and phase == 0:
+            # One block ahead: a load that waits for another one gets fewer stages of the pipeline.
+            slab = tl.load(block_table + first * BLOCK_N // PAGE, mask=first < last, other=0)
         for i in range(first, last):
             block = i
             if phase == 1:
@@ -132,33 +139,32 @@ def mla_decode_kernel(
             start_n = block * BLOCK_N
             kv_pos = start_n + tl.arange(0, BLOCK_N)
             cut = (block < full_begin) | (block >= full_end)
-            if TMA:
+            if TMA and (PAGE == 0 or phase == 0):
+                at = start_n
                 if PAGE > 0:
-                    slab = tl.load(block_table + start_n // PAGE)
                     at = start_n % PAGE
-                else:
-                    slab = batch.to(tl.int32)
-                    at = start_n
-                kv_tile = kv.load([slab, at, 0]).reshape(BLOCK_N, BLOCK_C)
+                kv_tile = kv_blocks.load([slab, at, 0]).reshape(BLOCK_N, BLOCK_C)
                 if BLOCK_R > 0:
-                    pe_tile = k_pe.load([slab, at, 0]).reshape(BLOCK_N, BLOCK_R)
+                    pe_tile = pe_blocks.load([slab, at, 0]).reshape(BLOCK_N, BLOCK_R)
+                if PAGE > 0:
+                    slab = tl.load(block_table + (start_n + BLOCK_N) // PAGE, mask=i + 1 < last, other=0)
             else:
                 used = (kv_pos >= used_start) & (kv_pos < used_end)
                 if PAGE > 0:
                     if MERGED or phase > 0:
-                        slab = tl.load(block_table + kv_pos // PAGE, mask=used, other=0).to(tl.int64)
+                        owner = tl.load(block_table + kv_pos // PAGE, mask=used, other=0).to(tl.int64)
                     else:
-                        slab = tl.load(block_table + kv_pos // PAGE).to(tl.int64)
+                        owner = tl.load(block_table + kv_pos // PAGE).to(tl.int64)
                     token = (kv_pos % PAGE).to(tl.int64)
                 else:
-                    slab = batch
+                    owner = batch
                     token = kv_pos.to(tl.int64)
                 kv_tile = load_rows(
-                    kv, slab * stride_cb + token * stride_cn, used, LATENT, BLOCK_C, MERGED or phase > 0
+                    kv, owner * stride_cb + token * stride_cn, used, LATENT, BLOCK_C, MERGED or phase > 0
                 )
                 if BLOCK_R > 0:
                     pe_tile = load_rows(
-                        k_pe, slab * stride_kb + token * stride_kn, used, ROPE, BLOCK_R, MERGED or phase > 0
+                        k_pe, owner * stride_kb + token * stride_kn, used, ROPE, BLOCK_R, MERGED or phase > 0
                     )
             # In units of log2. Scaled before they are added: Triton would make one chain of the two products, and give
             # the first of a chain warps along the rows only, so that on Hopper both warp groups compute the same rows.

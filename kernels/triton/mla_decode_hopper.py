@@ -123,7 +123,7 @@ def copy_blocks(
 @gluon.jit
 def attend(
     q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem, row_smem,
-    full, free, turn, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_ob,
+    full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_ob,
     stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch, num_heads, q_len, kv_len,
     num_splits, scale_log2, band_lower, band_upper, begin, end, full_begin, full_end,
     SIDE: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, SPLIT: gl.constexpr,
@@ -167,9 +167,6 @@ def attend(
     for first in range(begin, end, 2):
         block = first + SIDE
         mbarrier.wait(full.index(2 * SIDE), phase)
-        if SIDE == 1:
-            # The other group's product goes first: its exponentials then overlap with this one.
-            mbarrier.wait(turn, phase)
         if used_end < (block + 1) * BLOCK_N:
             mbarrier.wait(full.index(2 * SIDE + 1), phase)
             for half in gl.static_range(2):
@@ -183,8 +180,6 @@ def attend(
         if BLOCK_R > 0:
             s = warpgroup_mma(q_pe_tile, pe_smem.index(SIDE).permute((1, 0)), s, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
-        if SIDE == 0:
-            signal(turn)
         if (block < full_begin) | (block >= full_end):
             kv_pos = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, scores))
             keep = (kv_pos[None, :] >= lower[:, None]) & (kv_pos[None, :] < upper[:, None])
@@ -229,15 +224,16 @@ def attend(
             other = p_smem.index(0).load(weight)
             alpha0 = gl.exp2(m_i - finite(m0))
             alpha1 = gl.exp2(m0 - finite(m1))
-            acc = acc * gl.convert_layout(alpha0, gl.SliceLayout(1, result))[:, None]
+            # Both products in a row: the first one's weights are scaled, not their result.
+            shrink = gl.convert_layout(alpha1, gl.SliceLayout(1, weight))[:, None]
+            other = (other.to(gl.float32) * shrink).to(dtype)
+            acc = acc * gl.convert_layout(alpha0 * alpha1, gl.SliceLayout(1, result))[:, None]
             acc = warpgroup_mma(other, kv_smem.index(1), acc, is_async=True)
+            acc = warpgroup_mma(gl.convert_layout(mine, weight), kv_smem.index(3), acc, is_async=True)
             l_i = l_i * (alpha0 * alpha1) + gl.sum(p, 1)
             m_i = m1
-            mine = gl.convert_layout(mine, weight)
-            acc = warpgroup_mma_wait(0, deps=[acc])
+            acc = warpgroup_mma_wait(1, deps=[acc])
             signal(free.index(1))
-            acc = acc * gl.convert_layout(alpha1, gl.SliceLayout(1, result))[:, None]
-            acc = warpgroup_mma(mine, kv_smem.index(3), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             signal(free.index(3))
         phase ^= 1
@@ -303,13 +299,11 @@ def mla_decode_hopper_kernel(
     row_smem = gl.allocate_shared_memory(gl.float32, [4, BLOCK_M], simple)
     full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
-    mbarrier.init(turn, count=1)
     for i in gl.static_range(2):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(done.index(i), count=2)
@@ -349,7 +343,7 @@ def mla_decode_hopper_kernel(
         [
             (attend, (
                 q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem,
-                row_smem, full, free, turn, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
+                row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
                 stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split,
                 batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end, full_begin,
                 full_end, 0, LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER,
@@ -357,7 +351,7 @@ def mla_decode_hopper_kernel(
             )),
             (attend, (
                 q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem,
-                row_smem, full, free, turn, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
+                row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
                 stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split,
                 batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end, full_begin,
                 full_end, 1, LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER,

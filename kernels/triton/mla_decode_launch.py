@@ -146,8 +146,9 @@ def mla_decode_launches(
         dot_precision(q_latent.dtype, arch), empty_rows, aligned(*given, traced=bool(tuning and tuning.traced)), tuning,
     )  # fmt: skip
     tensors: dict[str, Any] = {
-        "q": q_latent, "q_pe": q_pe, "kv": kv_c, "k_pe": k_pe, "block_table": block_table, "out": out, "lse": lse,
-        "partial": None, "partial_stats": None, "key_mask": key_mask, "kv_start": kv_start, "kv_end": kv_end,
+        "q": q_latent, "q_pe": q_pe, "kv": kv_c, "k_pe": k_pe, "kv_blocks": None, "pe_blocks": None,
+        "block_table": block_table, "out": out, "lse": lse, "partial": None, "partial_stats": None,
+        "key_mask": key_mask, "kv_start": kv_start, "kv_end": kv_end,
     }  # fmt: skip
     if plan.num_splits > 1:
         shares = lse.numel() * plan.num_splits
@@ -158,9 +159,9 @@ def mla_decode_launches(
         launches = [hopper_launch(plan, arguments)]
     else:
         if plan.arguments["TMA"]:
-            arguments["kv"] = token_descriptor(kv_c, plan.arguments["BLOCK_N"], plan.arguments["BLOCK_C"])
+            arguments["kv_blocks"] = token_descriptor(kv_c, plan.arguments["BLOCK_N"], plan.arguments["BLOCK_C"])
             if k_pe is not None:
-                arguments["k_pe"] = token_descriptor(k_pe, plan.arguments["BLOCK_N"], plan.arguments["BLOCK_R"])
+                arguments["pe_blocks"] = token_descriptor(k_pe, plan.arguments["BLOCK_N"], plan.arguments["BLOCK_R"])
         launches = [Launch(mla_decode_kernel, plan.grid, arguments, plan.options)]
     if plan.num_splits > 1:
         combined = {
@@ -237,10 +238,11 @@ def choose(
         if config and fits and page % config.block_n == 0:
             return config, True, True
         config = mla_configs.select(mla_configs.DECODE_TMA, arch, rows, sum(blocks), itemsize)
-        # A page's rows behind the last token may hold anything; only loads with a mask leave them out.
-        if config and not page:
+        if config and page % config.block_n == 0:
             return config, True, False
     config = mla_configs.select(mla_configs.DECODE, arch, rows, sum(blocks), itemsize)
+    if page:
+        config = mla_configs.select(mla_configs.DECODE_PAGES, arch, rows, sum(blocks), itemsize) or config
     assert config, f"no configuration for {arch}, {rows} rows, {blocks}, {itemsize} bytes"
     return config, False, False
 
@@ -313,7 +315,8 @@ def mla_decode_plan(
         batch_size=batch, num_heads=num_heads, q_len=q_len, kv_len=kv_len, num_splits=num_splits,
         softmax_scale=float(softmax_scale), band_lower=band_lower, band_upper=band_upper, LATENT=latent, ROPE=rope,
         BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE=page,
-        SPLIT=num_splits > 1, TMA=tma, MERGED=config.merged, TILES_LAST=configs.kv_heads_first(arch),
+        SPLIT=num_splits > 1, TMA=tma, MERGED=config.merged and not (tma and page),
+        TILES_LAST=configs.kv_heads_first(arch),
         ROUND_BITS=configs.rounds_bits(arch), HAS_KEY_MASK=key_mask is not None,
         HAS_START=kv_start is not None, HAS_END=kv_end is not None, HAS_LOWER=band_lower is not None,
         HAS_UPPER=band_upper is not None, EMPTY_ROWS=EMPTY_ROWS[empty_rows], PRECISION=precision,

@@ -82,6 +82,28 @@ def load_key_tile(source, batch, head, first, stride_row, stride_col, row_end, F
 
 
 @triton.jit
+def q_k_product(
+    q_tile, q_rest_tile, k, k_rest, batch, kv_head, rest_head, start_n, stride_kn, stride_kd, stride_rest_n,
+    stride_rest_d, kv_len, HEAD_DIM: tl.constexpr, REST_COL: tl.constexpr, REST_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr, CHECK_ROWS: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q k^T of the keys from `start_n` on: load_key_tile and a product, for each piece of the head dimension."""
+    k_tile = load_key_tile(
+        k, batch, kv_head, start_n, stride_kn, stride_kd, kv_len, 0, HEAD_DIM, BLOCK_N, BLOCK_D, CHECK_ROWS, WIDE, TMA,
+        TRANSPOSE_KEYS,
+    )  # fmt: skip
+    qk = tl.dot(q_tile, k_tile, input_precision=PRECISION)
+    if BLOCK_REST > 0:
+        k_rest_tile = load_key_tile(
+            k_rest, batch, rest_head, start_n, stride_rest_n, stride_rest_d, kv_len, REST_COL, REST_SIZE, BLOCK_N,
+            BLOCK_REST, CHECK_ROWS, WIDE, TMA, TRANSPOSE_KEYS,
+        )  # fmt: skip
+        qk = tl.dot(q_rest_tile, k_rest_tile, qk, input_precision=PRECISION)
+    return qk
+
+
+@triton.jit
 def store_tile(ptr, tile, first, stride_row, stride_col, row_end, FIRST_COL: tl.constexpr, SIZE: tl.constexpr,
                BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """The counterpart of load_tile; converts to the pointer's dtype."""

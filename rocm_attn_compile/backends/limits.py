@@ -82,14 +82,15 @@ def _latent_sizes(spec: AttentionSpec, env: Environment) -> str | None:
     if spec.device == "cpu" and not env.arch_is_explicit:
         return None
     rank, rope = static(latent.kv_lora_rank), static(latent.qk_rope_head_dim)
-    if rank is None or rank % 16 or not 16 <= rank <= 512:
-        return f"kv_lora_rank={latent.kv_lora_rank}; takes multiples of 16 up to 512"
-    if rope is None or rope % 16 or rope > 64:
-        return f"qk_rope_head_dim={latent.qk_rope_head_dim}; takes 0 and multiples of 16 up to 64"
-    for name in ("qk_nope_head_dim", "v_head_dim"):
-        size = getattr(latent, name)
-        if latent.form != "absorbed" and size is not None and not (static(size) or 999) <= 128:
-            return f"{name}={size}; takes up to 128"
+    if rank is None or not 1 <= rank <= 512:
+        return f"kv_lora_rank={latent.kv_lora_rank}; takes up to 512"
+    if rope is None or rope > 128:
+        return f"qk_rope_head_dim={latent.qk_rope_head_dim}; takes up to 128"
+    if latent.form != "absorbed":
+        nope, value = (static(size or 0) for size in (latent.qk_nope_head_dim, latent.v_head_dim))
+        if nope is None or value is None or nope + rope > 256 or value > 256:
+            sizes = f"{latent.qk_nope_head_dim} + {rope} with v_head_dim={latent.v_head_dim}"
+            return f"head_dim={sizes} in the {latent.form} form; takes up to 256 of both"
     size = latent.block_size
     if size is not None and static(size) != 1 and (static(size) is None or to_expr(size) % 16 != 0):
         return f"a cache in blocks of {size}; takes multiples of 16"
@@ -98,7 +99,7 @@ def _latent_sizes(spec: AttentionSpec, env: Environment) -> str | None:
 
 MLA_LATENT = Limit(
     "mla_latent",
-    "kv_lora_rank a multiple of 16 up to 512, qk_rope_head_dim 0 or one up to 64, others up to 128, blocks of 16n rows",
+    "kv_lora_rank up to 512, qk_rope_head_dim up to 128, expanded head sizes up to 256, blocks of 16, 32, ... rows",
     _latent_sizes,
 )
 

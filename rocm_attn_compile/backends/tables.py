@@ -89,7 +89,7 @@ def markdown() -> str:
             *(f"- `{backend.name}`: {backend.summary}." for backend in BACKENDS),
             "",
             "On CPU tensors the op always runs ATen, whatever was chosen. Unless an architecture is named",
-            '(`options={"arch": ...}`), TRITON_ATTN then takes fp64 and any head_dim as well.',
+            '(`options={"arch": ...}`), TRITON_ATTN and TRITON_MLA then take fp64 and any sizes as well.',
             "",
             "## Features",
             "",

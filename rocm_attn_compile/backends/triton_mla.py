@@ -34,14 +34,14 @@ BACKEND = AttentionBackend(
     built=True,
     kinds=frozenset({"mla"}),
     archs=("*",),
-    dtypes=(torch.float16, torch.bfloat16),
+    dtypes=(torch.float16, torch.bfloat16, torch.float32),
     # Of the attention as it is written; MLA_LATENT has the sizes that matter.
-    head_dims=Dims(low=8, high=576),
-    v_head_dims=Dims(low=8, high=512),
+    head_dims=Dims(high=640),
+    v_head_dims=Dims(high=512),
     takes=TAKES,
     limits=(MLA_LATENT, BLOCK_SIZE_NOT_1),
     package="triton",
     package_on_cpu=False,
-    cpu_dtypes=(torch.float32, torch.float64),
+    cpu_dtypes=(torch.float64,),
     cpu_any_dim=True,
 )

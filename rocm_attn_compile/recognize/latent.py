@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..capture.trace import Value
 from ..reasons import Reason, Refusal
-from ..spec import LatentSpec
+from ..spec import EmptyRows, LatentSpec
 from ..symbolic import static
 from .descent import origin
 from .labels import is_contraction, operands_of
@@ -51,7 +51,9 @@ def add_latent(region: Region, live: LiveUsers) -> None:
         return
     if latent.q_latent is not None:
         _name_the_heads(region, latent)
-    if form_of(region.spec, latent)[0] != "prefill":
+    # The mean of all values needs a number of keys, which blocks do not tell.
+    is_mean = region.spec.mask.empty_rows in (EmptyRows.MEAN, EmptyRows.MEAN_ADDED)
+    if form_of(region.spec, latent)[0] != "prefill" and not is_mean:
         read_pages(latent)
     spec = latent_spec(region.spec, latent)
     if not latent.rope and _is_plain(spec):
@@ -61,6 +63,15 @@ def add_latent(region: Region, live: LiveUsers) -> None:
     latent.values = [*_between(region, latent), *(latent.tail.values if latent.tail is not None else ())]
     region.latent = latent
     region.spec = replace(region.spec, kind="mla", latent=spec)
+
+
+def forget_latent(region: Region, reason: Reason) -> bool:
+    """Make `region` a plain attention again, with a note; False if it is one."""
+    if region.latent is None:
+        return False
+    region.latent, region.spec = None, replace(region.spec, kind="attention", latent=None)
+    region.latent_note = Reason("latent_unavailable", f"the latents are not there where the attention is: {reason}")
+    return True
 
 
 def _name_the_heads(region: Region, latent: Latent) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -15,13 +16,13 @@ from rocm_attn_compile.options import Options
 from rocm_attn_compile.reasons import Reason
 from rocm_attn_compile.spec import AttentionSpec, MaskSpec
 
-from .examples import EVERYTHING_INSTALLED
+from .examples import EVERYTHING_INSTALLED, LATENT
 
 # The package `backends.select` and the function in it share a name.
 select_module = importlib.import_module("rocm_attn_compile.backends.select")
 
 SPEC = AttentionSpec(2, 8, 2, 64, 64, 64, 64, torch.bfloat16, "cpu", 0.125, mask=MaskSpec(band_upper=0, text="causal"))
-MLA_SPEC = replace(SPEC, num_heads=16, num_kv_heads=16, head_dim=192, v_head_dim=128, kind="mla")
+MLA_SPEC = replace(SPEC, num_heads=16, num_kv_heads=16, head_dim=192, v_head_dim=128, kind="mla", latent=LATENT)
 TOO_WIDE = replace(SPEC, device="cuda", head_dim=512, v_head_dim=512)
 
 NAMES = (
@@ -204,21 +205,46 @@ def test_nothing_can_take_it():
     assert {reason.text.split(":")[0] for reason in outcome.reasons} == set(NAMES)
 
 
-@pytest.mark.parametrize("block_size", [None, 1])
-def test_mla_falls_back_to_the_general_kernel_that_can(block_size):
+def test_mla_by_default():
+    choice = select(MLA_SPEC, environment(), Options())
+    assert (choice.preferred, choice.backend) == ("TRITON_MLA", "TRITON_MLA")
+    assert "prefill form" in choice.sentences[1]
+    assert "block_size 16" in choice.sentences[2]
+
+
+def test_mla_with_block_size_1_falls_back_to_the_general_kernel():
     with pytest.warns(RocmAttnWarning):
-        choice = select(MLA_SPEC, environment(block_size=block_size), Options())
-    assert choice.preferred == ("ROCM_AITER_MLA" if block_size == 1 else "TRITON_MLA")
-    assert choice.backend == "TRITON_ATTN"
-    mla = {reason.code for reason in choice.rejected["TRITON_MLA"]}
-    assert ("block_size" in mla) is (block_size == 1)
+        choice = select(MLA_SPEC, environment(block_size=1), Options())
+    assert (choice.preferred, choice.backend) == ("ROCM_AITER_MLA", "TRITON_ATTN")
+    assert [reason.code for reason in choice.rejected["TRITON_MLA"]] == ["block_size"]
+
+
+@pytest.mark.parametrize(("paged", "option", "preferred"), [(1, 16, "ROCM_AITER_MLA"), (32, 1, "TRITON_MLA")])
+def test_the_blocks_of_a_cache_in_the_graph_count_not_the_option(paged, option, preferred):
+    spec = replace(MLA_SPEC, latent=replace(LATENT, form="absorbed", block_size=paged))
+    with pytest.warns(RocmAttnWarning) if paged == 1 else nullcontext():
+        choice = select(spec, environment(block_size=option), Options())
+    assert choice.preferred == preferred
+
+
+def test_what_triton_mla_does_not_take_falls_back_to_the_general_kernel():
+    with pytest.warns(RocmAttnWarning, match="logits_soft_cap"):
+        choice = select(replace(MLA_SPEC, logits_soft_cap=5.0), environment(), Options())
+    assert (choice.preferred, choice.backend) == ("TRITON_MLA", "TRITON_ATTN")
+
+
+def test_aiter_mla_is_chosen_and_falls_back_to_ours():
+    env = environment({"use_aiter": True}, arch="gfx942", aiter=EVERYTHING_INSTALLED)
+    with pytest.warns(RocmAttnWarning, match="not_built"):
+        choice = select(MLA_SPEC, env, Options())
+    assert (choice.preferred, choice.backend) == ("ROCM_AITER_MLA", "TRITON_MLA")
 
 
 def test_aiter_triton_mla_is_accepted_and_falls_back():
     env = environment({"attention_backend": "ROCM_AITER_TRITON_MLA"}, arch="gfx942", aiter=EVERYTHING_INSTALLED)
     with pytest.warns(RocmAttnWarning, match="not_built"):
         choice = select(MLA_SPEC, env, Options())
-    assert (choice.preferred, choice.backend) == ("ROCM_AITER_TRITON_MLA", "TRITON_ATTN")
+    assert (choice.preferred, choice.backend) == ("ROCM_AITER_TRITON_MLA", "TRITON_MLA")
 
 
 # --- Errors ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from fuzz_latent import latent_operands
 from fuzz_noise import mislead, noise, unread
 from fuzz_program import Program, Tensor
 from fuzz_site import (
@@ -21,12 +22,15 @@ from fuzz_site import (
     tensor_scale,
 )
 
+LATENT = 0.1
+"""How many of the programs are latent attention, or nearly."""
+
 
 def attention(rng: random.Random) -> tuple[Program, str]:
     """A random program and the expression that it returns."""
     p = Program(rng, {})
     draw_sizes(p)
-    q, k, v = operands(p)
+    q, k, v = latent_operands(p) if p.chance(LATENT) else operands(p)
     if p.chance(0.3):
         q = scale(p, q)
     if p.chance(0.2):
@@ -92,6 +96,8 @@ def _steps(p: Program) -> list:
         steps.append(tensor_scale)
     if p.chance(0.15):
         steps.append(cap)
+    if p.is_simple:
+        return [*steps[:1], *[masked] * p.pick(0, 1, 1)]
     later = [masked] * p.pick(0, 1, 1, 1, 2) + [bias] * p.pick(0, 0, 1) + [positions] * p.pick(0, 0, 0, 1)
     steps += p.shuffled(later)
     if p.chance(0.08):

@@ -30,6 +30,7 @@ class Program:
         inputs: `(name, expression)`; `rand(...)` in an expression gives normal numbers in the program's dtype.
         lines: Statements, without indentation.
         axes: Letters of the scores.
+        is_simple: Nothing but scales and masks is done to the scores.
         changes: Edits that change the meaning, or that nobody promises to follow: the site need not be replaced.
     """
 
@@ -39,6 +40,7 @@ class Program:
     lines: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     axes: str = ""
+    is_simple: bool = False
     count: int = 0
 
     # --- choices ---

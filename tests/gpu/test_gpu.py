@@ -146,3 +146,35 @@ def test_long_calls_read_through_descriptors_that_inductor_makes(batch: int):
     if torch.cuda.get_device_capability() >= (9, 0) and torch.version.hip is None:
         assert all("TensorDescriptor.from_tensor" in code for code in codes)
     assert_as_accurate_as_eager(actual, eager, exact, factor=FACTOR)
+
+
+def test_131072_tokens_in_linear_memory():
+    """Forward and backward: right at both ends, and no more memory than a few tensors of the output's size."""
+    from rocm_attn_compile.kernels.triton.attention import attention_backward, attention_forward
+
+    length, size = 131072, 128
+    q, k, v, grad = (
+        torch.randn(1, heads, length, size, dtype=torch.bfloat16, requires_grad=False) for heads in (2, 1, 1, 2)
+    )
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out, lse = attention_forward(q, k, v, softmax_scale=size**-0.5, band_upper=0, empty_rows="impossible")
+    masks = dict.fromkeys(
+        ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids", "sinks", "dropout_seed")
+    )
+    dq, dk, _dv, _dbias, _dsinks = attention_backward(
+        grad, q, k, v, **masks, out=out, lse=lse, softmax_scale=size**-0.5, logits_soft_cap=None, band_lower=None,
+        band_upper=0, dropout_p=0.0, empty_rows="impossible", output_mask=[True, True, True, False, False],
+    )  # fmt: skip
+    assert torch.cuda.max_memory_allocated() - before < 6 * out.numel() * out.element_size()
+
+    rows = slice(length - 64, length)
+    keep = torch.arange(length)[None, :] <= torch.arange(length)[rows, None]
+    weights = (q[0, :, rows].double() @ k[0].double().mT * size**-0.5).masked_fill(~keep, -torch.inf).softmax(-1)
+    want = weights @ v[0].double()
+    slope = weights * (grad[0, :, rows].double() @ v[0].double().mT - (grad[0, :, rows] * want).sum(-1, keepdim=True))
+    for got, exact in ((out[0, :, rows], want), (dq[0, :, rows], slope @ k[0].double() * size**-0.5)):
+        assert ((got - exact).norm() / exact.norm()).item() < 1e-2
+    # The last key has one row, the last; what its gradient says is that row's alone.
+    exact = (slope[:, -1:, -1:] * q[0, :, -1:].double()).sum(0) * size**-0.5
+    assert ((dk[0, 0, -1:] - exact).norm() / exact.norm()).item() < 2e-2

@@ -160,6 +160,29 @@ def random_cases(count: int) -> list[dict[str, Any]]:
     return cases
 
 
+def shift_cases() -> list[dict[str, Any]]:
+    """Forward only: a maximum of the first keys that holds, one that does not (a large scale), and none at all."""
+    first, none = {"shift": 1}, {"shift": 2}
+    return [
+        case("first-max", H=4, K=2, tuning=first),
+        case("first-max-causal", M=50, N=50, band_upper=0, tuning=first),
+        case("first-max-window", M=60, N=60, band_lower=-6, band_upper=0, tuning=first),
+        case("first-max-masks", mask=FULL, key_mask=True, limits=(True, False), ids=True, sinks=True, tuning=first),
+        case("first-max-loud", scale=40.0, N=90, tuning=first),
+        case("first-max-loud-causal", scale=40.0, M=70, N=70, band_upper=0, dropout_p=0.3, tuning=first),
+        case("first-max-split", scale=40.0, N=90, H=2, sinks=True, tuning={"pack": 1, "num_splits": 3, **first}),
+        case("first-max-bf16", dtype=torch.bfloat16, band_upper=12),
+        *(
+            case(f"first-max-empty-{mode}", mask=FULL, empty=("mask_rows",), empty_rows=mode, tuning=first)
+            for mode in ("nan", "mean")
+        ),
+        case("no-max", soft_cap=2.0, band_upper=16, tuning=none),
+        case("no-max-loud", soft_cap=50.0, scale=40.0, N=90, limits=(True, True), sinks=True, tuning=none),
+        case("no-max-empty", soft_cap=30.0, mask=FULL, empty=("mask_rows",), empty_rows="mean_added", tuning=none),
+        case("no-max-bf16", soft_cap=30.0, dtype=torch.bfloat16, scale=20.0, band_upper=16),
+    ]
+
+
 def decode_cases() -> list[dict[str, Any]]:
     """Forward only: query heads packed into one tile and the keys split between programs."""
     cases = []

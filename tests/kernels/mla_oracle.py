@@ -44,8 +44,7 @@ def decode_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, 
     else:
         kv_c, k_pe = normal(blocks, size, C), normal(blocks, size, R)
     if page:
-        # Entries behind the last block in use point nowhere. NaN is what no sequence owns, and what lies behind its
-        # last token.
+        # Entries behind the last block in use point nowhere. What no sequence owns or has filled is NaN.
         count = -(-N // page)
         order = torch.randperm(blocks, generator=generator)[: B * count].view(B, count)
         owned = torch.zeros(blocks, dtype=torch.bool)

@@ -76,6 +76,17 @@ CUT = (
         ci=("gfx942", "gfx1100"),
     ),
     Row(
+        "bf16, 64: a maximum of the first keys that does not hold, sinks",
+        {"dtype": BF16, "band_upper": 9, "scale": 10.0, "sinks": True},
+        backward=False,
+        ci=("gfx942",),
+    ),
+    Row(
+        "bf16, 128: no maximum under a soft cap",
+        {"dtype": BF16, "D": 128, "E": 128, "soft_cap": 30.0, "scale": 1.0, "limits": (True, True)},
+        ci=("gfx950",),
+    ),
+    Row(
         "decode: bias, mask, ids, empty rows give NaN",
         {**DECODE, "M": 6, "D": 96, "E": 64, "mask": FULL, "empty": ("mask_rows",), "ids": True,
          "bias": (True, False, True, True), "empty_rows": "nan_added"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_forward_and_backward(worker: Any, case: dict[str, Any]) -> None:
     check(case, tensors, scalars, got, grad_out)
 
 
-@pytest.mark.parametrize("case", parameters(cases_module.decode_cases()))
+@pytest.mark.parametrize("case", parameters(cases_module.decode_cases() + cases_module.shift_cases()))
 def test_decode_forward(worker: Any, case: dict[str, Any]) -> None:
     tensors, scalars = oracle_module.make_inputs(case)
     out, lse = run_forward(worker, case, tensors, scalars)
@@ -89,6 +90,19 @@ def test_rows_are_empty_where_meant() -> None:
             rows = oracle_module.keep_pairs(tensors, scalars, tuple(case[letter] for letter in "BHMN")).any(-1)
             assert not rows.all(), case["name"]
             assert rows.any(), case["name"]
+
+
+def test_loud_cases_are_computed_again() -> None:
+    """In the cases named loud, some row's maximum is above that of its first keys by more than FIRST_MAX allows for."""
+    cases = [case for case in cases_module.shift_cases() if "first-max-loud" in case["name"]]
+    assert cases
+    for case in cases:
+        tensors, scalars = oracle_module.make_inputs(case)
+        scores = tensors["q"].double() @ tensors["k"].double().mT * scalars["softmax_scale"]
+        keep = oracle_module.keep_pairs(tensors, scalars, tuple(case[letter] for letter in "BHMN"))
+        scores = scores.masked_fill(~keep, -torch.inf)
+        above = scores.amax(-1) - scores[..., :16].amax(-1)
+        assert above.max() > 64 * math.log(2), case["name"]
 
 
 def test_output_mask_and_dtype_errors(worker: Any) -> None:

@@ -152,6 +152,27 @@ def test_a_cache_that_is_written_after_the_attention():
     check(function, step, calls=2)
 
 
+def test_latents_that_are_overwritten_before_the_attention():
+    """The keys are there, and the latents are not (and too many to be kept): plain attention."""
+
+    def function(x, w_q, w_kv_b, c_cache, k_pe):
+        q_nope, q_pe = queries(x, w_q)
+        k_nope, v = expanded(c_cache, w_kv_b)
+        c_cache.zero_()
+        k = torch.cat([k_nope, k_pe[:, None].expand(-1, H, -1, -1)], -1)
+        return attend(torch.cat([q_nope, q_pe], -1), k, v, is_causal=False)
+
+    def make(length: int = 3000):
+        return rand(B, 1, X), w(H * (P + R), X), w(H * (P + E), C), rand(B, length, C), rand(B, length, R)
+
+    check(function, make, calls=1)
+    (site,) = sites()
+    assert (site.kind, site.backend) == ("attention", "TRITON_ATTN")
+    assert [note.code for note in site.notes] == ["latent_unavailable"]
+    check(function, lambda: make(50), calls=1)  # few enough: a copy is made before they are overwritten
+    assert sites()[0].kind == "mla"
+
+
 # --- sizes, heads and weights ---
 
 
@@ -179,7 +200,7 @@ def test_keys_of_fewer_heads_than_queries():
         return attend(torch.cat([q_nope, q_pe], -1), k, v)
 
     check(function, lambda: (rand(B, M, X), w(6 * (P + R), X), w(C + R, X), w(2 * (P + E), C)), calls=1, trains=True)
-    assert sites()[0].replaced
+    assert sites()[0].kind == "mla"
 
 
 def _repeated(t):
@@ -281,19 +302,29 @@ def test_blocks_of_one_row_are_not_triton_mlas():
     assert [reason.code for reason in site.rejected["TRITON_MLA"]] == ["block_size"]
 
 
+def columns(q, cache):
+    kv = cache[:, None]
+    return attend(q, kv, kv[..., R:], is_causal=False)
+
+
 def test_an_architecture_limits_the_sizes():
     """Named explicitly, the kernels' limits hold for CPU tensors, too."""
+
+    def run(width: int, **options):
+        torch._dynamo.reset()
+        inputs = rand(B, H, M, width), rand(B, 9, width)
+        torch.compile(columns, backend=Recorder(lowering="eager", **options), fullgraph=True)(*inputs)
+        return sites()[-1]
+
+    assert run(512 + R, arch="gfx942").backend == "TRITON_MLA"
     with pytest.warns(rocm_attn_compile.RocmAttnWarning, match="mla_latent"):
-        recorder = compiled("one_product", arch="gfx942")
-    (site,) = sites()
-    assert (site.kind, site.backend) == ("mla", "TRITON_ATTN")
-    assert {"mla_latent", "dtype"} <= {reason.code for reason in site.rejected["TRITON_MLA"]}
-    assert recorder.calls == 1
-    with (
-        pytest.raises(Exception, match="mla_latent"),
-        pytest.warns(rocm_attn_compile.RocmAttnWarning),
-    ):
-        compiled("one_product", arch="gfx942", strict=True)
+        site = run(528 + R, arch="gfx942")
+    assert (site.kind, site.replaced) == ("mla", False)  # TRITON_ATTN has no heads of 532
+    assert [reason.code for reason in site.rejected["TRITON_MLA"]] == ["v_head_dim", "mla_latent"]
+    assert run(528 + R).backend == "TRITON_MLA"
+    strict = pytest.raises(Exception, match="mla_latent")
+    with strict, pytest.warns(rocm_attn_compile.RocmAttnWarning):
+        run(528 + R, arch="gfx942", strict=True)
 
 
 def test_a_general_backend_named_for_latent_attention_is_the_documented_error():
