@@ -564,6 +564,21 @@ def gpt_oss_sinks(q, k, v, sinks):
     return F.softmax(s, dim=-1, dtype=s.dtype)[..., :-1] @ v
 
 
+@spelling(lambda: (*bhsd(kv_heads=K), rand(B, M, H), rand(1, H, M, N)))
+def inkling_sinks_per_query(q, k, v, sinks, position_bias):
+    k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
+    mask = torch.full((M, N), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1 + N - M)
+    s = q @ k.mT * SCALE + position_bias + mask
+    s = torch.cat([s, sinks.transpose(1, 2).unsqueeze(-1)], dim=-1).float()
+    return F.softmax(s, dim=-1)[..., :-1].to(q.dtype) @ v
+
+
+@spelling(lambda: (*bhsd(), rand(M)))
+def sinks_of_the_queries_first_and_capped(q, k, v, sinks):
+    s = 3.0 * torch.tanh(q @ k.mT * SCALE / 3.0)
+    return torch.cat([sinks[:, None].expand(B, H, M, 1), s], -1).softmax(-1)[..., 1:] @ v
+
+
 @spelling(lambda: (*bhsd(), rand(H)))
 def x_transformers_sinks_first(q, k, v, sinks):
     s = torch.cat([sinks.reshape(1, -1, 1, 1).expand(B, -1, M, -1), q @ k.mT * SCALE], dim=-1)
