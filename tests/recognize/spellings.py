@@ -545,7 +545,7 @@ def soft_cap_and_bias_scaled(q, k, v, bias):
 @spelling(lambda: (*square(), rand(B, 1, M, M)))
 def float64_softmax_with_mask(q, k, v, mask):
     """The op runs in float64: in float32 the fill would be -inf, and the gradients less exact than eager's."""
-    fill = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask < 0, torch.finfo(torch.float64).min)
+    fill = torch.zeros_like(mask, dtype=torch.float64).masked_fill(mask < 0, torch.finfo(torch.float64).min)
     return ((q @ k.mT).double() * SCALE + fill).softmax(-1).to(v.dtype) @ v
 
 
