@@ -10,13 +10,14 @@ stays a plain one, with a reason.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from torch.utils import _pytree as pytree
 
 from ..capture.trace import Value
-from ..reasons import Reason, Refusal
+from ..reasons import INTERNAL_ERROR, Reason, Refusal
 from ..spec import EmptyRows, LatentSpec
 from ..symbolic import static
 from .descent import origin
@@ -32,9 +33,34 @@ from .live import LiveUsers
 from .mask.predicate import free_symbols
 from .region import Latent, Operand, Region
 
+log = logging.getLogger(__name__)
+
 
 def add_latent(region: Region, live: LiveUsers) -> None:
     """Make `region` one of kind "mla" with its `latent`, if that is proved; if it comes near, say what it lacks."""
+    roles, spec = region.roles, region.spec
+    try:
+        _try(region, live)
+        if region.latent is None and _batch_may_be_heads(region):
+            # Without a batch the heads are the first axis, and were taken for it.
+            region.roles = replace(roles, batch=[], kv_heads=roles.batch)
+            region.spec = replace(spec, batch=1, num_heads=spec.batch, num_kv_heads=spec.batch)
+            _try(region, live)
+    except Exception as error:  # a defect of ours; the plain attention is proved all the same
+        log.warning("while looking for the latent of %s", region.anchor, exc_info=True)
+        region.latent, region.latent_note = None, Reason(INTERNAL_ERROR, repr(error))
+    if region.latent is None:
+        region.roles, region.spec = roles, spec
+
+
+def _batch_may_be_heads(region: Region) -> bool:
+    closed = region.closed_mask
+    if region.roles.heads or not region.roles.batch or region.masks or region.biases:
+        return False
+    return closed is None or not set(closed.context.batch) & free_symbols(closed.predicate)
+
+
+def _try(region: Region, live: LiveUsers) -> None:
     try:
         attempt = Attempt(region)
     except Refusal:
@@ -49,6 +75,7 @@ def add_latent(region: Region, live: LiveUsers) -> None:
     except Refusal as refusal:
         region.latent_note = _note(refusal) if attempt.is_near else expanded_cache(region)
         return
+    region.latent_note = None
     if latent.q_latent is not None:
         _name_the_heads(region, latent)
     # The mean of all values needs a number of keys, which blocks do not tell.
@@ -82,8 +109,8 @@ def _name_the_heads(region: Region, latent: Latent) -> None:
         return
     if closed is not None and closed.context.q in free_symbols(closed.predicate):
         return
-    for roles in (region.roles, latent.roles):
-        roles.groups, roles.query = roles.query, []
+    region.roles = replace(region.roles, groups=region.roles.query, query=[])
+    latent.roles = replace(latent.roles, groups=latent.roles.query, query=[])
     region.spec = replace(spec, num_heads=count, q_len=1)
 
 

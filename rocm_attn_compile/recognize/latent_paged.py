@@ -11,7 +11,7 @@ import torch
 
 from ..capture.trace import Value
 from ..reasons import Refusal
-from ..symbolic import static
+from ..symbolic import same_size, static
 from .axes import Atom, Dim, atoms_of, resolve, unify
 from .descent import descend, label
 from .labels import Labels
@@ -28,6 +28,8 @@ def read_pages(latent: Latent) -> None:
         return
     if len(pages) == 2:  # one block, one row: the axes of the first cache are those of the second
         (first, _, _), (second, _, _) = pages
+        if not same_size(first.value.shape[0], second.value.shape[0]):
+            return
         second.dims[:2] = first.dims[:2]
         latent.k_pe = second
     latent.kv_c, table, dims = pages[0]

@@ -228,6 +228,16 @@ def padded_with_additive_mask(x, w_q, w_kv_a, w_kv_b, keep):
     return scores.softmax(-1, dtype=torch.float32).to(x.dtype) @ v
 
 
+@program(EXPANDED, lambda: (rand(M, X), *prefill()[1:]), dynamic=False)
+def without_a_batch(x, w_q, w_kv_a, w_kv_b):
+    """The heads are the first axis of everything."""
+    q_nope, q_pe = F.linear(x, w_q).view(-1, H, P + R).transpose(0, 1).split([P, R], -1)
+    c, k_pe = latents(x, w_kv_a)
+    k_nope, v = F.linear(c, w_kv_b).view(-1, H, P + E).transpose(0, 1).split([P, E], -1)
+    q, k = torch.cat([q_nope, rotated(q_pe)], -1), torch.cat([k_nope, k_pe.expand(H, -1, -1)], -1)
+    return attend(q, k, v)
+
+
 # --- expanded, one token on a latent cache ---
 
 

@@ -112,6 +112,20 @@ def test_another_choice_is_another_impl():
     assert all(impl.startswith("TRITON_MLA@") for impl in impls)
 
 
+def test_a_defect_of_ours_leaves_the_plain_attention(monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("broken")
+
+    monkeypatch.setattr("rocm_attn_compile.recognize.latent.find_absorbed", broken)
+    assert compiled("concatenated").calls == 1
+    (site,) = sites()
+    assert (site.kind, site.backend, [note.code for note in site.notes]) == (
+        "attention",
+        "TRITON_ATTN",
+        ["internal_error"],
+    )
+
+
 # --- what is left in the graph ---
 
 
@@ -200,7 +214,7 @@ def test_keys_of_fewer_heads_than_queries():
         return attend(torch.cat([q_nope, q_pe], -1), k, v)
 
     check(function, lambda: (rand(B, M, X), w(6 * (P + R), X), w(C + R, X), w(2 * (P + E), C)), calls=1, trains=True)
-    assert sites()[0].kind == "mla"
+    assert sites()[0].replaced  # as a plain attention: which axes are batch is told by the layout, here wrongly
 
 
 def _repeated(t):
