@@ -225,7 +225,7 @@ def choose(
 
     Args:
         arch, itemsize, softmax_scale, empty_rows, tuning: As of mla_decode_plan.
-        rows: q_len * num_heads.
+        rows: From mla_configs.searched_rows.
         blocks: Padded kv_lora_rank and qk_rope_head_dim.
         page: Block size of a paged cache, 0 for a contiguous one.
         descriptors: Whether tensor descriptors can address the cache.
@@ -289,8 +289,8 @@ def mla_decode_plan(
     block_c, block_r = mla_configs.blocks(arch, itemsize, latent, rope)
     rows = q_len * num_heads
     config, tma, in_flight = choose(
-        arch, rows, (block_c, block_r), itemsize, page, softmax_scale, empty_rows,
-        is_aligned and takes_tma(kv, itemsize) and takes_tma(k_pe, itemsize), tuning,
+        arch, mla_configs.searched_rows(arch, rows, batch, kv_len, num_units), (block_c, block_r), itemsize, page,
+        softmax_scale, empty_rows, is_aligned and takes_tma(kv, itemsize) and takes_tma(k_pe, itemsize), tuning,
     )  # fmt: skip
     tiles = batch * triton.cdiv(rows, config.block_m)
     num_splits = tuning.num_splits or mla_configs.choose_splits(

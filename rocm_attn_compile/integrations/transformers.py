@@ -10,8 +10,9 @@ weights stay where they are. With gradients enabled the model is what it was, wi
 How: transformers keeps attention and masks behind registries. We register one of each, and replace the method that
 expands the cache. `generate()` lets no mask through but a 4-D tensor, so what closed form has is packed into one:
 
-- None: causal, and there are M keys; a static cache may be longer.
-- uint8 `(B or 1, 1, 1, N)`: causal, the last query with the last of N keys, and a key mask.
+- None: causal, and there are M keys.
+- uint8 `(B or 1, 1, 1, N)`: causal, the last query with the last of N keys, and a key mask; a static cache may be
+  longer. int8 of one batch: the same without a key mask.
 - int32 `(B or 1, 1, 1, M)`: each query's end among the keys, from the length of a static cache on its device; or
   `(B, 1, 1, N + M)`: the same behind a key mask.
 
@@ -162,36 +163,32 @@ def _mask(
         settings |= {"mask_function": mask_function, "attention_mask": attention_mask, "device": device}
         return sdpa_mask(batch_size, q_length, kv_length, *offsets, **settings)
     if isinstance(q_offset, int):
-        kv_length = q_offset + q_length
-        if attention_mask is None and q_offset == 0:
+        if attention_mask is None and q_offset == 0 and kv_length == q_length:
             return None
-    if attention_mask is None:
-        key_mask = torch.ones(1, kv_length, dtype=torch.uint8, device=device)
-    else:
+        kv_length = q_offset + q_length
+        if attention_mask is None:
+            return torch.zeros(1, dtype=torch.int8, device=device).expand(1, 1, 1, kv_length)
+    if attention_mask is not None:
         missing = kv_length - attention_mask.shape[1]
-        key_mask = nn.functional.pad(attention_mask, (0, missing)).to(torch.uint8)  # or cut, if it is negative
-    if isinstance(q_offset, int):
-        return key_mask[:, None, None]
+        key_mask = nn.functional.pad(attention_mask, (0, missing))  # or cut, if it is negative
+        if isinstance(q_offset, int):
+            return key_mask.to(torch.uint8)[:, None, None]
     end = (torch.arange(1, q_length + 1, device=device) + q_offset).to(torch.int32)[None]
     if attention_mask is not None:
         end = torch.cat([key_mask.to(torch.int32), end.expand(key_mask.shape[0], -1)], 1)
     return end[:, None, None]
 
 
-def _is_packed(mask: Tensor | None) -> bool:
-    return mask is None or mask.dtype in (torch.uint8, torch.int32)
-
-
-def _unpacked(mask: Tensor | None, q_len: int, kv_len: int) -> tuple[dict[str, Any], int]:
-    """A packed mask as arguments of the op, and how many of the keys they are about."""
-    if mask is None:
-        return {"band_upper": 0}, q_len
-    if mask.dtype == torch.uint8:
+def _unpacked(mask: Tensor, q_len: int, kv_len: int) -> tuple[dict[str, Any], int]:
+    """A mask as arguments of the op, none if it is not a packed one, and how many of the keys they are about."""
+    if mask.dtype in (torch.int8, torch.uint8):
         kv_len = mask.shape[3]
-        return {"key_mask": mask[:, 0, 0].bool(), "band_upper": kv_len - q_len}, kv_len
-    key_mask, end = mask[:, 0, 0].tensor_split([mask.shape[3] - q_len], 1)
-    masks = {"kv_end": end} if key_mask.shape[1] == 0 else {"key_mask": key_mask.bool(), "kv_end": end}
-    return masks, kv_len
+        key_mask = {} if mask.dtype == torch.int8 else {"key_mask": mask[:, 0, 0].bool()}
+        return {**key_mask, "band_upper": kv_len - q_len}, kv_len
+    if mask.dtype != torch.int32:
+        return {}, kv_len
+    keys, end = mask[:, 0, 0].tensor_split([mask.shape[3] - q_len], 1)
+    return {"kv_end": end} if keys.shape[1] == 0 else {"key_mask": keys.bool(), "kv_end": end}, kv_len
 
 
 def _dense(
@@ -224,8 +221,8 @@ def _attention(
     Returns:
         `(B, M, H, E)`, and no weights.
     """
-    masks: dict[str, Any] = {}
-    if _is_packed(attention_mask):
+    masks: dict[str, Any] = {"band_upper": 0}
+    if attention_mask is not None:
         masks, kv_len = _unpacked(attention_mask, query.shape[2], key.shape[2])
         key, value = key[:, :, :kv_len], value[:, :, :kv_len]
     if not (masks and _reads_latents(layer) and not dropout):

@@ -60,7 +60,7 @@ def _is_traced_right(q: Tensor) -> bool:
 def lse_is_traced_in_float64() -> bool:
     """True if ATen's kernel says of float64 inputs what it gives."""
     q = torch.empty(1, 1, 2, 8, dtype=torch.float64, device="meta")
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[1].dtype == torch.float64
+    return _torch_private.cpu_flash_attention(q, q, q)[1].dtype == torch.float64
 
 
 def _has_groups(q: Tensor, k: Tensor) -> bool:

@@ -30,6 +30,7 @@ from .masks import prove_masks
 from .proof import Factor, Proof
 from .region import LookAlike, Operand, Region, Roles
 from .roles import assign_roles
+from .row_sinks import masks_beside_row_sinks, take_row_sinks
 from .scores import ScoreWalk
 from .sdpa_site import prove_sdpa_site
 from .softmax_site import prove_softmax_site
@@ -84,8 +85,9 @@ def recognize_site(anchor: SoftmaxAnchor | Value, live: LiveUsers) -> Region:
 
 def build_region(proof: Proof, live: LiveUsers) -> Region:
     """Roles, composition, masks and spec of a labelled proof; raises Refusal."""
-    roles = assign_roles(proof, sink_atoms(proof))
+    roles, has_row_sinks = _assign_roles(proof)
     logits = compose(proof, roles)
+    row_sinks = take_row_sinks(logits) if has_row_sinks else None
     dtype = _op_dtype(proof)
     q, k, v = (_operand(factor) for factor in (proof.q, proof.k, proof.v))
     # a number on q or k is a number on the scores; without rounding in between it is only more accurate
@@ -103,16 +105,21 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         if cap < 0:
             cap = -cap  # c tanh(s / c) is even in c; the product above already carries the sign
     requires_grad = _requires_grad(proof, live)
-    masks = prove_masks(proof, roles, logits, requires_grad, live)
-    biases, has_alibi = with_positions(
-        masks.biases, roles, logits, masks.closed, dtype, live, partial(_value_requires_grad, live=live)
-    )
+    tracks = partial(_value_requires_grad, live=live)
+    if row_sinks is None:
+        masks = prove_masks(proof, roles, logits, requires_grad, live)
+        biases, has_alibi = with_positions(masks.biases, roles, logits, masks.closed, dtype, live, tracks)
+    else:
+        masks = masks_beside_row_sinks(proof, roles, logits, live.proofs)
+        biases, has_alibi = masks.biases, False
+    learned = [bias.value for bias in logits.biases if bias in masks.biases]
+    learned += [row_sinks.value] if row_sinks is not None else []
     spec = AttentionSpec(
         batch=_size(roles.batch),
         num_heads=_size(roles.heads),
         num_kv_heads=_size(roles.kv_heads),
         q_len=_size(roles.query),
-        kv_len=_size(roles.key),
+        kv_len=_size(roles.key, more=row_sinks is not None),
         head_dim=_joined_depth(roles, second),
         v_head_dim=_size(roles.value_depth),
         dtype=dtype,
@@ -120,10 +127,9 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         softmax_scale=float(scale),
         logits_soft_cap=cap,
         mask=masks.spec,
-        has_bias=bool(masks.biases),
+        has_bias=bool(masks.biases) or row_sinks is not None,
         has_alibi=has_alibi,
-        bias_requires_grad=requires_grad
-        and any(_value_requires_grad(b.value, live) for b in logits.biases if b in masks.biases),
+        bias_requires_grad=requires_grad and any(map(tracks, learned)),
         has_sinks=logits.sinks is not None,
         dropout_p=proof.dropout_p,
         requires_grad=requires_grad,
@@ -143,6 +149,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         closed_mask=masks.closed,
         mask_context=masks.context,
         sinks=logits.sinks,
+        row_sinks=row_sinks,
         values=proof.values,
         notes=masks.notes,
     )
@@ -171,8 +178,19 @@ def _joined_depth(roles: Roles, second) -> int:
     return int(total) if total.is_number else total
 
 
-def _size(atoms: list[Atom]):
-    size = product(atom.size for atom in atoms)
+def _assign_roles(proof: Proof) -> tuple[Roles, bool]:
+    """The roles, and whether there are sinks that are no number per head."""
+    atoms = sink_atoms(proof)
+    try:
+        return assign_roles(proof, atoms), False
+    except Refusal as refusal:
+        if refusal.reason.code != "sink_axis":
+            raise
+    return assign_roles(proof, []), True
+
+
+def _size(atoms: list[Atom], more: bool = False):
+    size = product(atom.size for atom in atoms) + int(more)
     return int(size) if size.is_number else size
 
 

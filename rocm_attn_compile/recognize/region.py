@@ -162,6 +162,7 @@ class Region:
         closed_mask: The proved closed form (recognize.mask.ClosedForm) or None.
         symbols: The sympy symbols of the proof: atom -> expression.
         sinks: Learned extra logit per head, or None.
+        row_sinks: The same over batch, heads and queries, which is given to the op as one more key.
         output: The value the op's result replaces, with its axes.
         anchor: The softmax (or the "sdpa" value).
         labels: Axes of every value of the site.
@@ -185,6 +186,7 @@ class Region:
     closed_mask: Any = None
     mask_context: Any = None
     sinks: Operand | None = None
+    row_sinks: Operand | None = None
     values: list[Value] = field(default_factory=list)
     notes: list[Reason] = field(default_factory=list)
     latent: Latent | None = None

@@ -21,6 +21,7 @@ from .dead_code import remove_dead
 from .latent import Output, emit_latent, is_latent, output_of, take_cuts
 from .layout import choose_out_layout, with_strides_of
 from .masks import MaskArguments, emit_masks
+from .row_sinks import with_row_sinks
 
 aten = torch.ops.aten
 
@@ -115,6 +116,8 @@ class Rewriter:
         if region.second:
             q, k = self._concatenate(builder, region, q, k)
         bias = self._bias(builder, region)
+        if region.row_sinks is not None:
+            k, v, bias = with_row_sinks(builder, region, region.row_sinks, k, v, bias)
         sinks = self._sinks(builder, region)
         seed = None
         if spec.dropout_p:

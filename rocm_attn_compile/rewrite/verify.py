@@ -70,8 +70,7 @@ class _Leaves:
     def __init__(self, region: Region, inputs: Mapping[fx.Node, Any], index: int) -> None:
         operands = [region.q, region.k, region.v, *(o for q, k, _ in region.second for o in (q, k))]
         operands += [factor for operand in operands for factor, _ in operand.factors]
-        if region.sinks is not None:
-            operands.append(region.sinks)
+        operands += [sinks for sinks in (region.sinks, region.row_sinks) if sinks is not None]
         # A latent form may be computed from what lies before k and v, so both ways start there.
         starts = [operand.value for operand in operands] if region.latent is None else region.latent.leaves
         self.cut = frozenset(value.id for value in starts if value.op != "constant")

@@ -166,6 +166,39 @@ def test_autocast(forms):
     assert_as_accurate_as_eager(ours, eager, exact.double())
 
 
+def test_other_attention_of_the_model_is_left_to_sdpa():
+    """With the masks that it is given: none at all, of a static cache, packed."""
+    from rocm_attn_compile.integrations import transformers as ours
+
+    layer = nn.Module()
+    layer.is_causal = False
+    q, k = torch.randn(2, 3, 1, 8), torch.randn(2, 3, 9, 8)
+    settings = {"mask_function": ours.causal_mask_function}
+    for keys, mask in [
+        (9, None),
+        (1, ours._mask(2, 1, 9, 0, **settings)),
+        (5, ours._mask(2, 1, 9, 4, **settings)),
+        (5, ours._mask(2, 1, 9, torch.tensor(4), **settings)),
+        (5, ours._mask(2, 1, 9, torch.tensor(4), attention_mask=torch.ones(2, 5, dtype=torch.bool), **settings)),
+    ]:
+        got, _ = ours._attention(layer, q, k, k, mask, scaling=0.3)
+        want = nn.functional.scaled_dot_product_attention(q, k[:, :, :keys], k[:, :, :keys], scale=0.3)
+        torch.testing.assert_close(got, want.transpose(1, 2))
+
+
+def test_a_prompt_of_one_token(forms):
+    """Into a static cache whose other places hold nothing."""
+    model = build("deepseek-v3", first_k_dense_replace=LAYERS)
+    token = prompt()[0][1:, :1]
+    want = model.generate(token, **GREEDY)
+    with torch.no_grad():
+        exact = model(token, use_cache=False).logits
+        use_latent_cache(model)
+        cache = hf.StaticCache(config=model.config, max_cache_len=20)
+        torch.testing.assert_close(model(token, past_key_values=cache, use_cache=True).logits, exact)
+    assert torch.equal(model.generate(token, **GREEDY), want)
+
+
 def test_a_mask_of_ones_own(forms):
     """A 4-D mask has no closed form: the latents are expanded, as without us."""
     model = build("deepseek-v3", first_k_dense_replace=LAYERS).double()

@@ -386,6 +386,12 @@ def gated_heads(q, k, v, gate):
     return ((q @ k.mT * SCALE).softmax(-1) * gate[:, None, None]) @ v
 
 
+@look_alike("sink_axis", lambda: (*square(), rand(B, H, M, 1)))
+def sinks_per_query_beside_a_mask_that_replaces_scores(q, k, v, sinks):
+    s = (q @ k.mT * SCALE).masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), -math.inf)
+    return torch.cat([s, sinks], -1).softmax(-1)[..., :-1] @ v
+
+
 @look_alike("sink_axis", lambda: (*square(), rand(H)))
 def other_column_than_the_sinks_cut_off(q, k, v, sinks):
     s = torch.cat([sinks.reshape(1, -1, 1, 1).expand(B, -1, M, -1), q @ k.mT * SCALE], dim=-1)

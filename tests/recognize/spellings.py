@@ -545,7 +545,7 @@ def soft_cap_and_bias_scaled(q, k, v, bias):
 @spelling(lambda: (*square(), rand(B, 1, M, M)))
 def float64_softmax_with_mask(q, k, v, mask):
     """The op runs in float64: in float32 the fill would be -inf, and the gradients less exact than eager's."""
-    fill = torch.where(mask < 0, torch.finfo(torch.float64).min, 0.0).double()
+    fill = torch.zeros_like(mask, dtype=torch.float64).masked_fill(mask < 0, torch.finfo(torch.float64).min)
     return ((q @ k.mT).double() * SCALE + fill).softmax(-1).to(v.dtype) @ v
 
 
@@ -562,6 +562,21 @@ def gpt_oss_sinks(q, k, v, sinks):
     s = torch.cat([q @ k.mT * SCALE, sinks.reshape(1, -1, 1, 1).expand(B, -1, M, -1)], dim=-1)
     s = s - s.max(dim=-1, keepdim=True).values
     return F.softmax(s, dim=-1, dtype=s.dtype)[..., :-1] @ v
+
+
+@spelling(lambda: (*bhsd(kv_heads=K), rand(B, M, H), rand(1, H, M, N)))
+def inkling_sinks_per_query(q, k, v, sinks, position_bias):
+    k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
+    mask = torch.full((M, N), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1 + N - M)
+    s = q @ k.mT * SCALE + position_bias + mask
+    s = torch.cat([s, sinks.transpose(1, 2).unsqueeze(-1)], dim=-1).float()
+    return F.softmax(s, dim=-1)[..., :-1].to(q.dtype) @ v
+
+
+@spelling(lambda: (*bhsd(), rand(M)))
+def sinks_of_the_queries_first_and_capped(q, k, v, sinks):
+    s = 3.0 * torch.tanh(q @ k.mT * SCALE / 3.0)
+    return torch.cat([sinks[:, None].expand(B, H, M, 1), s], -1).softmax(-1)[..., 1:] @ v
 
 
 @spelling(lambda: (*bhsd(), rand(H)))
