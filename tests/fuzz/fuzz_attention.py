@@ -156,7 +156,8 @@ def _softmax(p: Program, s: Tensor) -> tuple[Tensor, bool]:
         p.change("cut and joined without sinks")
         sinks = True
     if sinks:
-        heads = tuple(x for x in letters_of(s) if x in "gr" or (x in "bm" and p.chance(0.2)))
+        rest = "".join(s.dims[:-1])
+        heads = tuple(x for x in rest if x in "gr" or (x in "bm" and p.chance(0.2)))
         if not heads:
             p.change("a sink without heads")
         t = p.rand_input(heads, "sinks")
