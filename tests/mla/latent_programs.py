@@ -300,6 +300,18 @@ def paged(x, w_q, w_kv_b, cache, table, lens):
     return one_token(x, w_q, w_kv_b, c, k_pe, written_so_far(rows.shape[1], lens))
 
 
+def two_paged_caches(num_blocks: int = 7) -> tuple:
+    """Of the latents and of the rotated keys, read by one table."""
+    x, w_q, w_kv_b, cache, table, lens = pages()
+    return x, w_q, w_kv_b, cache[..., :C].clone(), rand(num_blocks, 16, R), table, lens
+
+
+@program(ABSORBED, two_paged_caches, trains=False)
+def paged_in_two(x, w_q, w_kv_b, c_cache, pe_cache, table, lens):
+    c, k_pe = (cache[table].flatten(1, 2) for cache in (c_cache, pe_cache))
+    return one_token(x, w_q, w_kv_b, c, k_pe, written_so_far(c.shape[1], lens))
+
+
 # --- absorbed ---
 
 

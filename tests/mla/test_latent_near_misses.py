@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from latent_programs import prefill
@@ -40,3 +43,13 @@ def test_dropout_of_the_weights():
     torch.compile(with_dropout, backend=recorder, fullgraph=True)(*prefill())
     (site,) = sites()
     assert (site.kind, site.replaced, [note.code for note in site.notes]) == ("attention", True, ["latent_dropout"])
+
+
+def test_every_code_is_documented():
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "docs" / "recognition.md").read_text()
+    sources = (root / "rocm_attn_compile" / "recognize").glob("*.py")
+    codes = {code for path in sources for code in re.findall(r'"(latent_[a-z_]+)"', path.read_text())}
+    assert len(codes) > 15
+    never_reported = {"latent_full_rank", "latent_symbolic"}  # ordinary attention
+    assert {code for code in codes - never_reported if f"`{code}`" not in text} == set()

@@ -22,6 +22,7 @@ from latent_programs import (
     pages,
     queries,
     step,
+    two_paged_caches,
     w,
     written_so_far,
 )
@@ -294,6 +295,34 @@ def test_a_paged_cache_says_its_blocks():
     (node,) = (n for n in recorder.graphs[0].graph.nodes if "mla_decode" in str(n.target))
     assert node.args[2].meta["example_value"].shape == (7, 16, C)
     assert node.args[4].meta["example_value"].dtype == torch.int32
+
+
+@pytest.mark.parametrize(("num_blocks", "block_size"), [(7, 16), (9, None)])
+def test_two_paged_caches(num_blocks: int, block_size: int | None):
+    """The op reads blocks only where both caches have as many; else what is gathered is a contiguous latent."""
+
+    def make():
+        *inputs, table, lens = two_paged_caches(num_blocks)
+        return *inputs, table.clamp(min=0), lens
+
+    check(PROGRAMS["paged_in_two"].function, make, calls=1)
+    assert sites()[0].data["latent"]["block_size"] == block_size
+
+
+def test_a_mean_over_a_paged_cache_is_contiguous():
+    """What a finite fill gives for a row without a key is a mean over all keys, of which blocks tell no number."""
+
+    def function(x, w_q, w_kv_b, cache, table, lens):
+        rows = cache[table].flatten(1, 2)
+        q_nope, q_pe = queries(x, w_q)
+        k_nope, v = expanded(rows[..., :C], w_kv_b)
+        k = torch.cat([k_nope, rows[:, None, :, C:].expand(-1, H, -1, -1)], -1)
+        scores = torch.cat([q_nope, q_pe], -1) @ k.mT * SCALE
+        return scores.masked_fill(~written_so_far(rows.shape[1], lens), torch.finfo(scores.dtype).min).softmax(-1) @ v
+
+    check(function, lambda: (*pages()[:5], torch.tensor([37, 0])), calls=1)
+    assert (sites()[0].kind, sites()[0].data["latent"]["block_size"]) == ("mla", None)
+    assert sites()[0].data["mask"]["empty_rows"] == "mean"
 
 
 def single_rows(x, w_q, w_kv_b, cache, table, lens):

@@ -39,6 +39,7 @@ def test_family(family: Family, attention: str, padded: bool):
     (report,) = rocm_attn_compile.reports()
     assert [site.replaced for site in report.sites] == [True] * family.sites, str(report)
     assert not any(site.reasons for site in report.sites)
+    assert {(site.kind, *site.notes) for site in report.sites} == {("attention",)}  # none is near latent attention
     assert all("/transformers/" in site.source for site in report.sites)
     assert_as_accurate_as_eager(actual, eager, exact)
 
