@@ -95,7 +95,8 @@ def _summary(rows: list[Row]) -> Iterator[str]:
             total, done = sum(r[kind] for r in group), sum(r[f"{kind}_replaced"] for r in group)
             cells += [total, f"{done} ({done / total:.1%})" if total else "-"]
         compared = [row for row in group if "peer_fused" in row and "peer_error" not in row]
-        fused, of = sum(r["peer_fused"] for r in compared), sum(r["softmax"] for r in compared)
+        # What it fuses besides sites that were seen does not count, as for us.
+        fused, of = sum(min(r["peer_fused"], r["softmax"]) for r in compared), sum(r["softmax"] for r in compared)
         yield _line(*cells, f"{right} of {len(judged)}", f"{fused} of {of} ({fused / of:.0%})" if of else "-")
     names = {row["name"] for row in _ran(rows) if _package(row) == "transformers"}
     yield f"\n{len(names)} architectures of transformers ran in at least one of these ways.\n"
