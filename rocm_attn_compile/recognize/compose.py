@@ -93,6 +93,10 @@ def _scale(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
     for bias in logits.biases:
         if bias.rounded_to is not None:
             raise Refusal("scale_after_cast", f"scores with a bias are scaled after a cast to {bias.rounded_to}")
+        if _magnitude(bias.factor) > 1 > _magnitude(factor):
+            raise Refusal(
+                "scale_up_and_down", "scores with a bias are scaled up and down again: it may be infinite then"
+            )
         bias.factor = bias.factor * factor
     if logits.cap is not None:  # f (c tanh(s) + bias) = (f c) tanh(s) + f bias
         logits.cap = logits.cap * factor
@@ -100,11 +104,19 @@ def _scale(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
     logits.scale = logits.scale * factor
 
 
+def _magnitude(factor: Any) -> float:
+    return abs(factor) if isinstance(factor, (int, float)) else 1.0
+
+
 def _cast(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
     """A cast rounds the scores, which only costs accuracy; a fill or a bias may become -inf.
 
-    Not so in an empty row from which its maximum, a fill, was subtracted before.
+    Not so in an empty row from which its maximum, a fill, was subtracted before. And not so beside a bias of float64,
+    for which the op runs in float64: of scores next to -1e9 float32 keeps nothing, and float64 all.
     """
+    source_dtype = step.at.args[0].dtype if isinstance(step.at.args[0], Value) else step.at.dtype
+    if logits.biases and source_dtype == torch.float64 and step.at.dtype != torch.float64:
+        raise Refusal("cast_after_bias", f"scores with a bias are rounded from {source_dtype} to {step.at.dtype}")
     for mask in logits.masks:
         fill = rounded(mask.fill, step.at.dtype)
         if logits.row_shifted and math.isinf(fill) and not math.isinf(mask.fill):

@@ -23,6 +23,8 @@ PROMISED_REFUSALS = frozenset(
         "mixed_fills",  # masks with different fills, and a row that may be empty
         "bias_beside_finite_fill",
         "cast_after_shift",  # a fill that becomes -inf, but for rows of nothing but fills
+        "cast_after_bias",  # float64 scores that a softmax takes in float32
+        "scale_up_and_down",  # a bias that may overflow on the way
         "masked_rows_grad",
         "unshifted_softmax",
         "logsumexp_of_fills",

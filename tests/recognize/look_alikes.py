@@ -494,7 +494,14 @@ def low_scores_of_float32_raised_to_the_lowest_of_float16(q, k, v):
     return s.clamp(min=torch.finfo(torch.float16).min).softmax(-1) @ v
 
 
-@look_alike("cast_after_shift", lambda: (*square(), rand(B, 1, M, M).double().log()))
+@look_alike("cast_after_shift", lambda: (*square(), rand(B, 1, M, M).float().log()))
+def float32_mask_cast_after_the_maximum_is_subtracted(q, k, v, mask):
+    """-inf in float16, but 0 in a row of nothing but fills."""
+    s = (q @ k.mT).float() + mask.clamp(min=torch.finfo(torch.float32).min)
+    return (s - s.amax(-1, keepdim=True)).half().softmax(-1).to(v.dtype) @ v
+
+
+@look_alike("cast_after_bias", lambda: (*square(), rand(B, 1, M, M).double().log()))
 def float64_mask_cast_after_the_maximum_is_subtracted(q, k, v, mask):
     """-inf in float32, but 0 in a row of nothing but fills."""
     s = (q @ k.mT).double() + mask.clamp(min=torch.finfo(torch.float64).min)
@@ -538,3 +545,17 @@ def maximum_shares_the_gradient_of_empty_rows(q, k, v, lengths):
 def scores_masked_after_they_were_raised(q, k, v):
     s = (q @ k.mT).clamp(min=torch.finfo(q.dtype).min)
     return s.masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), -math.inf).softmax(-1) @ v
+
+
+@look_alike("cast_after_bias", lambda: (*square(), rand(B, 1, M, M)))
+def float64_scores_with_a_bias_in_a_softmax_of_float32(q, k, v, mask):
+    """Rows of nothing but -1e9 keep their scores in float64, in which the op would run, and lose them in the cast."""
+    s = (q @ k.mT).double() + torch.where(mask < 0, -1e9, 0.0)
+    return s.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+@look_alike("scale_up_and_down", lambda: (*square(), rand(B, 1, M, M)))
+def bias_that_overflows_on_the_way(q, k, v, mask):
+    """The lowest number doubled is -inf, and stays so when it is halved; a row of nothing else is NaN."""
+    s = q @ k.mT + torch.where(mask < 0, torch.finfo(q.dtype).min, 0.0).to(q.dtype)
+    return (s * 2 / 2).softmax(-1) @ v
