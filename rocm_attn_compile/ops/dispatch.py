@@ -50,11 +50,17 @@ def implementation(impl: str, device_type: str) -> Implementation:
     return found
 
 
+def known_name(name: str, default: str, modules: dict[str, str]) -> str:
+    """The backend that `name` means, one of `modules` or REFERENCE; raises ValueError for any other."""
+    name = name or default
+    if name != REFERENCE and name not in modules:
+        allowed = ", ".join([*modules, REFERENCE])
+        raise ValueError(f'impl names the backend {name!r}; allowed are {allowed}, or "" for {default}')
+    return name
+
+
 def _find(name: str, device_type: str) -> Implementation:
-    name = name or DEFAULT
-    if name != REFERENCE and name not in KERNEL_MODULES:
-        allowed = ", ".join([*KERNEL_MODULES, REFERENCE])
-        raise ValueError(f'impl names the backend {name!r}; allowed are {allowed}, or "" for {DEFAULT}')
+    name = known_name(name, DEFAULT, KERNEL_MODULES)
     if name == REFERENCE:
         return Implementation(name, reference_impl.forward, reference_impl.backward)
     if device_type == "cpu":

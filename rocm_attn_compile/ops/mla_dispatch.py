@@ -51,10 +51,7 @@ def implementation(impl: str, device_type: str) -> LatentImplementation:
 
 
 def _find(name: str, device_type: str) -> LatentImplementation:
-    name = name or DEFAULT
-    if name != REFERENCE and name not in KERNEL_MODULES:
-        allowed = ", ".join([*KERNEL_MODULES, REFERENCE])
-        raise ValueError(f'impl names the backend {name!r}; allowed are {allowed}, or "" for {DEFAULT}')
+    name = dispatch.known_name(name, DEFAULT, KERNEL_MODULES)
     if name == REFERENCE or device_type == "cpu":
         plain = dispatch.implementation(REFERENCE if name == REFERENCE else "", device_type)
         parts: Any = mla_compose  # mypy cannot see through partial
