@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from oracle import INF
+from oracle import INF, weights_of
 from torch import Tensor
 
 
@@ -95,17 +95,7 @@ def attend(call: Latent) -> tuple[Tensor, Tensor]:
     keep = keep_of(call)
     mode = call.settings.get("empty_rows", "nan")
     lse = scores.detach().masked_fill(~keep, -INF).logsumexp(-1)
-    lowest = torch.finfo(wide).min
-    if mode == "nan":
-        p = torch.softmax(scores.masked_fill(~keep, -INF), -1)
-    elif mode == "nan_added":
-        p = torch.softmax(scores + torch.where(keep, 0.0, -INF).to(wide), -1)
-    elif mode == "mean":
-        p = torch.softmax(scores.masked_fill(~keep, lowest), -1)
-    elif mode == "mean_added":
-        p = torch.softmax(scores + torch.zeros_like(scores).masked_fill(~keep, lowest), -1)
-    else:
-        p = torch.nan_to_num(torch.softmax(scores.masked_fill(~keep, -INF), -1), 0.0)
+    p = weights_of(scores, keep, mode)
     return torch.einsum("bhmn,bhne->bhme", p.to(v.dtype), v), lse
 
 

@@ -100,20 +100,24 @@ def attend(call: Call, dropout_keep: Tensor | None = None) -> tuple[Tensor, Tens
         p = torch.softmax(joined, -1)[..., :-1]
     else:
         lse = hidden.logsumexp(-1)
-        lowest = torch.finfo(wide).min
-        if mode == "nan":
-            p = torch.softmax(scores.masked_fill(~keep, -INF), -1)
-        elif mode == "nan_added":
-            p = torch.softmax(scores + torch.where(keep, 0.0, -INF).to(wide), -1)
-        elif mode == "mean":
-            p = torch.softmax(scores.masked_fill(~keep, lowest), -1)
-        elif mode == "mean_added":
-            p = torch.softmax(scores + torch.zeros_like(scores).masked_fill(~keep, lowest), -1)
-        else:
-            p = torch.nan_to_num(torch.softmax(scores.masked_fill(~keep, -INF), -1), 0.0)
+        p = weights_of(scores, keep, mode)
     if dropout_keep is not None:
         p = p * dropout_keep / (1 - settings["dropout_p"])
     return torch.einsum("bhmn,bhne->bhme", p.to(v.dtype), v), lse
+
+
+def weights_of(scores: Tensor, keep: Tensor, mode: str) -> Tensor:
+    """The softmax without sinks, as eager code of each kind of `empty_rows` writes it."""
+    lowest = torch.finfo(scores.dtype).min
+    if mode == "nan":
+        return torch.softmax(scores.masked_fill(~keep, -INF), -1)
+    if mode == "nan_added":
+        return torch.softmax(scores + torch.where(keep, 0.0, -INF).to(scores.dtype), -1)
+    if mode == "mean":
+        return torch.softmax(scores.masked_fill(~keep, lowest), -1)
+    if mode == "mean_added":
+        return torch.softmax(scores + torch.zeros_like(scores).masked_fill(~keep, lowest), -1)
+    return torch.nan_to_num(torch.softmax(scores.masked_fill(~keep, -INF), -1), 0.0)
 
 
 def grads_of(out: Tensor, call: Call, grad_out: Tensor) -> tuple[Tensor, ...]:
