@@ -98,8 +98,9 @@ def attention_backward(
         ValueError, NotImplementedError: See launch.check.
     """
     launches, tensors = backward_launches(
-        grad_out, q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes,
-        out, lse, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, output_mask,
+        grad_out, q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed,
+        alibi_slopes, out, lse, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows,
+        output_mask,
     )  # fmt: skip
     run_all(launches, q.device)
     if sinks is not None and output_mask[4]:

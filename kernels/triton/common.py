@@ -4,8 +4,8 @@ Letters: B batch, H query heads, K key/value heads, M q_len, N kv_len, D head_di
 
 Scores live in one of three domains, fixed at compile time:
 
-* RAW (no bias, no soft cap, no ALiBi, positive scale): the plain product q k^T. The factor `softmax_scale * log2(e)` is applied
-  together with the subtraction of the row maximum, one fused multiply-add per element.
+* RAW (no bias, no soft cap, no ALiBi, positive scale): the plain product q k^T. The factor `softmax_scale * log2(e)`
+  is applied together with the subtraction of the row maximum, one fused multiply-add per element.
 * log2 (soft cap, ALiBi, or a scale that is not positive): already scaled by log2(e).
 * natural (a bias is added): not scaled by log2(e), because a bias of `finfo.min` would overflow to -inf and a row made
   of such values must stay uniform, as in eager.
