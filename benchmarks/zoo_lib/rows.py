@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -10,6 +11,18 @@ from typing import Any
 
 Row = dict[str, Any]
 SETTING = ("attention", "padded", "gradients", "lowering")
+
+
+def recogniser() -> str:
+    """A digest of the stages that decide what is replaced, and by what: rows of one digest are of one state."""
+    import rocm_attn_compile
+
+    package = Path(rocm_attn_compile.__file__).parent
+    files = [
+        path for stage in ("capture", "normalize", "recognize", "rewrite") for path in (package / stage).rglob("*.py")
+    ]
+    text = "".join(f"{path.relative_to(package)}\n{path.read_text()}" for path in sorted(files))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def read(path: Path) -> list[Row]:
@@ -33,7 +46,11 @@ def compact(result: Row) -> Row:
     `softmax`, `sdpa` and their `_replaced` count sites; `missed` has [line, sites, code, text] of those not replaced;
     `extra` counts replaced sites that the watch did not take for attention.
     """
-    kept = {key: result[key] for key in ("name", *SETTING, "versions", "status", "class", "error") if key in result}
+    kept = {
+        key: result[key]
+        for key in ("name", *SETTING, "versions", "recogniser", "status", "class", "error")
+        if key in result
+    }
     if result["status"] != "run":
         return kept | {"error": _short_path(str(result.get("error", "")))[:300]}
     replaced = Counter(result.get("replaced", {}))
@@ -50,7 +67,7 @@ def compact(result: Row) -> Row:
                 code, text = reasons.get(line, _why_unseen(result))
                 missed.append([_short_path(line), count - taken, code, _short_path(text)])
     kept |= {"missed": missed, "extra": replaced.total()}
-    kept |= {key: result[key] for key in ("graphs", "peer_graphs", "peer_fused", "wall") if key in result}
+    kept |= {key: result[key] for key in ("graphs", "peer_graphs", "peer_fused", "wall", "seconds") if key in result}
     for key in ("accuracy", "peer_accuracy", "control_accuracy"):
         if key in result:
             kept[key] = {k: v for k, v in result[key].items() if k != "text" or v}
