@@ -72,7 +72,7 @@ def write_table(paths: list[Path]) -> None:
     from zoo_lib.rows import newest
     from zoo_lib.table import page
 
-    rows = newest([row for path in paths for row in read(path)])
+    rows = newest([row for path in paths for row in read(path)], recogniser())
     KEPT.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["name"])))
     PAGE.write_text(page(rows, FACTOR))
 

@@ -30,14 +30,22 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def newest(rows: list[Row]) -> list[Row]:
-    """The last row of each case in each setting; one that ran wins over one that did not."""
+def newest(rows: list[Row], state: str = "") -> list[Row]:
+    """One row of each case in each setting.
+
+    One that ran wins over one that did not; then one by the recogniser `state`; then the newest torch; then the last.
+    """
     found: dict[tuple, Row] = {}
     for row in rows:
         key = (row["name"], *(row[part] for part in SETTING))
-        if row["status"] == "run" or key not in found or found[key]["status"] != "run":
+        if key not in found or _rank(row, state) >= _rank(found[key], state):
             found[key] = row
     return list(found.values())
+
+
+def _rank(row: Row, state: str) -> tuple:
+    torch = [int(number) for number in re.findall(r"\d+", row.get("versions", {}).get("torch", ""))[:2]]
+    return row["status"] == "run", row.get("recogniser") == state, torch
 
 
 def compact(result: Row) -> Row:
