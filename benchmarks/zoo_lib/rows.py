@@ -89,4 +89,4 @@ def _why_unseen(result: Row) -> tuple[str, str]:
 
 
 def _short_path(text: str) -> str:
-    return re.sub(r"/[^ :]*/site(-packages)?/", "", text)
+    return re.sub(r"/[^ :]*/(?=(transformers|timm|vit_pytorch|x_transformers|diffusers|torch)/)", "", text)
