@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .rows import Row, newest
-from .words import ANOTHER, in_words
+from .words import ANOTHER, in_words, key_of
 
 HEADER = """\
 # Coverage
@@ -141,7 +141,7 @@ def _reasons(rows: list[Row]) -> Iterator[str]:
     by_code: dict[str, list[tuple[Row, list]]] = defaultdict(list)
     for row in _ran(rows):
         for missed in row["missed"]:
-            by_code[missed[2]].append((row, missed))
+            by_code[key_of(*missed[2:])].append((row, missed))
     if not by_code:
         yield "Nothing.\n"
         return
