@@ -20,7 +20,7 @@ LEFT = {
     "padding that is added as the lowest number. In a row that keeps no key, eager's gradient is neither that of the "
     "one mask nor that of the other.",
     "bias_beside_finite_fill": "In training only: a bias of which nothing is known, a buffer or made of activations, "
-    "and a mask that writes the lowest number. Were the bias as low as that, eager would spread a row over masked keys.",
+    "and a mask that writes the lowest number. Were the bias as low, eager would spread a row over masked keys.",
     "floor_grad": "In training only: `max(scores, lowest number)` halves the gradient in rows that keep no key.",
     "no_contraction": "Scores of overlapping chunks, written into one tensor piece by piece: several products, one "
     "softmax.",
