@@ -6,7 +6,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Options:
         verify: Run every site both ways at compile time, on random tensors of the real shapes and strides and on
             adversarial masks, and leave it alone if the results or gradients differ. For debugging: it takes the
             memory and the time of the old code.
+        autotune: Measure launch configurations of the kernels on the GPU while compiling, and keep what is found on
+            disk (`ROCM_ATTN_CACHE`); None does so in the modes "max-autotune" and "max-autotune-no-cudagraphs".
         inline: Let Inductor see what the op does on the device, where that can be written down, and call it directly.
             False keeps every attention one opaque call of `rocm_attn::attention` in the compiled program.
     """
@@ -44,6 +46,7 @@ class Options:
     dump_dir: str | None = None
     disable: bool = False
     verify: bool = False
+    autotune: bool | None = None
     inline: bool = True
 
 
@@ -53,6 +56,7 @@ OPTION_VARIABLES = {
     "dump_dir": "ROCM_ATTN_DUMP_DIR",
     "disable": "ROCM_ATTN_DISABLE",
     "verify": "ROCM_ATTN_VERIFY",
+    "autotune": "ROCM_ATTN_AUTOTUNE",
 }
 """Options a variable sets from outside the program; set and not empty, the variable wins. `ROCM_ATTN_ARCH` and
 `VLLM_ATTENTION_BACKEND` are read with the environment (env.py), because reports say where their value came from."""
@@ -98,6 +102,14 @@ def split_options(
                 )
             ours[name] = value
     return Options(**ours), inductor
+
+
+TUNING_MODES = ("max-autotune", "max-autotune-no-cudagraphs")
+
+
+def follow_mode(options: Options, mode: str | None) -> Options:
+    """The options with what `torch.compile(mode=...)` decides where they leave it open."""
+    return replace(options, autotune=True) if options.autotune is None and mode in TUNING_MODES else options
 
 
 def guard_environment() -> None:
@@ -147,7 +159,7 @@ def _unknown(key: str, inductor_names: list[str]) -> str:
 
 def _from_text(name: str, text: str) -> Any:
     """A variable's text as the value its option would have; text that is no such value is left to the parser."""
-    if name in ("strict", "disable", "verify"):
+    if name in ("strict", "disable", "verify", "autotune"):
         return {"1": True, "true": True, "0": False, "false": False}.get(text.lower(), text)
     return int(text) if name == "fuel" and text.isdigit() else text
 
@@ -192,5 +204,6 @@ _PARSERS: dict[str, Callable[[Any, str], Any]] = {
     "dump_dir": _path,
     "disable": _flag,
     "verify": _flag,
+    "autotune": lambda value, where: None if value is None else _flag(value, where),
     "inline": _flag,
 }

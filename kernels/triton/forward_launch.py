@@ -26,6 +26,7 @@ from .launch import (
     bias_storage,
     cap_kind,
     check,
+    choose,
     descriptor,
     device_arch,
     dot_precision,
@@ -139,7 +140,7 @@ def forward_launches(
     arguments = {**plan.arguments, **tensors}
     if plan.arguments["TMA"]:
         arguments.update(forward_descriptors(q, k, v, attn_bias, plan.arguments, rope))
-    launches = [Launch(attention_forward_kernel, plan.grid, arguments, plan.options)]
+    launches = [Launch(attention_forward_kernel, plan.grid, arguments, plan.options, plan.direction, plan.config)]
     if plan.num_splits > 1:
         combined = {name: tensors[name] for name in ("partial", "partial_stats", "v", "out", "lse", "sinks")}
         launches.append(
@@ -201,6 +202,8 @@ class ForwardPlan(NamedTuple):
     grid: int
     num_splits: int
     combine: dict[str, Any]
+    direction: str
+    config: configs.KernelConfig
 
 
 @functools.lru_cache(maxsize=1024)
@@ -250,20 +253,16 @@ def forward_plan(
     decode = rows <= PACK_ROWS
     head_block = configs.head_size(blocks, v_head_dim)
     special = feature(arguments, dtype)
-    config = tuning.config or configs.select(arch, "decode" if decode else "forward", head_block, itemsize, special)
-    tma = bool(tuning.config and tuning.tma)
-    if (
-        tuning.config is None
-        and tuning.tma is not False
+    can_tma = (
+        tuning.tma is not False
         and not decode
         and batch * num_heads * q_len * kv_len >= MIN_TMA_SCORES
         and is_aligned
         and all(takes_tma(where, itemsize) for where in layouts[:3])
         and takes_tma_rope(rope, itemsize)
-    ):
-        faster = configs.select_tma(arch, "forward_tma", head_block, itemsize, special)
-        if faster:
-            config, tma = faster, True
+    )
+    direction = "decode" if decode else "forward"
+    config, tma = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
     block_m = config.block_m
     if decode and tuning.config is None:
         block_m = max(block_m, min(MAX_DECODE_M, triton.next_power_of_2(rows)))
@@ -307,4 +306,4 @@ def forward_plan(
     }  # fmt: skip
     combine.update(BLOCK_S=triton.next_power_of_2(num_splits), CHUNK=16, BLOCK_N=16)
     options = config.options(arch.startswith("gfx"))
-    return ForwardPlan(arguments, options, tiles * num_splits, num_splits, combine)
+    return ForwardPlan(arguments, options, tiles * num_splits, num_splits, combine, direction, config)
