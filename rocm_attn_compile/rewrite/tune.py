@@ -109,7 +109,7 @@ def _problems(look: Mapping[str, Any]) -> list[dict[str, Any]]:
     kv_len = look["k"].shape[2]
     first = {
         name: _tensor(name, value, kv_len, generator) if isinstance(value, _Look) else value
-        for name, value in look.items()
+        for name, value in {**dict.fromkeys(OPTIONAL_TENSORS), **look}.items()
     }
     problems = [first]
     if look["q"].shape[2] <= DECODE_QUERIES and look["q"].device.type == "cuda":

@@ -22,6 +22,7 @@ from rocm_attn_compile.kernels.triton.candidates import SHARED_BYTES, Problem, c
 from rocm_attn_compile.kernels.triton.configs import KernelConfig
 from rocm_attn_compile.kernels.triton.launch import Tuning
 from rocm_attn_compile.kernels.triton.tuned_store import TunedStore, cache_folder
+from rocm_attn_compile.ops.schemas import OPTIONAL_TENSORS
 
 SHIPPED = "16.16.1.1.0.0.0.0.p"
 WIDE = "16.32.1.1.0.0.0.0.p"
@@ -38,9 +39,8 @@ def worker() -> Iterator[Any]:
 def call(kv_len: int = 37) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, n, 16, generator=generator) for h, n in ((2, 5), (1, kv_len), (1, kv_len)))
-    names = ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids", "sinks", "dropout_seed")
     return {
-        "q": q, "k": k, "v": v, **dict.fromkeys(names), "softmax_scale": 0.25, "logits_soft_cap": None,
+        "q": q, "k": k, "v": v, **dict.fromkeys(OPTIONAL_TENSORS), "softmax_scale": 0.25, "logits_soft_cap": None,
         "band_lower": None, "band_upper": None, "dropout_p": 0.0, "empty_rows": "nan", "out_layout": "bhsd",
     }  # fmt: skip
 
