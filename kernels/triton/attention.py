@@ -18,8 +18,8 @@ from .tuned import decode
 
 
 @functools.lru_cache(maxsize=1024)
-def _tuning(text: str) -> Tuning | None:
-    return Tuning(chosen=decode(text)) if text else None
+def _tuning(text: str, opaque: bool) -> Tuning | None:
+    return Tuning(chosen=decode(text), opaque=opaque) if text or opaque else None
 
 
 def attention_forward(
@@ -44,8 +44,9 @@ def attention_forward(
     empty_rows: str = "nan",
     out_layout: str = "bhsd",
     tuned: str = "",
+    opaque: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention; the arguments are those of the op, see rocm_attn_compile/ops, and what tuning chose.
+    """Softmax attention; the arguments are those of the op, see rocm_attn_compile/ops, and `tuned` and `opaque`.
 
     No input is copied: any strides are taken, and broadcast dimensions are read in place. Loads are widest where the
     head dimension (or, for a transposed K, the key dimension) has unit stride.
@@ -61,7 +62,7 @@ def attention_forward(
     launches, out, lse = forward_launches(
         q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes,
         softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, out_layout,
-        tuning=_tuning(tuned),
+        tuning=_tuning(tuned, opaque),
     )  # fmt: skip
     run_all(launches, q.device)
     return out, lse
@@ -92,6 +93,7 @@ def attention_backward(
     empty_rows: str,
     output_mask: Sequence[bool],
     tuned: str = "",
+    opaque: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of attention_forward's `out`, deterministic.
 
@@ -100,6 +102,7 @@ def attention_backward(
         out, lse: What attention_forward returned.
         output_mask: Which of dq, dk, dv, dbias, dsinks are wanted.
         tuned: What tuning chose, see tuned.py.
+        opaque: As in launch.Tuning.
 
     Returns:
         dq, dk, dv, dbias, dsinks: of the shape and dtype of q, k, v, attn_bias and sinks, with the strides of a dense
@@ -111,7 +114,7 @@ def attention_backward(
     launches, tensors = backward_launches(
         grad_out, q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed,
         alibi_slopes, out, lse, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows,
-        output_mask, tuning=_tuning(tuned),
+        output_mask, tuning=_tuning(tuned, opaque),
     )  # fmt: skip
     run_all(launches, q.device)
     if sinks is not None and output_mask[4]:

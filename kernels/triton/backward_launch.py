@@ -18,7 +18,6 @@ from .backward_dq import backward_dq_kernel
 from .forward_launch import feature, forward_descriptors
 from .launch import (
     EMPTY_ROWS,
-    MIN_TMA_SCORES,
     Launch,
     Rope,
     Tuning,
@@ -32,6 +31,7 @@ from .launch import (
     device_arch,
     dot_precision,
     layout,
+    min_tma_scores,
     rope_arguments,
     static_arguments,
     takes_tma,
@@ -161,7 +161,7 @@ def backward_launches(
     del whole["BLOCK_REST"]
     can_tma = (
         tuning.tma is not False
-        and batch * num_heads * q_len * kv_len >= MIN_TMA_SCORES
+        and batch * num_heads * q_len * kv_len >= min_tma_scores(tuning)
         and aligned(q, k, v, grad_out, *(rope or ()), traced=tuning.traced)
         and all(takes_tma(layout(tensor), itemsize) for tensor in (q, k, v, grad_out))
         and takes_tma_rope(rope_layouts, itemsize)

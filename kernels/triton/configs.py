@@ -376,6 +376,11 @@ def programs_per_unit(arch: str) -> int:
     return 1 if arch.startswith("sm") else 2
 
 
+def combine_warps(arch: str) -> int:
+    """Warps of a program that adds up the splits of one row: fewer need fewer barriers."""
+    return 2 if arch.startswith("sm") else 4
+
+
 def head_blocks(arch: str, itemsize: int, head_dim: int, v_head_dim: int) -> tuple[int, int, int]:
     """Tile extents of head_dim, in one or two pieces (the second 0), and of v_head_dim.
 

@@ -15,7 +15,6 @@ from .combine import attention_combine_kernel
 from .forward import attention_forward_kernel
 from .launch import (
     EMPTY_ROWS,
-    MIN_TMA_SCORES,
     PACK_ROWS,
     Launch,
     Layout,
@@ -31,6 +30,7 @@ from .launch import (
     device_arch,
     dot_precision,
     layout,
+    min_tma_scores,
     rope_arguments,
     static_arguments,
     takes_tma,
@@ -40,27 +40,32 @@ from .launch import (
 MAX_DECODE_M = 32
 """Tallest packed tile. Not 64, which on Hopper would take the warp-group matrix instructions for a few rows; see also
 configs.smallest_head_block."""
-MIN_SPLIT_KEYS, MAX_SPLIT_KEYS = 128, 4096
-"""Keys of a split: with fewer, the combine step costs more than it saves; with more, the last split weighs more."""
+MIN_SPLIT_KEYS = 128
+"""Keys of a split: with fewer, the combine step costs more than it saves."""
+MIN_WAVE_KEYS = 1024
+"""The same where there are programs enough without splits, and they only make the last wave shorter."""
+MAX_SPLIT_KEYS = 4096
+"""Of prefill. A decode step in one wave of programs of 8192 keys was 3 % faster than in two of 4096."""
 MAX_SPLITS = 128
 
 RUNNING_MAX, FIRST_MAX, NO_MAX = (mode.value for mode in (common.RUNNING_MAX, common.FIRST_MAX, common.NO_MAX))
 
 
-def choose_splits(tiles: int, kv_len: int, programs: int) -> int:
+def choose_splits(tiles: int, kv_len: int, programs: int, decode: bool = True) -> int:
     """How many programs share the keys of one tile, so that about `programs` run, in whole waves.
 
     Depends on sizes only, so results are reproducible and nothing is read back from the device.
     """
-    if tiles >= programs:
+    if tiles >= programs and not decode:
         return 1
-    least = programs // tiles
+    least = max(1, programs // tiles)
     # If that leaves more than a sixth of the device idle, cut finer: the last wave then weighs less.
-    splits = next(
-        (n for n in range(least, 4 * least + 1) if n * tiles / (-(-n * tiles // programs) * programs) > 0.83), least
-    )
-    splits = max(splits, kv_len // MAX_SPLIT_KEYS)
-    return max(1, min(splits, kv_len // MIN_SPLIT_KEYS, MAX_SPLITS))
+    finer = range(least, max(4 * least, 8 if decode else 4) + 1)
+    splits = next((n for n in finer if n * tiles / (-(-n * tiles // programs) * programs) > 0.83), least)
+    if not decode:
+        splits = max(splits, kv_len // MAX_SPLIT_KEYS)
+    shortest = MIN_SPLIT_KEYS if tiles < programs else MIN_WAVE_KEYS
+    return max(1, min(splits, kv_len // shortest, MAX_SPLITS))
 
 
 def forward_launches(
@@ -145,9 +150,7 @@ def forward_launches(
     if plan.num_splits > 1:
         combined = {name: tensors[name] for name in ("partial", "partial_stats", "v", "out", "lse", "sinks")}
         launches.append(
-            Launch(
-                attention_combine_kernel, lse.numel(), {**plan.combine, **combined}, {"num_warps": 4, "num_stages": 1}
-            )
+            Launch(attention_combine_kernel, lse.numel(), {**plan.combine, **combined}, plan.combine_options)
         )
     return launches, out, lse
 
@@ -204,6 +207,7 @@ class ForwardPlan(NamedTuple):
     grid: int
     num_splits: int
     combine: dict[str, Any]
+    combine_options: dict[str, int]
     direction: str
     config: configs.KernelConfig
 
@@ -258,7 +262,7 @@ def forward_plan(
     can_tma = (
         tuning.tma is not False
         and not decode
-        and batch * num_heads * q_len * kv_len >= MIN_TMA_SCORES
+        and batch * num_heads * q_len * kv_len >= min_tma_scores(tuning)
         and is_aligned
         and all(takes_tma(where, itemsize) for where in layouts[:3])
         and takes_tma_rope(rope, itemsize)
@@ -271,7 +275,7 @@ def forward_plan(
     tiles = batch * (num_heads // pack) * triton.cdiv(rows, block_m)
     # Splits would each need the whole row's dropout mask in the combine step for empty rows; not worth it.
     programs = num_units * configs.programs_per_unit(arch)
-    num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, programs) if scalars[-1] == 0.0 else 1)
+    num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, programs, decode) if scalars[-1] == 0.0 else 1)
     shift = RUNNING_MAX if decode else score_shift(arguments, dtype, special, config.first_max)
     if tuning.shift is not None:
         shift = tuning.shift
@@ -308,4 +312,5 @@ def forward_plan(
     }  # fmt: skip
     combine.update(BLOCK_S=triton.next_power_of_2(num_splits), CHUNK=16, BLOCK_N=16)
     options = config.options(arch.startswith("gfx"))
-    return ForwardPlan(arguments, options, tiles * num_splits, num_splits, combine, direction, config)
+    combine_options = {"num_warps": configs.combine_warps(arch), "num_stages": 1}
+    return ForwardPlan(arguments, options, tiles * num_splits, num_splits, combine, combine_options, direction, config)

@@ -106,6 +106,7 @@ class Tuning:
         separate: With `config`: one launch for dk and one for dv.
         in_flight: With `config`: latent decode by the Hopper kernel in Gluon.
         traced: The tensors have no data: what is aligned is told by their offsets in their storages.
+        opaque: Triton's own launcher will run the call, not a CUDA graph and not Inductor.
         chosen: Without `config`: configurations that take the place of the tables', see autotune.py. One that needs
             tensor descriptors counts where these can be had.
     """
@@ -119,6 +120,7 @@ class Tuning:
     separate: bool = False
     in_flight: bool = False
     traced: bool = False
+    opaque: bool = False
     chosen: Chosen = ()
 
 
@@ -165,9 +167,16 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32" if precision == "tf32" else "ieee"
 
 
-MIN_TMA_SCORES = 2**20
+MIN_TMA_SCORES, MIN_TMA_SCORES_OPAQUE = 2**20, 2**28
 """Below this many scores (B * H * M * N) a call is short, and making descriptors on the host would cost more than it
-saves on the device."""
+saves on the device. Inductor's launcher makes them in a few microseconds, Triton's own, in an opaque call, in hundreds.
+"""
+
+
+def min_tma_scores(tuning: Tuning) -> int:
+    """From how many scores on a call reads through descriptors."""
+    return MIN_TMA_SCORES_OPAQUE if tuning.opaque else MIN_TMA_SCORES
+
 
 PACK_ROWS = 64
 """Up to this many (query, head of a group) rows, a group's query heads share one tile."""

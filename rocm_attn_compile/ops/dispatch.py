@@ -20,8 +20,8 @@ from rocm_attn_compile.ops.schemas import LIBRARY
 DEFAULT = "TRITON_ATTN"
 REFERENCE = "REFERENCE"
 KERNEL_MODULES = {"TRITON_ATTN": "rocm_attn_compile.kernels.triton.attention"}
-"""Backend name -> module with `attention_forward` and `attention_backward`, which take the op's arguments but impl, and
-as `tuned` what tuning chose."""
+"""Backend name -> module with `attention_forward` and `attention_backward`, which take the op's arguments but impl,
+`opaque=True`, and as `tuned` what tuning chose."""
 
 
 class Implementation(NamedTuple):
@@ -69,10 +69,8 @@ def _find(name: str, tuned: str, device_type: str) -> Implementation:
     if device_type == "cpu":
         return Implementation("CPU", cpu.forward, cpu_backward.backward)
     module = importlib.import_module(KERNEL_MODULES[name])
-    forward, backward = module.attention_forward, module.attention_backward
-    if tuned:
-        forward, backward = partial(forward, tuned=tuned), partial(backward, tuned=tuned)
-    return Implementation(name, forward, backward)
+    more = {"tuned": tuned, "opaque": True}
+    return Implementation(name, partial(module.attention_forward, **more), partial(module.attention_backward, **more))
 
 
 def run_cpu(tensors: tuple, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
