@@ -13,8 +13,8 @@ from .. import ops
 from ..capture.trace import Trace, Value
 from ..reasons import Refusal
 from ..recognize.labels import is_cast, is_view
-from ..recognize.region import Bias, MaskTerm, Operand, PositionBias, Region
-from ..symbolic import to_expr
+from ..recognize.region import Alibi, Bias, MaskTerm, Operand, PositionBias, Region
+from .alibi import emit_positions, emit_slopes
 from .builder import GraphBuilder
 from .canonical import from_layout, to_layout
 from .dead_code import remove_dead
@@ -128,7 +128,7 @@ class Rewriter:
         tensors = {
             "q": q, "k": k, "v": v, "attn_bias": bias, "attn_mask": masks.attn_mask, "key_mask": masks.key_mask,
             "kv_start": masks.kv_start, "kv_end": masks.kv_end, "q_ids": masks.q_ids, "kv_ids": masks.kv_ids,
-            "sinks": sinks, "dropout_seed": seed,
+            "sinks": sinks, "dropout_seed": seed, "alibi_slopes": emit_slopes(builder, region),
         }  # fmt: skip
         settings = {
             "softmax_scale": spec.softmax_scale, "logits_soft_cap": spec.logits_soft_cap,
@@ -168,8 +168,10 @@ class Rewriter:
         roles, total = region.roles, None
         groups = [roles.batch, roles.heads, roles.query, roles.key]
         for bias in region.biases:
+            if isinstance(bias, Alibi):
+                continue
             if isinstance(bias, PositionBias):
-                total = self._add(builder, total, self._positions(builder, region, bias), torch.float32)
+                total = self._add(builder, total, emit_positions(builder, region, bias), torch.float32)
                 continue
             operand = bias.operand if isinstance(bias, MaskTerm) else bias
             node = to_layout(builder, builder.tensor(operand.value), operand.dims, groups, [False] * 4)
@@ -194,20 +196,6 @@ class Rewriter:
         if builder.look(total).dtype != dtype:
             total = builder.call(aten._to_copy.default, total, dtype=dtype)
         return builder.call(aten.add.Tensor, total, node)
-
-    def _positions(self, builder: GraphBuilder, region: Region, bias: PositionBias) -> fx.Node:
-        """`(1, 1, 1, N)` or, with slopes, up to `(B, H, 1, N)` in float32: the last key is at 0."""
-        roles = region.roles
-        first = builder.size(1 - to_expr(region.spec.kv_len))
-        node = builder.call(aten.arange.start, first, 1, dtype=torch.float32, device=builder.device)
-        node = builder.call(aten.mul.Tensor, node, bias.factor)
-        node = builder.call(aten.view.default, node, [1, 1, 1, -1])
-        if bias.slopes is None:
-            return node
-        groups: list = [roles.batch, roles.heads, [], []]
-        slopes = to_layout(builder, builder.tensor(bias.slopes.value), bias.slopes.dims, groups, [False] * 4)
-        slopes = builder.call(aten._to_copy.default, slopes, dtype=torch.float32)
-        return builder.call(aten.mul.Tensor, slopes, node)
 
     def _lowest(self, builder: GraphBuilder, bias: fx.Node) -> fx.Node:
         """float16's lowest number absorbs the scores in float16; the op adds in float32, where another one does."""

@@ -125,8 +125,8 @@ def test_kernel_modules_are_found_lazily(monkeypatch):
     assert calls[-1].pop("tuned") == "" and calls[-1].pop("opaque") is True
     assert list(calls[-1]) == [
         "grad_out", "q", "k", "v", "attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids",
-        "sinks", "dropout_seed", "alibi_slopes", "out", "lse", "softmax_scale", "logits_soft_cap", "band_lower", "band_upper",
-        "dropout_p", "empty_rows", "output_mask",
+        "sinks", "dropout_seed", "alibi_slopes", "out", "lse", "softmax_scale", "logits_soft_cap", "band_lower",
+        "band_upper", "dropout_p", "empty_rows", "output_mask",
     ]  # fmt: skip
 
 
