@@ -56,7 +56,6 @@ OPTION_VARIABLES = {
     "dump_dir": "ROCM_ATTN_DUMP_DIR",
     "disable": "ROCM_ATTN_DISABLE",
     "verify": "ROCM_ATTN_VERIFY",
-    "autotune": "ROCM_ATTN_AUTOTUNE",
 }
 """Options a variable sets from outside the program; set and not empty, the variable wins. `ROCM_ATTN_ARCH` and
 `VLLM_ATTENTION_BACKEND` are read with the environment (env.py), because reports say where their value came from."""
@@ -159,7 +158,7 @@ def _unknown(key: str, inductor_names: list[str]) -> str:
 
 def _from_text(name: str, text: str) -> Any:
     """A variable's text as the value its option would have; text that is no such value is left to the parser."""
-    if name in ("strict", "disable", "verify", "autotune"):
+    if name in ("strict", "disable", "verify"):
         return {"1": True, "true": True, "0": False, "false": False}.get(text.lower(), text)
     return int(text) if name == "fuel" and text.isdigit() else text
 

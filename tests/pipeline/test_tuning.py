@@ -143,12 +143,6 @@ def test_the_mode_decides_unless_the_option_does(tuner):
     assert follow_mode(Options(), "default") == follow_mode(Options(), None) == Options()
 
 
-def test_the_variable_turns_it_on(tuner, monkeypatch):
-    monkeypatch.setenv("ROCM_ATTN_AUTOTUNE", "1")
-    rocm_attn_compile.explain(model)(*inputs())
-    assert len(tuner.calls) == 1
-
-
 def test_impl_is_taken_apart_and_put_together():
     for impl in ("TRITON_ATTN@0123+inline", "TRITON_ATTN@0123", "TRITON_ATTN"):
         tuned = with_tuning(impl, "forward=1.2")
