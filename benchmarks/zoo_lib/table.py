@@ -30,7 +30,9 @@ one, and one more per graph break.
 
 Attention whose query or key is a parameter is replaced too, but is not in these counts.
 
-Made with {versions}.
+Made with:
+
+{versions}
 """
 
 
@@ -45,18 +47,17 @@ def page(rows: list[Row], factor: float) -> str:
 def _versions(rows: list[Row]) -> str:
     """Every environment, with how many rows were made in it."""
     found = Counter(
-        " with ".join(f"{package} {version}" for package, version in row.get("versions", {}).items())
-        for row in _ran(rows)
+        ", ".join(f"{package} {version}" for package, version in row.get("versions", {}).items()) for row in _ran(rows)
     )
-    return "; ".join(f"{count} rows by {versions}" for versions, count in sorted(found.items()))
+    return "\n".join(f"- {versions}: {count} rows" for versions, count in sorted(found.items()))
 
 
 def _states(rows: list[Row]) -> str:
-    found = Counter(row.get("recogniser", "unknown") for row in _ran(rows))
+    found = Counter(row.get("recogniser", "earlier") for row in _ran(rows))
     if len(found) == 1:
-        return f"All rows are of one state of the recogniser, `{next(iter(found))}`."
-    counts = ", ".join(f"`{state}` {count}" for state, count in found.most_common())
-    return f"The rows are of {len(found)} states of the recogniser: {counts}."
+        return f"All rows are of one state of the recogniser, {next(iter(found))}."
+    counts = ", ".join(f"{state} {count}" for state, count in found.most_common())
+    return f"Rows by the state of the recogniser (a digest of its sources) that made them: {counts}."
 
 
 def _package(row: Row) -> str:
