@@ -167,7 +167,18 @@ def test_131072_tokens_in_linear_memory():
     torch.cuda.reset_peak_memory_stats()
     out, lse = attention_forward(q, k, v, softmax_scale=size**-0.5, band_upper=0, empty_rows="impossible")
     masks = dict.fromkeys(
-        ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids", "sinks", "dropout_seed")
+        (
+            "attn_bias",
+            "attn_mask",
+            "key_mask",
+            "kv_start",
+            "kv_end",
+            "q_ids",
+            "kv_ids",
+            "sinks",
+            "dropout_seed",
+            "alibi_slopes",
+        )
     )
     dq, dk, _dv, _dbias, _dsinks = attention_backward(
         grad, q, k, v, **masks, out=out, lse=lse, softmax_scale=size**-0.5, logits_soft_cap=None, band_lower=None,
