@@ -36,6 +36,9 @@ Made with:
 """
 
 
+_FAR = 1000
+
+
 def page(rows: list[Row], factor: float) -> str:
     """The whole page."""
     rows = newest(rows)
@@ -175,6 +178,21 @@ def _problems(rows: list[Row]) -> Iterator[str]:
     found += [f"- {row['name']} ({_mode(row)}): {row['status']}: {row['error']}" for row in rows if _is_crash(row)]
     yield from [" ".join(line.split())[:400] for line in found] or ["None."]
     yield ""
+    yield from _peers_wrong(rows)
+
+
+def _peers_wrong(rows: list[Row]) -> Iterator[str]:
+    """Where what Inductor's matcher made is wrong by more than any rounding."""
+    wrong = [row for row in _ran(rows) if (of := row.get("peer_accuracy", {})) and of.get("exact") and _is_far(of)]
+    yield f"Models that Inductor's matcher makes wrong, by over {_FAR} times eager's error:\n"
+    yield from [f"- {row['name']} ({_mode(row)}): {row['peer_accuracy'].get('text', '')[:200]}" for row in wrong] or [
+        "None."
+    ]
+    yield ""
+
+
+def _is_far(accuracy: Row) -> bool:
+    return not accuracy["ok"] and accuracy.get("worst", 0) > _FAR
 
 
 def _is_crash(row: Row) -> bool:
