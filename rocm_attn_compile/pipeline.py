@@ -144,7 +144,7 @@ def _replace_site(
     report: Report,
 ) -> Site:
     """Rewrite one site as chosen; the returned entry says what happened."""
-    notes = () if region.latent_note is None else (region.latent_note,)
+    notes = [note for note in (region.latent_note, region.alibi_note) if note is not None]
     site = Site.recognized(region.spec, choice, notes=notes, **_place(region.anchor))
     if not isinstance(choice, Choice):
         return site

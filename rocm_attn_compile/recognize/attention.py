@@ -19,16 +19,16 @@ from ..reasons import INTERNAL_ERROR, Reason, Refusal
 from ..spec import AttentionSpec
 from ..symbolic import product
 from .alibi import with_positions
-from .axes import Atom, resolve
+from .axes import Atom, atoms_of, resolve
 from .compose import Logits, compose, sink_atoms
 from .empty_rows import score_dtype
 from .kinship import stands_between_products
-from .labels import scaled_source_of
+from .labels import scaled_source_of, source_of
 from .latent import add_latent
 from .live import LiveUsers
 from .masks import prove_masks
 from .proof import Factor, Proof
-from .region import LookAlike, Operand, Region, Roles
+from .region import Alibi, LookAlike, Operand, Region, Roles
 from .roles import assign_roles
 from .row_sinks import masks_beside_row_sinks, take_row_sinks
 from .scores import ScoreWalk
@@ -94,7 +94,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
     scale = logits.scale * q.factor * k.factor
     second = _second_operands(proof, logits, scale / logits.scale if proof.second else 1)
     if v.factor != 1:
-        v = Operand(proof.v.value, proof.v.labels.of(proof.v.value))
+        v = _scaled_values(proof.v, v, roles)
     q.factor = k.factor = 1
     q.factors, k.factors = logits.q_factors, logits.k_factors
     cap = logits.cap
@@ -108,10 +108,10 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
     tracks = partial(_value_requires_grad, live=live)
     if row_sinks is None:
         masks = prove_masks(proof, roles, logits, requires_grad, live)
-        biases, has_alibi = with_positions(masks.biases, roles, logits, masks.closed, dtype, live, tracks)
+        biases, note = with_positions(masks.biases, roles, logits, masks.closed, dtype, live, tracks)
     else:
         masks = masks_beside_row_sinks(proof, roles, logits, live.proofs)
-        biases, has_alibi = masks.biases, False
+        biases, note = masks.biases, None
     learned = [bias.value for bias in logits.biases if bias in masks.biases]
     learned += [row_sinks.value] if row_sinks is not None else []
     spec = AttentionSpec(
@@ -127,8 +127,8 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         softmax_scale=float(scale),
         logits_soft_cap=cap,
         mask=masks.spec,
-        has_bias=bool(masks.biases) or row_sinks is not None,
-        has_alibi=has_alibi,
+        has_bias=any(not isinstance(bias, Alibi) for bias in biases) or row_sinks is not None,
+        has_alibi=any(isinstance(bias, Alibi) for bias in biases),
         bias_requires_grad=requires_grad and any(map(tracks, learned)),
         has_sinks=logits.sinks is not None,
         dropout_p=proof.dropout_p,
@@ -152,12 +152,21 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         row_sinks=row_sinks,
         values=proof.values,
         notes=masks.notes,
+        alibi_note=note,
     )
 
 
 def _operand(factor: Factor) -> Operand:
     source, number = scaled_source_of(factor.value)
     return Operand(source, factor.labels.of(source), factor=number)
+
+
+def _scaled_values(factor: Factor, unscaled: Operand, roles: Roles) -> Operand:
+    """v as the model scaled it, if it did so before it repeated the heads; else scaled by the rewrite."""
+    scaled = source_of(factor.value)
+    dims = factor.labels.of(scaled)
+    is_repeated = bool({*atoms_of(dims)} & {*roles.groups})
+    return unscaled if is_repeated and isinstance(unscaled.factor, (int, float)) else Operand(scaled, dims)
 
 
 def _second_operands(proof: Proof, logits: Logits, first_factor) -> list[tuple[Operand, Operand, list[Atom]]]:

@@ -58,21 +58,32 @@ class MaskTerm:
 
 
 @dataclass(eq=False)
+class Alibi:
+    """`-factor * slopes * |k - q - (kv_len - q_len)|` for every pair that is kept; see `alibi`.
+
+    Attributes:
+        slopes: A tensor over batch and heads, or None.
+        factor: A number.
+    """
+
+    slopes: Operand | None
+    factor: float
+
+
+@dataclass(eq=False)
 class PositionBias:
     """`factor * slopes * (k - (kv_len - 1))`, plus something that is the same for all keys of a row; see `alibi`.
 
     Attributes:
         slopes: A tensor over batch and heads, or None.
         factor: A number.
-        varies: The tensor has one number per pair.
     """
 
     slopes: Operand | None
     factor: float
-    varies: bool
 
 
-Bias: TypeAlias = Operand | MaskTerm | PositionBias
+Bias: TypeAlias = Operand | MaskTerm | Alibi | PositionBias
 
 
 @dataclass(eq=False)
@@ -170,6 +181,7 @@ class Region:
         notes: Facts for the report that are not reasons to refuse.
         latent: Its latent form, if `spec.kind` is "mla"; q, k, v are what the graph computes, all the same.
         latent_note: Why something near latent attention is a plain one.
+        alibi_note: Why ALiBi stays a tensor.
     """
 
     spec: AttentionSpec
@@ -191,6 +203,7 @@ class Region:
     notes: list[Reason] = field(default_factory=list)
     latent: Latent | None = None
     latent_note: Reason | None = None
+    alibi_note: Reason | None = None
 
 
 @dataclass(eq=False)

@@ -13,8 +13,8 @@ from .. import ops
 from ..capture.trace import Trace, Value
 from ..reasons import Refusal
 from ..recognize.labels import is_cast, is_view
-from ..recognize.region import Bias, MaskTerm, Operand, PositionBias, Region
-from ..symbolic import to_expr
+from ..recognize.region import Alibi, Bias, MaskTerm, Operand, PositionBias, Region
+from .alibi import emit_positions, emit_slopes
 from .builder import GraphBuilder
 from .canonical import from_layout, to_layout
 from .dead_code import remove_dead
@@ -136,6 +136,7 @@ class Rewriter:
             masks.kv_ids,
             sinks,
             seed,
+            emit_slopes(builder, region),
             softmax_scale=spec.softmax_scale,
             logits_soft_cap=spec.logits_soft_cap,
             band_lower=masks.band_lower,
@@ -174,8 +175,10 @@ class Rewriter:
         roles, total = region.roles, None
         groups = [roles.batch, roles.heads, roles.query, roles.key]
         for bias in region.biases:
+            if isinstance(bias, Alibi):
+                continue
             if isinstance(bias, PositionBias):
-                total = self._add(builder, total, self._positions(builder, region, bias), torch.float32)
+                total = self._add(builder, total, emit_positions(builder, region, bias), torch.float32)
                 continue
             operand = bias.operand if isinstance(bias, MaskTerm) else bias
             node = to_layout(builder, builder.tensor(operand.value), operand.dims, groups, [False] * 4)
@@ -200,20 +203,6 @@ class Rewriter:
         if builder.look(total).dtype != dtype:
             total = builder.call(aten._to_copy.default, total, dtype=dtype)
         return builder.call(aten.add.Tensor, total, node)
-
-    def _positions(self, builder: GraphBuilder, region: Region, bias: PositionBias) -> fx.Node:
-        """`(1, 1, 1, N)` or, with slopes, up to `(B, H, 1, N)` in float32: the last key is at 0."""
-        roles = region.roles
-        first = builder.size(1 - to_expr(region.spec.kv_len))
-        node = builder.call(aten.arange.start, first, 1, dtype=torch.float32, device=builder.device)
-        node = builder.call(aten.mul.Tensor, node, bias.factor)
-        node = builder.call(aten.view.default, node, [1, 1, 1, -1])
-        if bias.slopes is None:
-            return node
-        groups: list = [roles.batch, roles.heads, [], []]
-        slopes = to_layout(builder, builder.tensor(bias.slopes.value), bias.slopes.dims, groups, [False] * 4)
-        slopes = builder.call(aten._to_copy.default, slopes, dtype=torch.float32)
-        return builder.call(aten.mul.Tensor, slopes, node)
 
     def _lowest(self, builder: GraphBuilder, bias: fx.Node) -> fx.Node:
         """float16's lowest number absorbs the scores in float16; the op adds in float32, where another one does."""
