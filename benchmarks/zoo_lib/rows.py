@@ -33,7 +33,8 @@ def read(path: Path) -> list[Row]:
 def newest(rows: list[Row], state: str = "") -> list[Row]:
     """One row of each case in each setting.
 
-    One that ran wins over one that did not; then one by the recogniser `state`; then the newest torch; then the last.
+    One that ran wins over one that did not; then one by the recogniser `state`; then one with the peer; then the newest
+    torch; then the last.
     """
     found: dict[tuple, Row] = {}
     for row in rows:
@@ -45,7 +46,7 @@ def newest(rows: list[Row], state: str = "") -> list[Row]:
 
 def _rank(row: Row, state: str) -> tuple:
     torch = [int(number) for number in re.findall(r"\d+", row.get("versions", {}).get("torch", ""))[:2]]
-    return row["status"] == "run", row.get("recogniser") == state, torch
+    return row["status"] == "run", row.get("recogniser") == state, "peer_graphs" in row, torch
 
 
 def compact(result: Row) -> Row:

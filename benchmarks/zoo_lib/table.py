@@ -30,8 +30,13 @@ one, and one more per graph break.
 
 Attention whose query or key is a parameter is replaced too, but is not in these counts.
 
-Made with {versions}.
+Made with:
+
+{versions}
 """
+
+
+_FAR = 1000
 
 
 def page(rows: list[Row], factor: float) -> str:
@@ -45,18 +50,17 @@ def page(rows: list[Row], factor: float) -> str:
 def _versions(rows: list[Row]) -> str:
     """Every environment, with how many rows were made in it."""
     found = Counter(
-        " with ".join(f"{package} {version}" for package, version in row.get("versions", {}).items())
-        for row in _ran(rows)
+        ", ".join(f"{package} {version}" for package, version in row.get("versions", {}).items()) for row in _ran(rows)
     )
-    return "; ".join(f"{count} rows by {versions}" for versions, count in sorted(found.items()))
+    return "\n".join(f"- {versions}: {count} rows" for versions, count in sorted(found.items()))
 
 
 def _states(rows: list[Row]) -> str:
-    found = Counter(row.get("recogniser", "unknown") for row in _ran(rows))
+    found = Counter(row.get("recogniser", "earlier") for row in _ran(rows))
     if len(found) == 1:
-        return f"All rows are of one state of the recogniser, `{next(iter(found))}`."
-    counts = ", ".join(f"`{state}` {count}" for state, count in found.most_common())
-    return f"The rows are of {len(found)} states of the recogniser: {counts}."
+        return f"All rows are of one state of the recogniser, {next(iter(found))}."
+    counts = ", ".join(f"{state} {count}" for state, count in found.most_common())
+    return f"Rows by the state of the recogniser (a digest of its sources) that made them: {counts}."
 
 
 def _package(row: Row) -> str:
@@ -174,6 +178,21 @@ def _problems(rows: list[Row]) -> Iterator[str]:
     found += [f"- {row['name']} ({_mode(row)}): {row['status']}: {row['error']}" for row in rows if _is_crash(row)]
     yield from [" ".join(line.split())[:400] for line in found] or ["None."]
     yield ""
+    yield from _peers_wrong(rows)
+
+
+def _peers_wrong(rows: list[Row]) -> Iterator[str]:
+    """Where what Inductor's matcher made is wrong by more than any rounding."""
+    wrong = [row for row in _ran(rows) if (of := row.get("peer_accuracy", {})) and of.get("exact") and _is_far(of)]
+    yield f"Models that Inductor's matcher makes wrong, by over {_FAR} times eager's error:\n"
+    yield from [f"- {row['name']} ({_mode(row)}): {row['peer_accuracy'].get('text', '')[:200]}" for row in wrong] or [
+        "None."
+    ]
+    yield ""
+
+
+def _is_far(accuracy: Row) -> bool:
+    return not accuracy["ok"] and accuracy.get("worst", 0) > _FAR
 
 
 def _is_crash(row: Row) -> bool:

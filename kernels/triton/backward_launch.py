@@ -176,7 +176,8 @@ def backward_launches(
 
     def launch_main(kernel: Any, direction: str, grid: Any, **extra: Any) -> Launch:
         """dk/dv and dq: through tensor descriptors where those can be had."""
-        config, faster = choose(tuning, arch, direction, head_block, itemsize, feature(arguments, q.dtype), can_tma)
+        special = feature(arguments, q.dtype, arch)
+        config, faster = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
         found = {
             **arguments, **extra, **rope_arguments(*rope_layouts), "q_rest": rope[0] if rope else None,
             "k_rest": rope[1] if rope else None, "BLOCK_M": config.block_m,
