@@ -28,7 +28,9 @@ more rounding of the result or of the parameters would make.
 *Inductor* counts the sites of softmax that its matcher makes SDPA. *Graphs* are those that Dynamo makes of a model:
 one, and one more per graph break.
 
-Attention whose query or key is a parameter is replaced too, but is not in these counts.
+Attention whose query or key is a parameter is replaced too, but is not in these counts. Not among the models are those
+of torchtune (0.6.1 does not import with these versions of PyTorch) and the language models of torchtitan (0.3 has them
+call `flex_attention` or attention of packed lengths, which stay as they are and are named in the report).
 
 Made with:
 
