@@ -176,11 +176,9 @@ def backward_launches(
 
     def launch_main(kernel: Any, direction: str, grid: Any, **extra: Any) -> Launch:
         """dk/dv and dq: through tensor descriptors where those can be had."""
-        faster = tma and (
-            tuning.config
-            or configs.select_tma(arch, f"{direction}_tma", head_block, itemsize, feature(arguments, q.dtype))
-        )
-        config = faster or tuning.config or configs.select(arch, direction, head_block, itemsize)
+        special = feature(arguments, q.dtype, arch)
+        faster = tma and (tuning.config or configs.select_tma(arch, f"{direction}_tma", head_block, itemsize, special))
+        config = faster or tuning.config or configs.select(arch, direction, head_block, itemsize, special)
         found = {
             **arguments, **extra, **rope_arguments(*rope_layouts), "q_rest": rope[0] if rope else None,
             "k_rest": rope[1] if rope else None, "BLOCK_M": config.block_m,

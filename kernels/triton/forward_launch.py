@@ -170,14 +170,18 @@ def forward_descriptors(
     return found
 
 
-def feature(arguments: dict[str, Any], dtype: torch.dtype) -> str:
+def feature(arguments: dict[str, Any], dtype: torch.dtype, arch: str) -> str:
     """Which special rows of the configuration tables a call takes, see configs.TABLES."""
     if arguments["HAS_BIAS"] or arguments["HAS_ATTN_MASK"]:
         return "bias"
     if arguments["logits_soft_cap"] is not None:
         return "cap"
+    if arguments["HAS_ALIBI"] and arch.startswith("gfx"):
+        return "alibi"
+    # ALiBi is 0 beside the query, so that the products of the first keys serve; on AMD there are no registers for both.
+    alibi = arguments["HAS_ALIBI"] and arguments["softmax_scale"] > 0
     # Masks of one element each need the registers, and are then what bounds.
-    plain = arguments["RAW"] and not arguments["HAS_KEY_MASK"] and not arguments["HAS_IDS"]
+    plain = (arguments["RAW"] or alibi) and not arguments["HAS_KEY_MASK"] and not arguments["HAS_IDS"]
     return "first" if plain and dtype == torch.bfloat16 else ""
 
 
@@ -251,7 +255,7 @@ def forward_plan(
     rows = q_len * pack
     decode = rows <= PACK_ROWS
     head_block = configs.head_size(blocks, v_head_dim)
-    special = feature(arguments, dtype)
+    special = feature(arguments, dtype, arch)
     config = tuning.config or configs.select(arch, "decode" if decode else "forward", head_block, itemsize, special)
     tma = bool(tuning.config and tuning.tma)
     if (
