@@ -76,7 +76,7 @@ def compact(result: Row) -> Row:
                 code, text = reasons.get(line, _why_unseen(result))
                 missed.append([_short_path(line), count - taken, code, _short_path(text)])
     kept |= {"missed": missed, "extra": replaced.total()}
-    kept |= {key: result[key] for key in ("graphs", "peer_graphs", "peer_fused", "wall", "seconds") if key in result}
+    kept |= {key: result[key] for key in ("graphs", "peer_graphs", "peer_fused", "wall") if key in result}
     for key in ("accuracy", "peer_accuracy", "control_accuracy"):
         if key in result:
             kept[key] = {k: v for k, v in result[key].items() if k != "text" or v}
