@@ -280,6 +280,9 @@ def forward_plan(
     # Splits would each need the whole row's dropout mask in the combine step for empty rows; not worth it.
     programs = num_units * configs.programs_per_unit(arch)
     num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, programs, decode) if scalars[-1] == 0.0 else 1)
+    if decode:
+        special = configs.decode_feature(kv_len, num_splits)
+        config, _ = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
     shift = RUNNING_MAX if decode else score_shift(arguments, dtype, special, config.first_max)
     if tuning.shift is not None:
         shift = tuning.shift

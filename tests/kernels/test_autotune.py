@@ -156,6 +156,23 @@ def test_cache_folder_is_where_the_user_says(monkeypatch: Any, tmp_path: Path) -
     assert cache_folder() == tmp_path / "own"
 
 
+def test_a_choice_that_needs_descriptors_counts_where_they_can_be_had() -> None:
+    config = KernelConfig(128, 128, 8, 2)
+
+    def planned(length: int, **more: Any) -> tuple[KernelConfig | None, bool]:
+        how = Tuning(arch="sm90", chosen=(("forward", config, True),), **more)
+        sizes = {"q_len": length, "kv_len": length, "backward": False}
+        launches = aot_launches.launches("sm90", torch.bfloat16, 128, **sizes, tuning=how)
+        launch = launches["attention_forward_kernel"]
+        return launch.config, launch.arguments["TMA"]
+
+    plain = configs.select("sm90", "forward", 128, 2)
+    assert planned(1024) == (config, True)
+    assert planned(128) == (plain, False), "so few scores that descriptors do not pay"
+    assert planned(1024, opaque=True) == (plain, False), "an opaque call has to be longer"
+    assert planned(8192, opaque=True) == (config, True)
+
+
 def every_kernel() -> Iterator[tuple[Problem, KernelConfig, bool]]:
     sizes = (64, 128, 256)
     for arch in ("gfx90a", "gfx942", "gfx950", "gfx1100", "sm90", "sm80"):
