@@ -307,6 +307,6 @@ def forward_plan(
             "HAS_BIAS", "HAS_SINKS", "EMPTY_ROWS",
         )
     }  # fmt: skip
-    combine.update(BLOCK_S=triton.next_power_of_2(num_splits), CHUNK=16, BLOCK_N=16)
+    combine.update(COLUMN_BLOCKS=1, BLOCK_S=triton.next_power_of_2(num_splits), CHUNK=16, BLOCK_N=16)
     options = config.options(arch.startswith("gfx"))
     return ForwardPlan(arguments, options, tiles * num_splits, num_splits, combine)
