@@ -47,10 +47,12 @@ def attention_combine_kernel(
 
     COLUMN_BLOCKS programs share a row's columns, BLOCK_E each; all of them write its lse.
     """
-    row_flat = (tl.program_id(0) // COLUMN_BLOCKS).to(tl.int64)
-    q_pos = row_flat % q_len
-    head = (row_flat // q_len) % num_heads
-    batch = row_flat // q_len // num_heads
+    # Divided in 32 bits: a division in 64 takes a hundred instructions.
+    row = tl.program_id(0) // COLUMN_BLOCKS
+    q_pos = (row % q_len).to(tl.int64)
+    head = (row // q_len % num_heads).to(tl.int64)
+    batch = (row // q_len // num_heads).to(tl.int64)
+    row_flat = row.to(tl.int64)
     offs_e = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
     e_ok = offs_e < V_HEAD_DIM
     partial += row_flat * num_splits * V_HEAD_DIM
