@@ -24,7 +24,7 @@ passes, whose matcher is the peer. Neither generates code here: what is compared
 {states}
 
 *Right* means that no result and no gradient is further from float64 than {factor:g} times what eager is, or what one
-more rounding of the result or of the parameters would make.
+more rounding of the result, of the parameters or of everything that eager computes would make.
 *Inductor* counts the sites of softmax that its matcher makes SDPA. *Graphs* are those that Dynamo makes of a model:
 one, and one more per graph break.
 
