@@ -39,15 +39,21 @@ def attention_combine_kernel(
     partial, partial_stats, v, out, lse, sinks,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_ob, stride_oh, stride_om, stride_oe,
     num_heads, gqa_group_size, q_len, kv_len, num_splits,
-    V_HEAD_DIM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr, BLOCK_E: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, BLOCK_S: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, EMPTY_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Combine the splits of one row, in a fixed order, to out and lse; partial and partial_stats as in forward.py."""
-    row_flat = tl.program_id(0).to(tl.int64)
-    q_pos = row_flat % q_len
-    head = (row_flat // q_len) % num_heads
-    batch = row_flat // q_len // num_heads
-    offs_e = tl.arange(0, BLOCK_E)
+    """Combine the splits of one row, in a fixed order, to out and lse; partial and partial_stats as in forward.py.
+
+    COLUMN_BLOCKS programs share a row's columns, BLOCK_E each; all of them write its lse.
+    """
+    # Divided in 32 bits: a division in 64 takes a hundred instructions.
+    row = tl.program_id(0) // COLUMN_BLOCKS
+    q_pos = (row % q_len).to(tl.int64)
+    head = (row // q_len % num_heads).to(tl.int64)
+    batch = (row // q_len // num_heads).to(tl.int64)
+    row_flat = row.to(tl.int64)
+    offs_e = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
     e_ok = offs_e < V_HEAD_DIM
     partial += row_flat * num_splits * V_HEAD_DIM
     partial_stats += row_flat * num_splits * 2

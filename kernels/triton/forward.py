@@ -43,6 +43,8 @@ from .common import (
     load_row_masks,
     mask_scores,
     narrow,
+    score_factor,
+    score_offset,
     score_tile,
 )
 from .tiles import load_head_tile, q_k_product
@@ -213,8 +215,11 @@ def attention_forward_kernel(
         full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
         full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
 
-    scale_log2 = softmax_scale * LOG2E
-    m_i = tl.full((BLOCK_M,), 0.0 if SHIFT == NO_MAX else float("-inf"), tl.float32)
+    scale_log2 = score_factor(softmax_scale, logits_soft_cap, SOFT_CAP) * LOG2E
+    offset = score_offset(logits_soft_cap, SOFT_CAP, HAS_BIAS)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if SHIFT == NO_MAX:
+        m_i = tl.zeros((BLOCK_M,), tl.float32) - offset
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     if SHIFT == FIRST_MAX:
@@ -302,6 +307,7 @@ def attention_forward_kernel(
                 )  # fmt: skip
                 acc = tl.dot(narrow(p, v_tile.dtype, ROUND_BITS), v_tile, acc, input_precision=PRECISION)
 
+    m_i += offset
     row_flat = (batch * num_heads + head + (row % PACK)) * q_len + q_pos
     if SPLIT:
         share_flat = row_flat * num_splits + split

@@ -22,6 +22,7 @@ from .latent import Output, emit_latent, is_latent, output_of, take_cuts
 from .layout import choose_out_layout, with_strides_of
 from .masks import MaskArguments, emit_masks
 from .row_sinks import with_row_sinks
+from .tune import Tuned, Tuner
 
 aten = torch.ops.aten
 
@@ -33,12 +34,14 @@ Check = Callable[[GraphBuilder, Region, Value, fx.Node], None]
 class Rewriter:
     """Rewrites sites of one trace. Sites are independent: each is applied whole or discarded whole.
 
-    `check` may raise Refusal for a site.
+    `check` may raise Refusal for a site. `tune` may give a site another `impl` argument; what it said of each region is
+    kept in `tuned`.
     """
 
-    def __init__(self, trace: Trace, check: Check | None = None) -> None:
+    def __init__(self, trace: Trace, check: Check | None = None, tune: Tuner | None = None) -> None:
         self.trace = trace
-        self._check = check
+        self._check, self._tune = check, tune
+        self.tuned: dict[Region, Tuned] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
         self._regions: list[Region] = []
         self._examples: dict[Any, Any] = {}
@@ -122,30 +125,20 @@ class Rewriter:
         seed = None
         if spec.dropout_p:
             seed = builder.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=builder.device)
-        call = builder.call(
-            ops.attention,
-            q,
-            k,
-            v,
-            bias,
-            masks.attn_mask,
-            masks.key_mask,
-            masks.kv_start,
-            masks.kv_end,
-            masks.q_ids,
-            masks.kv_ids,
-            sinks,
-            seed,
-            emit_slopes(builder, region),
-            softmax_scale=spec.softmax_scale,
-            logits_soft_cap=spec.logits_soft_cap,
-            band_lower=masks.band_lower,
-            band_upper=masks.band_upper,
-            dropout_p=spec.dropout_p,
-            empty_rows=spec.mask.empty_rows.value,
-            out_layout=layout,
-            impl=impl,
-        )
+        tensors = {
+            "q": q, "k": k, "v": v, "attn_bias": bias, "attn_mask": masks.attn_mask, "key_mask": masks.key_mask,
+            "kv_start": masks.kv_start, "kv_end": masks.kv_end, "q_ids": masks.q_ids, "kv_ids": masks.kv_ids,
+            "sinks": sinks, "dropout_seed": seed, "alibi_slopes": emit_slopes(builder, region),
+        }  # fmt: skip
+        settings = {
+            "softmax_scale": spec.softmax_scale, "logits_soft_cap": spec.logits_soft_cap,
+            "band_lower": masks.band_lower, "band_upper": masks.band_upper, "dropout_p": spec.dropout_p,
+            "empty_rows": spec.mask.empty_rows.value, "out_layout": layout,
+        }  # fmt: skip
+        if self._tune is not None:
+            self.tuned[region] = self._tune(builder, impl, {**tensors, **settings}, spec.requires_grad)
+            impl = self.tuned[region].impl
+        call = builder.call(ops.attention, *tensors.values(), **settings, impl=impl)
         return builder.call(operator.getitem, call, 0)
 
     def _operand(self, builder: GraphBuilder, operand: Operand, groups: list, dtype: torch.dtype) -> fx.Node:
