@@ -4,8 +4,8 @@
 columns of the latent: s^T = k q^T, and out^T = v^T p^T, both with 16 columns. So a block of tokens is an operand as it
 lies in shared memory, for both products, and no tile of registers is larger than the result.
 
-A warp of its own copies blocks of 64 tokens in, half by half; two and a half fit. Programs that share the keys of a tile
-take blocks in turn.
+A warp of its own copies blocks of 64 tokens in, half by half; two and a half fit. Programs that share the keys of a
+tile take blocks in turn.
 
 Letters as in mla_decode.py; conditions as of mla_decode_hopper.py.
 """
