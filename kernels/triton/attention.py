@@ -35,6 +35,9 @@ def attention_forward(
     dropout_p: float = 0.0,
     empty_rows: str = "nan",
     out_layout: str = "bhsd",
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention; the arguments are those of the op, see rocm_attn_compile/ops.
 
@@ -47,11 +50,12 @@ def attention_forward(
         `lse` `(B, H, M)` float32, natural log, -inf for an empty row.
 
     Raises:
-        ValueError, NotImplementedError: See launch.check.
+        ValueError, NotImplementedError: See launch.check and cache_launch.check_cache.
     """
     launches, out, lse = forward_launches(
         q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, softmax_scale,
         logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, out_layout,
+        block_table=block_table, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     run_all(launches, q.device)
     return out, lse
