@@ -16,6 +16,7 @@ from ..recognize.labels import is_cast, is_view
 from ..recognize.region import Bias, MaskTerm, Operand, PositionBias, Region
 from ..symbolic import to_expr
 from .builder import GraphBuilder
+from .cache import emit_cache
 from .canonical import from_layout, to_layout
 from .dead_code import remove_dead
 from .latent import Output, emit_latent, is_latent, output_of, take_cuts
@@ -111,8 +112,14 @@ class Rewriter:
         spec, roles = region.spec, region.roles
         heads = roles.heads
         q = self._operand(builder, region.q, [roles.batch, heads, roles.query, roles.depth], spec.dtype)
-        k = self._operand(builder, region.k, [roles.batch, roles.kv_heads, roles.key, roles.depth], spec.dtype)
-        v = self._operand(builder, region.v, [roles.batch, roles.kv_heads, roles.key, roles.value_depth], spec.dtype)
+        cache: dict[str, Any] = {}
+        kv_end = masks.kv_end
+        if region.cache is not None:
+            k, v, cache, kv_end = emit_cache(builder, region.cache, spec, kv_end)
+        else:
+            outer = [roles.batch, roles.kv_heads, roles.key]
+            k = self._operand(builder, region.k, [*outer, roles.depth], spec.dtype)
+            v = self._operand(builder, region.v, [*outer, roles.value_depth], spec.dtype)
         if region.second:
             q, k = self._concatenate(builder, region, q, k)
         bias = self._bias(builder, region)
@@ -131,7 +138,7 @@ class Rewriter:
             masks.attn_mask,
             masks.key_mask,
             masks.kv_start,
-            masks.kv_end,
+            kv_end,
             masks.q_ids,
             masks.kv_ids,
             sinks,
@@ -144,6 +151,7 @@ class Rewriter:
             empty_rows=spec.mask.empty_rows.value,
             out_layout=layout,
             impl=impl,
+            **cache,
         )
         return builder.call(operator.getitem, call, 0)
 
@@ -248,5 +256,8 @@ def _is_added_in_half(bias: Bias) -> bool:
 
 
 def _served(region: Region) -> list[Value]:
-    """What the site consists of, and what its latent form no longer needs."""
-    return [*region.values, *(region.latent.values if region.latent is not None else ())]
+    """What the site consists of, and what its latent form, or reading from its cache, no longer needs."""
+    values = list(region.values)
+    for inner in (region.latent, region.cache):
+        values += inner.values if inner is not None else ()
+    return values
