@@ -1,6 +1,6 @@
 """Whole Hugging Face models: rocm_attn beside Inductor and eager, in one run.
 
-    python benchmarks/models.py [--models llama-3-8b,...] [--attention eager,sdpa] [--jobs prefill,...] [--csv PATH]
+    python benchmarks/models.py [--models llama-3-8b,...] [--attention eager,sdpa] [--jobs prefill,...] [--warm 12]
 
 Layers of real shapes with random weights, a few of each model: what one layer gains, the model gains. Jobs: "prefill"
 reads a prompt, "padded" two prompts of unequal length, "decode" makes one token from a static cache that is three
@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import multiprocessing
 from collections.abc import Callable
-from contextlib import nullcontext
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -171,8 +173,10 @@ def milliseconds(function: Callable[[], Any], device: str) -> float:
     return Timer("f()", globals={"f": function}).blocked_autorange(min_run_time=0.5).median * 1e3
 
 
-def compare(model: Model, layers: int, attention: str, job: str, prompt: int, device: str, dtype: torch.dtype) -> dict:
-    """Times of one job each way, and what of ours was checked."""
+def compare(name: str, attention: str, job: str, options: argparse.Namespace, timed: bool = True) -> dict:
+    """Times of one job each way, and what of ours was checked; or only compiles both ways, into the caches on disk."""
+    model, layers, device, dtype = MODELS[name], options.layers, options.device, getattr(torch, options.dtype)
+    prompt = options.prompt or (model.prompt if device != "cpu" else 256)
     module = build(model, layers, attention, device, dtype)
     arguments = inputs(module, job, prompt, device)
     cache = partial(filled_cache, module, prompt) if job == "decode" else lambda: None
@@ -183,12 +187,14 @@ def compare(model: Model, layers: int, attention: str, job: str, prompt: int, de
 
     # For each way a cache of its own with the same contents: a decode step writes into it.
     calls: dict[str, Callable] = {}
-    calls["eager"], eager = results(module)
     rocm_attn_compile.reset_reports()
     torch._dynamo.reset()
     calls["rocm_attn"], ours = results(torch.compile(module, backend="rocm_attn", dynamic=False))
     sites = [site for report in rocm_attn_compile.reports() for site in report.sites]
     calls["inductor"], theirs = results(torch.compile(module, dynamic=False))
+    if not timed:
+        return {}
+    calls["eager"], eager = results(module)
 
     in_float64 = dtype == torch.float32
     exact_module = to_float64(module) if in_float64 else build(model, layers, attention, device, dtype).float()
@@ -208,6 +214,20 @@ def compare(model: Model, layers: int, attention: str, job: str, prompt: int, de
     }
 
 
+def cases(options: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Model, attention and job of each row."""
+    parts = [part for part in options.models.split(",") if part]
+    names = [name for name in MODELS if not parts or any(part in name for part in parts)]
+    jobs = options.jobs.split(",")
+    return [(n, a, job) for n in names for a in options.attention.split(",") for job in jobs if job in MODELS[n].jobs]
+
+
+def warm(case: tuple[str, str, str], options: argparse.Namespace) -> None:
+    """Compiles a case into the caches on disk, for a later process. What fails here fails there, and is told."""
+    with suppress(Exception):
+        compare(*case, options, timed=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
@@ -218,43 +238,37 @@ def main() -> None:
     parser.add_argument("--models", default="", help="parts of names, separated by commas; all if empty")
     parser.add_argument("--attention", default="eager,sdpa")
     parser.add_argument("--jobs", default="prefill,padded,decode,training")
+    parser.add_argument("--warm", type=int, default=0, help="first compile everything, in so many processes")
     parser.add_argument("--csv", help="also write the figures there")
     options = parser.parse_args()
-    wanted = [part for part in options.models.split(",") if part]
     where = torch.cuda.get_device_name() if on_gpu else "CPU"
     torch.backends.cuda.matmul.allow_tf32 = False
+    if options.warm:
+        with ProcessPoolExecutor(options.warm, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+            list(pool.map(partial(warm, options=options), cases(options)))
     print(f"rocm_attn_compile {rocm_attn_compile.__version__}, torch {torch.__version__}, {where}, {options.dtype}")
     print(f"{'ms per run, ' + str(options.layers) + ' layers':44s}{'eager':>9s}{'inductor':>10s}{'rocm_attn':>10s}"
           f"{'eager/':>9s}{'inductor/':>10s}  sites, rms error over eager's")  # fmt: skip
     rows = []
-    for name, model in MODELS.items():
-        if wanted and not any(part in name for part in wanted):
+    for case in cases(options):
+        label = "{:25s}{:7s}{:10s}".format(*case)
+        try:
+            found = compare(*case, options)
+        except (torch.OutOfMemoryError, ValueError) as error:
+            print(f"{label}  {str(error).splitlines()[0][:90]}", flush=True)
             continue
-        prompt = options.prompt or (model.prompt if on_gpu else 256)
-        for attention in options.attention.split(","):
-            for job in options.jobs.split(","):
-                if job not in model.jobs:
-                    continue
-                label = f"{name:25s}{attention:7s}{job:10s}"
-                try:
-                    found = compare(
-                        model, options.layers, attention, job, prompt, options.device, getattr(torch, options.dtype)
-                    )
-                except (torch.OutOfMemoryError, ValueError) as error:
-                    print(f"{label}  {str(error).splitlines()[0][:90]}", flush=True)
-                    continue
-                eager, inductor, ours = (found[way] for way in ("eager", "inductor", "rocm_attn"))
-                ratios = (eager / ours, inductor / ours) if found["ok"] else (math.nan, math.nan)
-                note = f"{found['replaced']}, {found['rms error']:.2f}" + ("" if found["ok"] else "  WRONG")
-                note += "" if found["inductor ok"] else "  (inductor less accurate than allowed)"
-                print(
-                    f"{label:44s}{eager:9.2f}{inductor:10.2f}{ours:10.2f}{ratios[0]:9.2f}{ratios[1]:10.2f}  {note}",
-                    flush=True,
-                )
-                rows.append((name, attention, job, eager, inductor, ours, found["replaced"], found["ok"]))
-                torch._dynamo.reset()
-                if on_gpu:
-                    torch.cuda.empty_cache()
+        eager, inductor, ours = (found[way] for way in ("eager", "inductor", "rocm_attn"))
+        ratios = (eager / ours, inductor / ours) if found["ok"] else (math.nan, math.nan)
+        note = f"{found['replaced']}, {found['rms error']:.2f}" + ("" if found["ok"] else "  WRONG")
+        note += "" if found["inductor ok"] else "  (inductor less accurate than allowed)"
+        print(
+            f"{label:44s}{eager:9.2f}{inductor:10.2f}{ours:10.2f}{ratios[0]:9.2f}{ratios[1]:10.2f}  {note}",
+            flush=True,
+        )
+        rows.append((*case, eager, inductor, ours, found["replaced"], found["ok"]))
+        torch._dynamo.reset()
+        if on_gpu:
+            torch.cuda.empty_cache()
     if options.csv:
         with open(options.csv, "w", newline="") as file:
             file.write(f"# torch {torch.__version__}, {where}, {options.dtype}, {options.layers} layers\n")

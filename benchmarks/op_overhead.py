@@ -61,7 +61,7 @@ def functions_to_measure() -> Groups:
     key_mask = torch.ones(1, 2, dtype=torch.bool)
     out, lse = attention(q, q, q, **settings)
     wanted = [True, True, True, False, False]
-    backward = (grad, q, q, q, *[None] * 9, out, lse, 0.3, None, None, 0, 0.0, "impossible", wanted)
+    backward = (grad, q, q, q, *[None] * 10, out, lse, 0.3, None, None, 0, 0.0, "impossible", wanted)
     nothing = empty_op()
     return {
         "no_grad": (

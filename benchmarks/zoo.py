@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo_lib.children import in_children
-from zoo_lib.rows import compact, read
+from zoo_lib.rows import compact, read, recogniser
 
 ROOT = Path(__file__).resolve().parent
 KEPT = ROOT / "results" / "zoo.jsonl"
@@ -72,7 +72,7 @@ def write_table(paths: list[Path]) -> None:
     from zoo_lib.rows import newest
     from zoo_lib.table import page
 
-    rows = newest([row for path in paths for row in read(path)])
+    rows = newest([row for path in paths for row in read(path)], recogniser())
     KEPT.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["name"])))
     PAGE.write_text(page(rows, FACTOR))
 
@@ -89,8 +89,9 @@ def run_all(options: argparse.Namespace) -> None:
     tasks = ((name, partial(one, options.source, name, setting, not options.no_peer)) for name in todo)
     limits = {"jobs": options.jobs, "timeout": options.timeout, "seconds": options.seconds}
     results = in_children(tasks, prepare=partial(prepare, options.gradients), **limits)
+    made_by = {"versions": versions(options.source), "recogniser": recogniser()}
     for number, (name, result) in enumerate(results, 1):
-        result = {"name": name, **setting, "versions": versions(options.source), **result}
+        result = {"name": name, **setting, **made_by, **result}
         with options.results.open("a") as file:
             file.write(json.dumps(compact(result)) + "\n")
         print(f"[{number}/{len(todo)}] {name:32s} {in_words(result)}", file=sys.stderr, flush=True)

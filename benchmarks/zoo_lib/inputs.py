@@ -28,7 +28,7 @@ def candidates(model: Any, config: Any, padded: bool) -> Iterator[dict[str, Any]
     text = _text(names, padded)
     if "use_cache" in names:
         text["use_cache"] = False
-    images = list(_images(names, config))
+    images = [*_grids(names, config), *_images(names, config)]
     audio = list(_audio(names, config))
     other = [i for i in [*images, *audio] if i]
     if other and model.main_input_name not in ("input_ids",):
@@ -78,6 +78,21 @@ def _images(names: list[str], config: Any) -> Iterator[dict[str, Any]]:
     yield {key: torch.randn(BATCH, frames, channels, height, width)}
     yield {key: torch.randn(BATCH, channels, frames, height, width)}
     yield {key: torch.randn(BATCH, channels, 128, 128)}
+
+
+def _grids(names: list[str], config: Any) -> Iterator[dict[str, Any]]:
+    """Vision parts that take the patches of all images in one row: one image of 4 x 8 patches, one of 4 x 4."""
+    key = next((n for n in ("pixel_values", "hidden_states") if n in names), None)
+    grid = next((n for n in ("grid_thw", "image_grid_thw") if n in names), None)
+    if key is None or grid is None or "input_ids" in names:
+        return
+    size, channels = find(config, "patch_size", default=8), find(config, "num_channels", "in_channels", default=3)
+    frames = find(config, "temporal_patch_size", default=1)
+    patches = {grid: torch.tensor([[1, 4, 8], [1, 4, 4]])}
+    if "merge_sizes" in names:
+        patches["merge_sizes"] = torch.tensor([2, 2])
+    yield {key: torch.randn(48, channels * frames * size * size), **patches}
+    yield {key: torch.randn(48, channels, size, size), **patches}
 
 
 def _audio(names: list[str], config: Any) -> Iterator[dict[str, Any]]:

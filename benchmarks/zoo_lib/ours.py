@@ -12,6 +12,8 @@ import torch
 from rocm_attn_compile.pipeline import compile_graph
 from rocm_attn_compile.report import collect_reports
 
+from .aot import compile_without_code
+
 
 class Ours:
     """A backend for `torch.compile`; sites are counted per call of the graph that has them.
@@ -31,8 +33,11 @@ class Ours:
         self.notes: set[str] = set()
 
     def __call__(self, graph_module: torch.fx.GraphModule, inputs: list) -> Callable:
+        lowering = "eager" if self.lowering == "aot_eager" else self.lowering
         with collect_reports() as reports:
-            run = compile_graph(graph_module, inputs, options=self.options, lowering=self.lowering)
+            run = compile_graph(graph_module, inputs, options=self.options, lowering=lowering)
+        if self.lowering == "aot_eager":  # PyTorch's own does not decompose, and then some backwards are not possible
+            run = compile_without_code(graph_module, inputs)
         self.graphs += 1
         (report,) = reports
         self.notes |= set(report.notes)

@@ -15,9 +15,13 @@ def _sections(*sizes: int) -> dict[str, Any]:
 OVERRIDES: dict[str, dict[str, Any]] = {
     "deberta": {**_DISENTANGLED, "max_relative_positions": 8},
     "deberta-v2": {**_DISENTANGLED, "position_buckets": 4, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
-    "glm4v": _sections(4, 2, 2),
-    "glm4v_text": _sections(4, 2, 2),
-    "glm46v": _sections(4, 2, 2),
+    **dict.fromkeys(
+        (
+            *("glm4v", "glm4v_text", "glm46v", "glmga", "glm_image", "glm_image_text", "glm_ocr", "glm_ocr_text"),
+            *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "paddleocr_vl"),
+        ),
+        _sections(4, 2, 2),
+    ),
     "glm4v_moe": _sections(2, 1, 1),
     "glm4v_moe_text": _sections(2, 1, 1),
     "mamba2": {"num_heads": 8},
@@ -56,5 +60,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "granite_speech5_encoder": {"context_size": 16},
+    "speech_to_text": {"num_conv_layers": 2},
+    "mobilebert": {"embedding_size": 64, "true_hidden_size": 64, "intra_bottleneck_size": 64, "trigram_input": False},
     "sew-d": {**_DISENTANGLED, "position_buckets": 4},
 }

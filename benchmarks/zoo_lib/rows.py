@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -12,19 +13,39 @@ Row = dict[str, Any]
 SETTING = ("attention", "padded", "gradients", "lowering")
 
 
+def recogniser() -> str:
+    """A digest of the stages that decide what is replaced, and by what: rows of one digest are of one state."""
+    import rocm_attn_compile
+
+    package = Path(rocm_attn_compile.__file__).parent
+    files = [
+        path for stage in ("capture", "normalize", "recognize", "rewrite") for path in (package / stage).rglob("*.py")
+    ]
+    text = "".join(f"{path.relative_to(package)}\n{path.read_text()}" for path in sorted(files))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
 def read(path: Path) -> list[Row]:
     """Rows of a file, oldest first."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def newest(rows: list[Row]) -> list[Row]:
-    """The last row of each case in each setting; one that ran wins over one that did not."""
+def newest(rows: list[Row], state: str = "") -> list[Row]:
+    """One row of each case in each setting.
+
+    One that ran wins over one that did not; then one by the recogniser `state`; then the newest torch; then the last.
+    """
     found: dict[tuple, Row] = {}
     for row in rows:
         key = (row["name"], *(row[part] for part in SETTING))
-        if row["status"] == "run" or key not in found or found[key]["status"] != "run":
+        if key not in found or _rank(row, state) >= _rank(found[key], state):
             found[key] = row
     return list(found.values())
+
+
+def _rank(row: Row, state: str) -> tuple:
+    torch = [int(number) for number in re.findall(r"\d+", row.get("versions", {}).get("torch", ""))[:2]]
+    return row["status"] == "run", row.get("recogniser") == state, torch
 
 
 def compact(result: Row) -> Row:
@@ -33,7 +54,11 @@ def compact(result: Row) -> Row:
     `softmax`, `sdpa` and their `_replaced` count sites; `missed` has [line, sites, code, text] of those not replaced;
     `extra` counts replaced sites that the watch did not take for attention.
     """
-    kept = {key: result[key] for key in ("name", *SETTING, "versions", "status", "class", "error") if key in result}
+    kept = {
+        key: result[key]
+        for key in ("name", *SETTING, "versions", "recogniser", "status", "class", "error")
+        if key in result
+    }
     if result["status"] != "run":
         return kept | {"error": _short_path(str(result.get("error", "")))[:300]}
     replaced = Counter(result.get("replaced", {}))
@@ -50,7 +75,7 @@ def compact(result: Row) -> Row:
                 code, text = reasons.get(line, _why_unseen(result))
                 missed.append([_short_path(line), count - taken, code, _short_path(text)])
     kept |= {"missed": missed, "extra": replaced.total()}
-    kept |= {key: result[key] for key in ("graphs", "peer_graphs", "peer_fused", "wall") if key in result}
+    kept |= {key: result[key] for key in ("graphs", "peer_graphs", "peer_fused", "wall", "seconds") if key in result}
     for key in ("accuracy", "peer_accuracy", "control_accuracy"):
         if key in result:
             kept[key] = {k: v for k, v in result[key].items() if k != "text" or v}
@@ -64,4 +89,4 @@ def _why_unseen(result: Row) -> tuple[str, str]:
 
 
 def _short_path(text: str) -> str:
-    return re.sub(r"/[^ :]*/site(-packages)?/", "", text)
+    return re.sub(r"/[^ :]*/(?=(transformers|timm|vit_pytorch|x_transformers|diffusers|torch)/)", "", text)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .rows import Row, newest
+from .words import ANOTHER, in_words, key_of
 
 HEADER = """\
 # Coverage
@@ -19,11 +20,13 @@ layer of each kind. It counts attention sites by watching the model run eagerly,
 products of activations whose weights then meet a matrix product over the axis of the softmax, or a call of
 `F.scaled_dot_product_attention`. The same model then goes through our stages, and through Inductor's joint-graph
 passes, whose matcher is the peer. Neither generates code here: what is compared is the program that they make.
-A case is not run again whenever the recogniser changes, so some rows were made by an earlier state of it.
+
+{states}
 
 *Right* means that no result and no gradient is further from float64 than {factor:g} times what eager is, or what one
 more rounding of the result or of the parameters would make.
-*Inductor* counts sites of softmax that its matcher makes SDPA, on the cases that were run with it.
+*Inductor* counts the sites of softmax that its matcher makes SDPA. *Graphs* are those that Dynamo makes of a model:
+one, and one more per graph break.
 
 Attention whose query or key is a parameter is replaced too, but is not in these counts.
 
@@ -34,13 +37,26 @@ Made with {versions}.
 def page(rows: list[Row], factor: float) -> str:
     """The whole page."""
     rows = newest(rows)
-    parts = [HEADER.format(factor=factor, versions=_versions(rows)), *_summary(rows), *_reasons(rows), *_problems(rows)]
+    header = HEADER.format(factor=factor, versions=_versions(rows), states=_states(rows))
+    parts = [header, *_summary(rows), *_reasons(rows), *_problems(rows)]
     return "\n".join([*parts, *_models(rows), *_not_built(rows)]) + "\n"
 
 
 def _versions(rows: list[Row]) -> str:
-    found = {f"{package} {version}" for row in _ran(rows) for package, version in row.get("versions", {}).items()}
-    return ", ".join(sorted(found))
+    """Every environment, with how many rows were made in it."""
+    found = Counter(
+        " with ".join(f"{package} {version}" for package, version in row.get("versions", {}).items())
+        for row in _ran(rows)
+    )
+    return "; ".join(f"{count} rows by {versions}" for versions, count in sorted(found.items()))
+
+
+def _states(rows: list[Row]) -> str:
+    found = Counter(row.get("recogniser", "unknown") for row in _ran(rows))
+    if len(found) == 1:
+        return f"All rows are of one state of the recogniser, `{next(iter(found))}`."
+    counts = ", ".join(f"`{state}` {count}" for state, count in found.most_common())
+    return f"The rows are of {len(found)} states of the recogniser: {counts}."
 
 
 def _package(row: Row) -> str:
@@ -70,19 +86,10 @@ def is_right(row: Row) -> bool:
 
 def _summary(rows: list[Row]) -> Iterator[str]:
     yield "## Summary\n"
-    titles = [
-        "models",
-        "run as",
-        "ran",
-        "with attention",
-        "softmax sites",
-        "replaced",
-        "SDPA sites",
-        "replaced",
-        "right",
-    ]
-    yield _line(*titles, "Inductor")
-    yield _line(*["---"] * (len(titles) + 1))
+    titles = ["models", "run as", "ran", "with attention", "softmax sites", "replaced", "SDPA sites", "replaced"]
+    titles += ["right", "Inductor", "graphs, Inductor's"]
+    yield _line(*titles)
+    yield _line(*["---"] * len(titles))
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in _ran(rows):
         groups[_package(row), _mode(row)].append(row)
@@ -92,14 +99,41 @@ def _summary(rows: list[Row]) -> Iterator[str]:
         right = sum(map(is_right, judged))
         cells = [package, mode, len(group), len(having)]
         for kind in ("softmax", "sdpa"):
-            total, done = sum(r[kind] for r in group), sum(r[f"{kind}_replaced"] for r in group)
-            cells += [total, f"{done} ({done / total:.1%})" if total else "-"]
-        compared = [row for row in group if "peer_fused" in row and "peer_error" not in row]
+            seen, done = (sum(row[key] for row in group) for key in (kind, f"{kind}_replaced"))
+            cells += [seen, _share(done, seen)]
+        compared = list(filter(_has_peer, group))
         # What it fuses besides sites that were seen does not count, as for us.
-        fused, of = sum(min(r["peer_fused"], r["softmax"]) for r in compared), sum(r["softmax"] for r in compared)
-        yield _line(*cells, f"{right} of {len(judged)}", f"{fused} of {of} ({fused / of:.0%})" if of else "-")
+        fused, of = sum(map(_peer_fused, compared)), sum(r["softmax"] for r in compared)
+        graphs = [sum(r[key] for r in compared) for key in ("graphs", "peer_graphs")]
+        cells += [f"{right} of {len(judged)}", f"{_share(fused, of)} of {of}" if of else "-"]
+        yield _line(*cells, "{}, {} in {}".format(*graphs, len(compared)) if compared else "-")
     names = {row["name"] for row in _ran(rows) if _package(row) == "transformers"}
     yield f"\n{len(names)} architectures of transformers ran in at least one of these ways.\n"
+    yield from _fusable(groups)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} ({part / whole:.1%})" if whole else "-"
+
+
+def _has_peer(row: Row) -> bool:
+    return "peer_graphs" in row and not {"peer_error", "ours_error"} & set(row)
+
+
+def _peer_fused(row: Row) -> int:
+    return min(row["peer_fused"], row["softmax"])
+
+
+def _fusable(groups: dict[tuple[str, str], list[Row]]) -> Iterator[str]:
+    """The same shares without what is another computation."""
+    yield "Without the sites that no fused op can compute, and that are listed as such below:\n"
+    for (package, mode), group in sorted(groups.items()):
+        missed = [m for row in group for m in row["missed"]]
+        others = sum(m[1] for m in missed if m[2] in ANOTHER)
+        rest = sum(map(_sites, group)) - others
+        if others:
+            yield f"- {package}, {mode}: {_share(rest - sum(m[1] for m in missed) + others, rest)} of {rest} replaced"
+    yield ""
 
 
 def _reasons(rows: list[Row]) -> Iterator[str]:
@@ -107,17 +141,20 @@ def _reasons(rows: list[Row]) -> Iterator[str]:
     by_code: dict[str, list[tuple[Row, list]]] = defaultdict(list)
     for row in _ran(rows):
         for missed in row["missed"]:
-            by_code[missed[2]].append((row, missed))
+            by_code[key_of(*missed[2:])].append((row, missed))
     if not by_code:
         yield "Nothing.\n"
         return
-    yield "| code | models | for example | what the report says there |"
-    yield "| --- | --- | --- | --- |"
-    for code, found in sorted(by_code.items(), key=lambda item: -len(item[1])):
-        models = sorted({row["name"] for row, _ in found})
-        line, text = found[0][1][0], found[0][1][3]
-        yield _line(f"`{code}`", ", ".join(models), f"`{line}`", text)
-    yield ""
+    for title, is_other in (("No fused op computes these", True), ("Left alone", False)):
+        yield f"### {title}\n"
+        yield _line("code", "sites", "models", "why", "for example", "what the report says there")
+        yield _line(*["---"] * 6)
+        for code, found in sorted(by_code.items(), key=lambda item: -len(item[1])):
+            if (code in ANOTHER) is is_other:
+                models = sorted({row["name"] for row, _ in found})
+                (line, _, _, text), count = found[0][1], sum(missed[1] for _, missed in found)
+                yield _line(f"`{code}`", count, ", ".join(models), in_words(code), f"`{line}`", text[:200])
+        yield ""
 
 
 def _problems(rows: list[Row]) -> Iterator[str]:
@@ -132,25 +169,33 @@ def _problems(rows: list[Row]) -> Iterator[str]:
         if "ours_error" in row:
             side = "also without our changes" if "control_error" in row else "**only with our changes**"
             found.append(f"- {what}: fails under torch.compile, {side}: {row['ours_error']}")
-        if row.get("graphs", 0) > row.get("peer_graphs", row.get("graphs", 0)) and "peer_error" not in row:
+        if _has_peer(row) and row["graphs"] > row["peer_graphs"]:
             found.append(f"- {what}: {row['graphs']} graphs, Inductor {row['peer_graphs']}")
+    found += [f"- {row['name']} ({_mode(row)}): {row['status']}: {row['error']}" for row in rows if _is_crash(row)]
     yield from [" ".join(line.split())[:400] for line in found] or ["None."]
     yield ""
 
 
+def _is_crash(row: Row) -> bool:
+    """The process died, and not because its time was up."""
+    return row["status"] in ("died", "harness error")
+
+
 def _models(rows: list[Row]) -> Iterator[str]:
     yield "## Models\n"
-    yield "Sites replaced of sites seen, per way of running; `!` marks a problem listed above.\n"
+    yield "Sites replaced of sites seen, per way of running; `!` marks a problem listed above. *Inductor* has the sites"
+    yield "that its matcher replaces in all ways, and *graphs* the most graphs, ours and Inductor's.\n"
     modes = sorted({_mode(row) for row in _ran(rows)})
-    yield _line("model", *modes, "not replaced")
-    yield _line(*["---"] * (len(modes) + 2))
+    yield _line("model", *modes, "Inductor", "graphs", "not replaced")
+    yield _line(*["---"] * (len(modes) + 4))
     models: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in _ran(rows):
         models[row["name"]][_mode(row)] = row
     for name, by_mode in sorted(models.items()):
         if any(map(_sites, by_mode.values())):
             codes = Counter(missed[2] for row in by_mode.values() for missed in row["missed"])
-            yield _line(name, *(_cell(by_mode.get(mode)) for mode in modes), ", ".join(codes))
+            cells = [_cell(by_mode.get(mode)) for mode in modes]
+            yield _line(name, *cells, *_peer_cells(list(by_mode.values())), ", ".join(codes))
     without = sorted(name for name, by_mode in models.items() if not any(map(_sites, by_mode.values())))
     yield f"\nWithout attention of this kind: {', '.join(without) or 'none'}.\n"
 
@@ -161,6 +206,15 @@ def _cell(row: Row | None) -> str:
     done = row["softmax_replaced"] + row["sdpa_replaced"]
     bad = not is_right(row) or "ours_error" in row
     return f"{done} of {_sites(row)}{' !' if bad else ''}"
+
+
+def _peer_cells(rows: list[Row]) -> tuple[str, str]:
+    compared = list(filter(_has_peer, rows))
+    if not compared:
+        return "", ""
+    graphs = "{}, {}".format(*(max(row[key] for row in compared) for key in ("graphs", "peer_graphs")))
+    seen = sum(row["softmax"] for row in compared)
+    return f"{sum(map(_peer_fused, compared))} of {seen}" if seen else "", graphs
 
 
 def _not_built(rows: list[Row]) -> Iterator[str]:

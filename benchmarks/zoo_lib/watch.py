@@ -66,7 +66,7 @@ class SiteWatch(TorchDispatchMode):
         if self._inside_sdpa:
             return result
         if name in _FUSED_SDPA:
-            self.sdpa[_line()] += 1
+            self.sdpa[_line()] += args[1].shape[-2] > 1
             return result
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
@@ -159,7 +159,9 @@ class SiteWatch(TorchDispatchMode):
         def counted(*args, **kwargs):
             if self._inside_sdpa:
                 return original(*args, **kwargs)
-            self.sdpa[_line()] += 1
+            key = args[1] if len(args) > 1 else kwargs["key"]
+            if key.shape[-2] > 1:  # one key: no choice
+                self.sdpa[_line()] += 1
             self._inside_sdpa = True
             try:
                 return original(*args, **kwargs)

@@ -62,6 +62,7 @@ def launches(
         "attn_bias": ("BHMN", dtype), "attn_mask": ("BHMN", torch.bool), "key_mask": ("BN", torch.bool),
         "kv_start": ("BM", torch.int32), "kv_end": ("BM", torch.int64), "q_ids": ("BM", torch.int32),
         "kv_ids": ("BN", torch.int32), "sinks": ("H", dtype), "dropout_seed": ("", torch.int64),
+        "alibi_slopes": ("H", torch.float32),
     }  # fmt: skip
     for name, (letters, kind) in kinds.items():
         wanted = features.get(name, name == "dropout_seed" and features.get("dropout_p"))

@@ -28,6 +28,7 @@ def attention_forward(
     kv_ids: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     softmax_scale: float = 1.0,
     logits_soft_cap: float | None = None,
     band_lower: int | None = None,
@@ -53,8 +54,8 @@ def attention_forward(
         ValueError, NotImplementedError: See launch.check and cache_launch.check_cache.
     """
     launches, out, lse = forward_launches(
-        q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, softmax_scale,
-        logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, out_layout,
+        q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes,
+        softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, out_layout,
         block_table=block_table, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     run_all(launches, q.device)
@@ -75,6 +76,7 @@ def attention_backward(
     kv_ids: Tensor | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
+    alibi_slopes: Tensor | None,
     out: Tensor,
     lse: Tensor,
     softmax_scale: float,
@@ -100,8 +102,8 @@ def attention_backward(
         ValueError, NotImplementedError: See launch.check.
     """
     launches, tensors = backward_launches(
-        grad_out, q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, out,
-        lse, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, output_mask,
+        grad_out, q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes,
+        out, lse, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, output_mask,
     )  # fmt: skip
     run_all(launches, q.device)
     if sinks is not None and output_mask[4]:

@@ -25,9 +25,11 @@ from .common import (
     EMPTY_ZERO,
     LOG2E,
     NO_CAP,
+    add_alibi,
     dropout_keep,
     exponent,
     kv_block_range,
+    load_alibi,
     load_key_masks,
     load_row_masks,
     mask_scores,
@@ -67,11 +69,11 @@ def load_empty(lse, row_base, q_pos, row_ok):
 @triton.jit
 def tile_gradients(
     qk, dp, q_pos, kv_pos, row_ok, kv_len, m, delta, fix, empty, starts, ends, q_id, kv_id, key_keep, bias,
-    mask_ptrs, seed, row_index, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
+    mask_ptrs, seed, row_index, alibi, q_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
     cut, BOUNDED: tl.constexpr, EMPTY_PASS: tl.constexpr, RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_ALIBI: tl.constexpr, EMPTY_ROWS: tl.constexpr,
 ):  # fmt: skip
     """From the products of one tile to `(weights, ds_bias, ds)`, in either orientation.
 
@@ -82,6 +84,7 @@ def tile_gradients(
     if HAS_ATTN_MASK:
         mask_keep = tl.load(mask_ptrs, mask=(kv_pos < kv_len) & row_ok, other=0) != 0
     s, slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
+    s = add_alibi(s, alibi, q_pos, kv_pos, q_len, kv_len, HAS_ALIBI)
     if EMPTY_PASS:
         here = empty & (kv_pos < kv_len)
         if EMPTY_ROWS == EMPTY_NAN or EMPTY_ROWS == EMPTY_NAN_ADDED:
@@ -116,19 +119,20 @@ def tile_gradients(
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
 def backward_rows_kernel(
     q, k, v, out, grad_out, lse, shift, delta, correction, any_empty,
-    attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed,
+    attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_ob, stride_oh, stride_om, stride_oe,
     stride_gb, stride_gh, stride_gm, stride_ge,
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
-    stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
+    stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n, stride_slopes_b, stride_slopes_h,
     num_heads, gqa_group_size, q_len, kv_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_ALIBI: tl.constexpr, EMPTY_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Row statistics, float32 `(B, H, M)`: shift, delta and the correction of lse; and which heads have empty rows.
 
@@ -210,6 +214,7 @@ def backward_rows_kernel(
                 HAS_START, HAS_END,
             )  # fmt: skip
             q_tile = load_tile(q, q_first, stride_qm, stride_qd, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D, True, WIDE)
+            alibi = load_alibi(alibi_slopes, batch, head, stride_slopes_b, stride_slopes_h, HAS_ALIBI, HAS_BIAS)
             for i in range(begin, end):
                 start_n = i * BLOCK_N
                 kv_pos = start_n + offs_n
@@ -230,6 +235,7 @@ def backward_rows_kernel(
                     key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
                 )
                 s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
+                s = add_alibi(s, alibi, q_pos[:, None], kv_pos[None, :], q_len, kv_len, HAS_ALIBI)
                 s = mask_scores(
                     s, q_pos[:, None], kv_pos[None, :], kv_len, starts[:, None], ends[:, None], q_id[:, None],
                     kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper, True, 1, HAS_LOWER, HAS_UPPER,

@@ -10,20 +10,20 @@ import triton.language as tl
 from .backward import load_empty, load_row_statistics, tile_gradients
 from .backward_dkdv import row_block_meets
 from .bias import BIAS_ELEMENTS, load_bias
-from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, NO_CAP, load_key_masks, load_row_masks
+from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, NO_CAP, load_alibi, load_key_masks, load_row_masks
 from .tiles import load_tile, tile_ptrs
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "band_lower", "band_upper", "repeat_batch", "repeat_heads"])
 def backward_bias_kernel(
     q, k, v, grad_out, grad_bias, lse, shift, delta, correction, any_empty,
-    attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed,
+    attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed, alibi_slopes,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_gb, stride_gh, stride_gm, stride_ge,
     stride_dbb, stride_dbh, stride_dbm, stride_dbn,
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
-    stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
+    stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n, stride_slopes_b, stride_slopes_h,
     bias_heads, repeat_batch, repeat_heads,
     num_heads, gqa_group_size, q_len, kv_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -31,7 +31,7 @@ def backward_bias_kernel(
     RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_ALIBI: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write `grad_bias`, of the bias's own shape `(B|1, H|1, M|1, N|1)`.
 
@@ -136,6 +136,7 @@ def backward_bias_kernel(
                 n_first, (row_local * stride_bm)[:, None], col_local[None, :], (kv_pos < kv_len)[None, :], stride_bb,
                 stride_bh, stride_bn, BLOCK_M, BLOCK_N, BIAS_ELEMENTS, False,
             )  # fmt: skip
+            alibi = load_alibi(alibi_slopes, batch, head, stride_slopes_b, stride_slopes_h, HAS_ALIBI, HAS_BIAS)
             mask_ptrs = attn_mask
             if HAS_ATTN_MASK:
                 mask_ptrs = tile_ptrs(
@@ -149,9 +150,9 @@ def backward_bias_kernel(
                         qk, dp, q_pos[:, None], kv_pos[None, :], row_ok[:, None], kv_len, m[:, None], d[:, None],
                         fix[:, None], empty[:, None], starts[:, None], ends[:, None], q_id[:, None], kv_id[None, :],
                         key_keep[None, :], bias, mask_ptrs, seed, (row_base + q_pos)[:, None],
-                        softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
+                        alibi, q_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
                         True, 1, empty_pass == 1, RAW, SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START,
-                        HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, EMPTY_ROWS,
+                        HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, HAS_ALIBI, EMPTY_ROWS,
                     )  # fmt: skip
                     acc += ds_bias
 

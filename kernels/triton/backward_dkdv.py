@@ -15,6 +15,7 @@ from .common import (
     EMPTY_ZERO,
     NO_CAP,
     deal_programs,
+    load_alibi,
     load_key_masks,
     load_row_masks,
     narrow,
@@ -52,14 +53,14 @@ def q_block_range(n_first, n_last, q_len, band_lower, band_upper, BLOCK_M: tl.co
 @triton.jit(do_not_specialize=["q_len", "kv_len", "heads_at_once", "band_lower", "band_upper"])
 def backward_dkdv_kernel(
     q, k, v, grad_out, q_rest, k_rest, grad_k, grad_v, grad_k_rest, lse, shift, delta, correction, any_empty,
-    attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed,
+    attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed, alibi_slopes,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_gb, stride_gh, stride_gm, stride_ge,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dve,
     stride_qpb, stride_qph, stride_qpm, stride_kpb, stride_kpn, stride_dkpb, stride_dkph, stride_dkpn,
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
-    stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
+    stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n, stride_slopes_b, stride_slopes_h,
     batch_size, num_heads, gqa_group_size, q_len, kv_len, heads_at_once,
     softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -69,7 +70,7 @@ def backward_dkdv_kernel(
     RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_ALIBI: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write `grad_k` `(B, K, N, D)` (WANT_DK) and `grad_v` `(B, K, N, E)` (WANT_DV). Phases and TMA as in dq.
 
@@ -192,6 +193,7 @@ def backward_dkdv_kernel(
                     empty = row_ok
                     if phase == 2:
                         empty = load_empty(lse, row_base, q_pos, row_ok)
+                    alibi = load_alibi(alibi_slopes, batch, head, stride_slopes_b, stride_slopes_h, HAS_ALIBI, HAS_BIAS)
                     q_head = q
                     g_head = grad_out
                     q_rest_head = q_rest
@@ -241,9 +243,9 @@ def backward_dkdv_kernel(
                         qk, dp, q_pos[None, :], kv_pos[:, None], row_ok[None, :], kv_len, m[None, :], d[None, :],
                         fix[None, :], empty[None, :], starts[None, :], ends[None, :], q_id[None, :], kv_id[:, None],
                         key_keep[:, None], bias, mask_ptrs, seed, (row_base + q_pos)[None, :],
-                        softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
+                        alibi, q_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
                         cut, 2 if MERGED and phase == 0 else phase > 0, phase == 2, RAW, SOFT_CAP, HAS_BIAS,
-                        HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT,
+                        HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, HAS_ALIBI,
                         EMPTY_ROWS,
                     )  # fmt: skip
                     if WANT_DV:

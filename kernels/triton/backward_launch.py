@@ -74,6 +74,7 @@ def backward_launches(
     kv_ids: Tensor | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
+    alibi_slopes: Tensor | None,
     out: Tensor,
     lse: Tensor,
     softmax_scale: float,
@@ -132,13 +133,13 @@ def backward_launches(
     arguments: dict[str, Any] = dict(
         static_arguments(
             layout(q), layout(k), layout(v), layout(attn_bias), layout(attn_mask), layout(key_mask), layout(kv_start),
-            layout(kv_end), layout(q_ids), layout(kv_ids), softmax_scale, logits_soft_cap, band_lower, band_upper,
-            dropout_p, blocks,
+            layout(kv_end), layout(q_ids), layout(kv_ids), layout(alibi_slopes), softmax_scale, logits_soft_cap,
+            band_lower, band_upper, dropout_p, blocks,
         )
     )  # fmt: skip
     arguments.update(
         q=q, k=k, v=v, attn_bias=attn_bias, attn_mask=attn_mask, key_mask=key_mask, kv_start=kv_start, kv_end=kv_end,
-        q_ids=q_ids, kv_ids=kv_ids, dropout_seed=dropout_seed if dropout_p > 0.0 else None,
+        q_ids=q_ids, kv_ids=kv_ids, dropout_seed=dropout_seed if dropout_p > 0.0 else None, alibi_slopes=alibi_slopes,
     )  # fmt: skip
     empty = EMPTY_ROWS[empty_rows] if sinks is None else EMPTY_ROWS["zero"]
     arguments.update(zip(("stride_gb", "stride_gh", "stride_gm", "stride_ge"), grad_out.stride()))

@@ -4,9 +4,9 @@ Letters: B batch, H query heads, K key/value heads, M q_len, N kv_len, D head_di
 
 Scores live in one of three domains, fixed at compile time:
 
-* RAW (no bias, no soft cap, positive scale): the plain product q k^T. The factor `softmax_scale * log2(e)` is applied
+* RAW (no bias, no soft cap, no ALiBi, positive scale): the plain product q k^T. The factor `softmax_scale * log2(e)` is applied
   together with the subtraction of the row maximum, one fused multiply-add per element.
-* log2 (soft cap, or a scale that is not positive): already scaled by log2(e).
+* log2 (soft cap, ALiBi, or a scale that is not positive): already scaled by log2(e).
 * natural (a bias is added): not scaled by log2(e), because a bias of `finfo.min` would overflow to -inf and a row made
   of such values must stay uniform, as in eager.
 
@@ -99,9 +99,32 @@ def narrow(x, dtype: tl.constexpr, ROUND_BITS: tl.constexpr):
 
 
 @triton.jit
+def load_alibi(alibi_slopes, batch, head, stride_slopes_b, stride_slopes_h, HAS_ALIBI: tl.constexpr,
+               HAS_BIAS: tl.constexpr):  # fmt: skip
+    """ALiBi's slopes of the heads `head`, of any shape, in the units of the scores' domain; 0 without ALiBi."""
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(alibi_slopes + batch * stride_slopes_b + head * stride_slopes_h)
+        if not HAS_BIAS:
+            slope = slope * LOG2E
+    return slope
+
+
+@triton.jit
+def add_alibi(s, slope, q_pos, kv_pos, q_len, kv_len, HAS_ALIBI: tl.constexpr):
+    """Subtract `slope * |distance|`: the last query is at the last key.
+
+    Distances are subtracted as integers: exact, however far the keys are.
+    """
+    if HAS_ALIBI:
+        s = s - slope * tl.abs((q_pos + (kv_len - q_len) - kv_pos).to(tl.float32))
+    return s
+
+
+@triton.jit
 def score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
                HAS_BIAS: tl.constexpr):  # fmt: skip
-    """Turn q k^T into scores of the chosen domain.
+    """Turn q k^T into scores of the chosen domain, without ALiBi.
 
     Returns:
         The scores, and the derivative of the soft cap (1 where there is none).

@@ -33,10 +33,12 @@ from .common import (
     NO_MAX,
     RUNNING_MAX,
     SMALLEST_SUM,
+    add_alibi,
     deal_programs,
     dropout_keep,
     exponent,
     kv_block_range,
+    load_alibi,
     load_key_masks,
     load_row_masks,
     mask_scores,
@@ -53,14 +55,14 @@ _RUNTIME_SIZES = ["q_len", "kv_len", "num_blocks", "num_splits", "heads_at_once"
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
 def attention_forward_kernel(
     q, k, v, q_rest, k_rest, out, lse, partial, partial_stats,
-    attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed,
+    attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes,
     block_table, k_scale, v_scale,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_ob, stride_oh, stride_om, stride_oe,
     stride_qpb, stride_qph, stride_qpm, stride_kpb, stride_kpn,
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
-    stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
+    stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n, stride_slopes_b, stride_slopes_h,
     stride_tb, stride_tn, stride_k_scale, stride_v_scale,
     batch_size, num_heads, gqa_group_size, q_len, kv_len, num_blocks, num_splits, heads_at_once,
     softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
@@ -74,7 +76,7 @@ def attention_forward_kernel(
     RAW: tl.constexpr, SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention forward; see the module docstring and the canonical op for the meaning of every argument.
 
@@ -207,6 +209,11 @@ def attention_forward_kernel(
         seed = tl.load(dropout_seed)
         row_index = ((batch * num_heads + head) + (row % PACK)) * q_len + q_pos
 
+    alibi = load_alibi(
+        alibi_slopes, batch, (head + row % PACK)[:, None] if PACK > 1 else head, stride_slopes_b, stride_slopes_h,
+        HAS_ALIBI, HAS_BIAS,
+    )  # fmt: skip
+
     begin, full_begin, full_end, end = kv_block_range(
         q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END
     )
@@ -286,13 +293,17 @@ def attention_forward_kernel(
                 k_source, k_at, k_first, k_end = place_tile(
                     k, page, start_n, used_end, stride_kb, stride_kn, PAGE, BLOCK_N
                 )
+                rest_source = k_rest
+                if not TMA and ROPE == 0:
+                    rest_source = k_source
                 qk = q_k_product(
-                    q_tile, q_rest_tile, k_source, k_source if ROPE == 0 else k_rest, batch, kv_head, rest_head,
+                    q_tile, q_rest_tile, k_source, rest_source, batch, kv_head, rest_head,
                     k_first, stride_kn, stride_kd, stride_rest_n, stride_rest_d, k_end, HEAD_DIM, REST_COL,
                     REST_SIZE, BLOCK_N, BLOCK_D, BLOCK_REST, phase > 0, WIDE, TMA, TRANSPOSE_KEYS, PRECISION, k_at,
                     SCATTERED,
                 )  # fmt: skip
                 s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
+                s = add_alibi(s, alibi, q_pos[:, None], kv_pos[None, :], q_len, kv_len, HAS_ALIBI)
                 s = mask_scores(
                     s, q_pos[:, None], kv_pos[None, :], kv_len, starts[:, None], ends[:, None], q_id[:, None],
                     kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper, cut, phase, HAS_LOWER,
@@ -328,7 +339,7 @@ def attention_forward_kernel(
     row_flat = (batch * num_heads + head + (row % PACK)) * q_len + q_pos
     v_factor = 1.0
     if HAS_V_SCALE:
-        v_factor = tl.load(v_scale + kv_head * stride_v_scale).to(tl.float32)
+        v_factor *= tl.load(v_scale + kv_head * stride_v_scale).to(tl.float32)
     if SPLIT:
         share_flat = row_flat * num_splits + split
         if HAS_V_SCALE:

@@ -76,6 +76,7 @@ def forward_launches(
     kv_ids: Tensor | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
+    alibi_slopes: Tensor | None,
     softmax_scale: float,
     logits_soft_cap: float | None,
     band_lower: int | None,
@@ -127,7 +128,7 @@ def forward_launches(
     traced = bool(tuning and tuning.traced)
     plan = forward_plan(
         (layout(q), layout(k), layout(v), layout(attn_bias), layout(attn_mask), layout(key_mask), layout(kv_start),
-         layout(kv_end), layout(q_ids), layout(kv_ids)),
+         layout(kv_end), layout(q_ids), layout(kv_ids), layout(alibi_slopes)),
         (softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p),
         out.stride(), arch, num_units, q.dtype, dot_precision(q.dtype, arch), sinks is not None, empty_rows,
         aligned(q, k, v, *(rope or ()), traced=traced), tuning, *bias_storage(attn_bias, traced),
@@ -137,7 +138,7 @@ def forward_launches(
         "q": q, "k": k, "v": v, "q_rest": None, "k_rest": None, "out": out, "lse": lse, "partial": None,
         "partial_stats": None, "attn_bias": attn_bias, "attn_mask": attn_mask, "key_mask": key_mask,
         "kv_start": kv_start, "kv_end": kv_end, "q_ids": q_ids, "kv_ids": kv_ids, "sinks": sinks,
-        "dropout_seed": dropout_seed if dropout_p > 0.0 else None,
+        "dropout_seed": dropout_seed if dropout_p > 0.0 else None, "alibi_slopes": alibi_slopes,
         "block_table": block_table, "k_scale": k_scale, "v_scale": v_scale,
     }  # fmt: skip
     if rope:
@@ -200,7 +201,8 @@ def score_shift(arguments: dict[str, Any], dtype: torch.dtype, special: str, fir
     if special == "first" and first_max:
         return FIRST_MAX
     cap = arguments["logits_soft_cap"]
-    bounded = cap is not None and cap <= 50.0 and dtype == torch.bfloat16 and not arguments["HAS_BIAS"]
+    bounded = cap is not None and cap <= 50.0 and dtype == torch.bfloat16
+    bounded = bounded and not arguments["HAS_BIAS"] and not arguments["HAS_ALIBI"]
     return NO_MAX if bounded else RUNNING_MAX
 
 

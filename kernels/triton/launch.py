@@ -278,6 +278,7 @@ def static_arguments(
     kv_end: Layout,
     q_ids: Layout,
     kv_ids: Layout,
+    alibi_slopes: Layout,
     softmax_scale: float,
     logits_soft_cap: float | None,
     band_lower: int | None,
@@ -309,6 +310,7 @@ def static_arguments(
         (("stride_end_b", "stride_end_m"), broadcast_strides(kv_end, 2)),
         (("stride_qid_b", "stride_qid_m"), broadcast_strides(q_ids, 2)),
         (("stride_kid_b", "stride_kid_n"), broadcast_strides(kv_ids, 2)),
+        (("stride_slopes_b", "stride_slopes_h"), _slope_strides(alibi_slopes)),
     ):
         arguments.update(zip(names, values))
     # Offsets inside a tile are 32-bit numbers unless a stride is so large that 256 steps of it would overflow.
@@ -329,7 +331,7 @@ def static_arguments(
         BLOCK_REST=head_blocks[1],
         BLOCK_E=head_blocks[2],
         WIDE=any(256 * max(stride[1:]) >= 2**31 for _, stride in matrices),
-        RAW=attn_bias is None and logits_soft_cap is None and softmax_scale > 0,
+        RAW=attn_bias is None and logits_soft_cap is None and alibi_slopes is None and softmax_scale > 0,
         HAS_BIAS=attn_bias is not None,
         HAS_ATTN_MASK=attn_mask is not None,
         HAS_KEY_MASK=key_mask is not None,
@@ -339,8 +341,15 @@ def static_arguments(
         HAS_LOWER=band_lower is not None,
         HAS_UPPER=band_upper is not None,
         HAS_DROPOUT=dropout_p > 0.0,
+        HAS_ALIBI=alibi_slopes is not None,
     )
     return arguments
+
+
+def _slope_strides(where: Layout) -> tuple[int | None, ...]:
+    """Strides over batch and heads of ALiBi's slopes, `(H,)` or `(B, H)`."""
+    strides = broadcast_strides(where, 2)
+    return strides if len(strides) == 2 else (0, *strides)
 
 
 Rope = tuple[Tensor, Tensor] | None

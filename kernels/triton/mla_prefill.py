@@ -64,7 +64,7 @@ def prefill_launches(
     """The launches of one forward, `out` and `lse`, in pieces."""
     rope = rows_adjacent(q_pe), rows_adjacent(k_pe)
     return forward_launches(
-        q_nope, k_nope, v, None, None, *masks, None, None, None, None, softmax_scale, None, band_lower, band_upper, 0.0,
+        q_nope, k_nope, v, None, None, *masks, None, None, None, None, None, softmax_scale, None, band_lower, band_upper, 0.0,
         empty_rows, out_layout, tuning, rope,
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ def prefill_backward_launches(
     """
     rope = rows_adjacent(q_pe), rows_adjacent(k_pe)
     return backward_launches(
-        grad_out, q_nope, k_nope, v, None, None, *masks, None, None, None, None, out, lse, softmax_scale, None,
+        grad_out, q_nope, k_nope, v, None, None, *masks, None, None, None, None, None, out, lse, softmax_scale, None,
         band_lower, band_upper, 0.0, empty_rows, [*output_mask, False, False], tuning, rope,
     )  # fmt: skip
 
@@ -107,7 +107,7 @@ def expanded_backward(
     q, k = (q_nope, k_nope) if q_pe is None or k_pe is None else concatenated(q_nope, q_pe, k_nope, k_pe)
     wanted = [output_mask[0] or output_mask[1], output_mask[2] or output_mask[3], output_mask[4], False, False]
     dq, dk, dv, _, _ = attention_backward(
-        grad_out, q, k, v, None, None, *masks, None, None, None, None, out, lse, softmax_scale, None, band_lower,
+        grad_out, q, k, v, None, None, *masks, None, None, None, None, None, out, lse, softmax_scale, None, band_lower,
         band_upper, 0.0, empty_rows, wanted,
     )  # fmt: skip
     if q_pe is None:

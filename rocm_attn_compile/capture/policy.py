@@ -106,6 +106,8 @@ _TENSOR_MODULES = frozenset(
         "torch._tensor",
     }
 )
+_EINOPS = frozenset({"rearrange", "repeat", "einsum"})
+"""Functions of einops that Dynamo of torch before 2.13 puts into the graph as they are: views, `expand`, `einsum`."""
 _TENSOR_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 _IDENTITY_METHODS = frozenset({"requires_grad_", "retain_grad"})
 # These change what a tensor *is* (its storage, history or hooks), which a fake copy cannot follow.
@@ -193,6 +195,8 @@ def is_runnable(node: fx.Node) -> bool:
         return True
     if _is_method_descriptor(target):
         return name not in _STATEFUL_METHODS
+    if _is_einops(target):
+        return True
     if module in _TENSOR_MODULES:
         return not name.startswith("_") or module == "torch._tensor"
     # Underscored names are also PyTorch's own switches; those that are ATen ops are plain functions.
@@ -219,11 +223,15 @@ def may_write(node: fx.Node) -> bool:
     if private.is_generated_function(target):
         return name.endswith("_") or name in ("batch_norm", "instance_norm", "native_batch_norm")
     # Of anything that is not known to leave its arguments alone, assume the worst.
-    return not (is_functorch(node) or target is getattr or module in ("builtins", "math"))
+    return not (is_functorch(node) or _is_einops(target) or target is getattr or module in ("builtins", "math"))
 
 
 def _is_writing_method(name: str) -> bool:
     return name.endswith("_") and (not name.endswith("__") or name in _WRITING_DUNDERS)
+
+
+def _is_einops(target: Any) -> bool:
+    return getattr(target, "__module__", None) == "einops.einops" and getattr(target, "__name__", "") in _EINOPS
 
 
 def _is_method_descriptor(target: Any) -> bool:

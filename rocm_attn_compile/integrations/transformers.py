@@ -131,7 +131,8 @@ def _weights(layer: Any) -> tuple[Tensor, Tensor]:
             "without bias: merge adapters, leave it out of quantization"
         )
     P, E = layer.qk_nope_head_dim, layer.v_head_dim
-    w_uk, w_uv = linear.weight.unflatten(0, (-1, P + E)).split([P, E], 1)
+    # Not unflatten: Dynamo of torch 2.11 cannot trace it inside `with torch.device(...)`.
+    w_uk, w_uv = linear.weight.view(-1, P + E, linear.in_features).split([P, E], 1)
     return w_uk, w_uv
 
 

@@ -24,7 +24,9 @@ from rocm_attn_compile.ops.dispatch import run_backward_cpu, run_backward_gpu, r
 from rocm_attn_compile.ops.kv_cache import resolved
 from rocm_attn_compile.ops.schemas import LIBRARY, NAMESPACE, attention, attention_backward, dropout_keep_mask
 
-_NUM_TENSORS = 12  # q, k, v and the nine optional ones: the positional arguments of the op `attention`
+_NUM_TENSORS = 13  # q, k, v and the ten optional ones: the positional arguments of the op `attention`
+_NUM_SAVED = 3 + _NUM_TENSORS  # the tensors of the op `attention_backward`: grad_out, those, out and lse
+_SEED, _SLOPES = 11, 12
 _SETTINGS = {
     "logits_soft_cap": None,
     "band_lower": None,
@@ -53,6 +55,8 @@ def _attention_autograd(keyset: Any, *tensors: Tensor | None, **settings: Any) -
     if private.in_forward_ad() if run is not None else private.any_tangent(tensors):
         return _composite_forward(*tensors, **settings)
     if torch.is_grad_enabled() and private.any_requires_grad(*tensors):
+        if private.any_requires_grad(*tensors[_SLOPES:]):
+            raise NotImplementedError("alibi_slopes get no gradient: detach them, or give them as an attn_bias")
         every = (*tensors, *([None] * (_NUM_TENSORS - len(tensors))))
         named = {**_SETTINGS, **settings}
         flat = (settings["softmax_scale"], *(named[name] for name in _SETTINGS))
@@ -76,9 +80,9 @@ def _is_differentiated(run: Any, tensors: tuple) -> bool:
 def _backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
     """Kernel of `attention_backward` at the Autograd key; it has no defaults, so all arguments are here, in order."""
     run = _DIRECT_BACKWARD.get(private.bits_below_autograd(keyset))
-    if private.in_forward_ad() if run is not None else private.any_tangent(args[:15]):
+    if private.in_forward_ad() if run is not None else private.any_tangent(args[:_NUM_SAVED]):
         return _composite_backward(*args)
-    if torch.is_grad_enabled() and private.any_requires_grad(*args[:15]):
+    if torch.is_grad_enabled() and private.any_requires_grad(*args[:_NUM_SAVED]):
         with private.single_level_functions_allowed():
             return _AttentionBackward.apply(*args)
     if run is not None:
@@ -96,23 +100,24 @@ def _dropout_keep(q: Tensor, k: Tensor, dropout_seed: Tensor | None, dropout_p: 
 def _composite_forward(*tensors: Tensor | None, **settings: Any) -> tuple[Tensor, Tensor]:
     """The op as plain torch operations."""
     every: Any = (*tensors, *([None] * (_NUM_TENSORS - len(tensors))))
-    *given, dropout_seed = every
+    dropout_seed, slopes = every[_SEED:]
     named: Any = {**_SETTINGS, **settings}
     out_layout, _ = named.pop("out_layout"), named.pop("impl")
     keep = _dropout_keep(every[0], every[1], dropout_seed, named["dropout_p"])
     forward: Any = reference.forward
-    out, lse = forward(*given, keep, **named)
+    out, lse = forward(*every[:_SEED], keep, slopes, **named)
     return (out if out_layout == "bhsd" else out.transpose(1, 2).contiguous().transpose(1, 2)), lse
 
 
 def _composite_backward(*args: Any) -> tuple[Tensor, ...]:
     """The backward op as plain torch operations."""
-    q, k, dropout_seed = args[1], args[2], args[12]
-    scale, cap, lower, upper, dropout_p, empty_rows, _, output_mask = args[15:]
+    q, k, (dropout_seed, slopes) = args[1], args[2], args[1 + _SEED : 1 + _NUM_TENSORS]
+    scale, cap, lower, upper, dropout_p, empty_rows, _, output_mask = args[_NUM_SAVED:]
     backward: Any = reference.backward
     grads = backward(
-        *args[:12],
+        *args[: 1 + _SEED],
         _dropout_keep(q, k, dropout_seed, dropout_p),
+        slopes,
         softmax_scale=scale,
         logits_soft_cap=cap,
         band_lower=lower,
@@ -154,13 +159,13 @@ class _Attention(private.SingleLevelFunction):
 
 
 def _backward_of(saved: tuple, settings: tuple, needs_input_grad: tuple, grad_out: Tensor) -> tuple:
-    """Gradients of the twelve tensor arguments through the op `attention_backward`."""
+    """Gradients of the thirteen tensor arguments through the op `attention_backward`."""
     *tensors, out, lse = saved
     *numbers, _out_layout, impl = settings
     wanted = [needs_input_grad[i] for i in (0, 1, 2, 3, 10)]
     dq, dk, dv, dbias, dsinks = attention_backward(grad_out, *tensors, out, lse, *numbers, impl, wanted)
     grads = [grad if want else None for grad, want in zip((dq, dk, dv, dbias, dsinks), wanted)]
-    return (*grads[:4], None, None, None, None, None, None, grads[4], None)
+    return (*grads[:4], None, None, None, None, None, None, grads[4], None, None)
 
 
 class _AttentionBackward(private.SingleLevelFunction):
@@ -173,8 +178,8 @@ class _AttentionBackward(private.SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:15])
-        ctx.settings = inputs[15:]
+        ctx.save_for_backward(*inputs[:_NUM_SAVED])
+        ctx.settings = inputs[_NUM_SAVED:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
@@ -190,7 +195,7 @@ class _AttentionBackward(private.SingleLevelFunction):
 
         transform: Any = torch.func.vjp  # its stub has a third result
         _, vjp = transform(function, *(saved[i] for i in places))
-        result: list[Tensor | None] = [None] * (15 + len(ctx.settings))
+        result: list[Tensor | None] = [None] * (_NUM_SAVED + len(ctx.settings))
         for place, grad in zip(places, vjp(tuple(grads))):
             result[place] = grad
         return tuple(result)

@@ -13,7 +13,7 @@ from torch import Tensor
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import cpu_unfused
 from rocm_attn_compile.ops.checks import DTYPES, EMPTY_ROWS, OUT_LAYOUTS
-from rocm_attn_compile.ops.cpu_mask import empty_rows_of, fused_mask
+from rocm_attn_compile.ops.cpu_mask import empty_rows_of, fused_mask, with_alibi
 from rocm_attn_compile.ops.cpu_unfused import may_be_true, sink_share
 from rocm_attn_compile.ops.reference import NEG_INF
 from rocm_attn_compile.ops.reference import forward as reference_forward
@@ -38,6 +38,7 @@ def forward(
     kv_ids: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     *,
     softmax_scale: float,
     logits_soft_cap: float | None = None,
@@ -60,6 +61,7 @@ def forward(
         and attn_bias is None
         and sinks is None
         and dropout_seed is None
+        and alibi_slopes is None
         and logits_soft_cap is None
         and not dropout_p
         and empty_rows in EMPTY_ROWS
@@ -71,7 +73,8 @@ def forward(
         if is_causal is not None:
             out, lse = _fused(q, k, v, 0.0, is_causal, scale=softmax_scale)
             return with_layout(out, out_layout), lse.contiguous()
-    check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, dropout_p, empty_rows, out_layout)
+    check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, alibi_slopes, dropout_p, empty_rows, out_layout)
+    attn_bias = with_alibi(attn_bias, alibi_slopes, q.shape[2], k.shape[2])
     # Views made below are returned: they must not be tracked as views of a hidden base, or in-place changes would fail.
     with _no_view_tracking():
         if q.numel() == 0 or k.numel() == 0:

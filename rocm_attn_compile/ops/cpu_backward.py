@@ -14,7 +14,7 @@ from rocm_attn_compile.ops.cpu import (
     simple_band,
     takes_fused,
 )
-from rocm_attn_compile.ops.cpu_mask import fused_mask
+from rocm_attn_compile.ops.cpu_mask import fused_mask, with_alibi
 from rocm_attn_compile.ops.cpu_unfused import may_be_true
 from rocm_attn_compile.ops.reference import NEG_INF
 from rocm_attn_compile.ops.schemas import check_backward_inputs, check_inputs, empty_grad, lse_dtype
@@ -39,6 +39,7 @@ def backward(
     kv_ids: Tensor | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
+    alibi_slopes: Tensor | None,
     out: Tensor,
     lse: Tensor,
     softmax_scale: float,
@@ -62,6 +63,7 @@ def backward(
         and kv_ids is None
         and attn_bias is None
         and sinks is None
+        and alibi_slopes is None
         and can_fuse(q, k, v)
         and grad_out.shape == shape
         and out.shape == shape
@@ -83,8 +85,9 @@ def backward(
             return _like(dq, q), _like(dk, k), _like(dv, v), q.new_empty((0,)), q.new_empty((0,))
     wants_dbias = output_mask[3] and attn_bias is not None
     with _torch_private.below_autograd_and_views():
-        check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, dropout_p, empty_rows)
+        check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, alibi_slopes, dropout_p, empty_rows)
         check_backward_inputs(grad_out, q, v, out, lse)
+        own_bias, attn_bias = attn_bias, with_alibi(attn_bias, alibi_slopes, q.shape[2], k.shape[2])
         is_empty_input = not (q.numel() and k.numel())
         if not is_empty_input and not wants_dbias and takes_fused_backward(q, k, v, logits_soft_cap, dropout_p):
             is_causal, mask = fused_mask(q, k, attn_bias, *masks, softmax_scale, band_lower, band_upper)
@@ -92,17 +95,20 @@ def backward(
                 grad_out, q, k, v, attn_bias, sinks, out, lse, is_causal, mask, softmax_scale, empty_rows
             )
             if grads is not None:
-                return _wanted(grads, (q, k, v, attn_bias, sinks), output_mask)
+                return _wanted(grads, (q, k, v, own_bias, sinks), output_mask)
         if not is_empty_input:
             numbers = (softmax_scale, logits_soft_cap, dropout_p)
             all_masks = (*masks, band_lower, band_upper)
-            grads = cpu_unfused.backward(
+            dq, dk, dv, dbias, dsinks = cpu_unfused.backward(
                 grad_out, q, k, v, attn_bias, all_masks, sinks, dropout_seed, out, *numbers, empty_rows, wants_dbias
             )
-            return _wanted(grads, (q, k, v, attn_bias, sinks), output_mask)
+            if dbias is not None and own_bias is not None:
+                dbias = dbias.sum_to_size(own_bias.shape)
+            grads = (dq, dk, dv, dbias, dsinks)
+            return _wanted(grads, (q, k, v, own_bias, sinks), output_mask)
         return reference_impl.backward(
-            grad_out, q, k, v, attn_bias, *masks, sinks, dropout_seed, out, lse, softmax_scale, logits_soft_cap,
-            band_lower, band_upper, dropout_p, empty_rows, output_mask,
+            grad_out, q, k, v, own_bias, *masks, sinks, dropout_seed, alibi_slopes, out, lse, softmax_scale,
+            logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, output_mask,
         )  # fmt: skip
 
 

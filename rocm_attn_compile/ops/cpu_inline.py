@@ -41,17 +41,17 @@ def forward(_name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
 def backward(_name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     """The same for the backward. Its fused kernel reads lse, and whether that is exact depends on values:
 
-    * a bias of finfo.min leaves an lse that has lost log N;
+    * a bias of finfo.min, or a row without a near key under ALiBi, leaves an lse that has lost log N;
     * an empty row whose fill was added has gradients that only the unfused code computes.
     """
     if _torch_private.is_recomputed() or not _is_traced_right(arguments["q"]):
         return None
-    q, k, v, attn_bias = (arguments[name] for name in ("q", "k", "v", "attn_bias"))
+    q, k, v, attn_bias, slopes = (arguments[name] for name in ("q", "k", "v", "attn_bias", "alibi_slopes"))
     wants_dbias = attn_bias is not None and arguments["output_mask"][3]
     numbers = (arguments["logits_soft_cap"], arguments["dropout_p"])
     if not wants_dbias and cpu_backward.takes_fused_backward(q, k, v, *numbers):
         fill_was_added = arguments["empty_rows"] == "mean_added" and arguments["sinks"] is None
-        if attn_bias is not None or fill_was_added or _has_groups(q, k):
+        if attn_bias is not None or slopes is not None or fill_was_added or _has_groups(q, k):
             return None
     return partial(cpu_backward.backward, **arguments)
 

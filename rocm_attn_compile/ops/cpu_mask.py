@@ -7,10 +7,18 @@ from torch import Tensor
 
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops.checks import DTYPES
-from rocm_attn_compile.ops.reference import NEG_INF, keep_mask
+from rocm_attn_compile.ops.reference import NEG_INF, alibi_bias, keep_mask
 from rocm_attn_compile.ops.schemas import lse_dtype
 
 _KEPT_DROPPED = {dtype: (torch.tensor(0.0, dtype=dtype), torch.tensor(NEG_INF, dtype=dtype)) for dtype in DTYPES}
+
+
+def with_alibi(attn_bias: Tensor | None, alibi_slopes: Tensor | None, q_len: int, kv_len: int) -> Tensor | None:
+    """All that is added to the scores as one tensor; None if nothing is."""
+    if alibi_slopes is None:
+        return attn_bias
+    alibi = alibi_bias(alibi_slopes, q_len, kv_len)
+    return alibi if attn_bias is None else attn_bias.to(alibi.dtype) + alibi
 
 
 def fused_mask(

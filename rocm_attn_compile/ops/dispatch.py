@@ -100,7 +100,7 @@ def run_backward_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
 
 _TENSORS = ("grad_out", "q", "k", "v", "attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids")
 _BACKWARD_NAMES = (
-    *_TENSORS, "sinks", "dropout_seed", "out", "lse", "softmax_scale", "logits_soft_cap", "band_lower", "band_upper",
+    *_TENSORS, "sinks", "dropout_seed", "alibi_slopes", "out", "lse", "softmax_scale", "logits_soft_cap", "band_lower", "band_upper",
     "dropout_p", "empty_rows",
 )  # fmt: skip
 

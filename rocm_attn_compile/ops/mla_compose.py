@@ -68,6 +68,7 @@ def prefill_backward(
         kv_ids=None,
         sinks=None,
         dropout_seed=None,
+        alibi_slopes=None,
         out=out,
         lse=lse,
         logits_soft_cap=None,

@@ -55,9 +55,19 @@ def scores(q: Tensor, k: Tensor, softmax_scale: float, logits_soft_cap: float | 
     return s if logits_soft_cap is None else logits_soft_cap * torch.tanh(s / logits_soft_cap)
 
 
-def logits(capped: Tensor, attn_bias: Tensor | None) -> Tensor:
-    """Scores with the bias added, after the cap and before the masks."""
-    return capped if attn_bias is None else capped + attn_bias.to(capped.dtype)
+def logits(capped: Tensor, attn_bias: Tensor | None, alibi_slopes: Tensor | None = None) -> Tensor:
+    """Scores with the biases added, after the cap and before the masks."""
+    s = capped if attn_bias is None else capped + attn_bias.to(capped.dtype)
+    return s if alibi_slopes is None else s + alibi_bias(alibi_slopes.to(s.dtype), s.shape[2], s.shape[3])
+
+
+def alibi_bias(slopes: Tensor, q_len: int, kv_len: int) -> Tensor:
+    """`-slopes * |k - q - (kv_len - q_len)|`, `(B|1, H, M, N)` in the dtype of `slopes`, which are `(H,)` or `(B, H)`."""
+    key = torch.arange(kv_len, device=slopes.device)
+    query = torch.arange(kv_len - q_len, kv_len, device=slopes.device)
+    distance = (key - query[:, None]).abs().to(slopes.dtype)
+    slopes = slopes[None, :, None, None] if slopes.dim() == 1 else slopes[:, :, None, None]
+    return distance * -slopes
 
 
 def keep_mask(
@@ -150,6 +160,7 @@ def forward(
     kv_ids: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_keep: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     *,
     softmax_scale: float,
     logits_soft_cap: float | None = None,
@@ -164,7 +175,7 @@ def forward(
         `out` `(B, H, M, E)` in q's dtype, 0 where there are no keys at all (N == 0); `lse` `(B, H, M)`, natural log,
         with the sink, -inf for empty rows; not differentiable.
     """
-    s = logits(scores(q, k, softmax_scale, logits_soft_cap), attn_bias)
+    s = logits(scores(q, k, softmax_scale, logits_soft_cap), attn_bias, alibi_slopes)
     if k.shape[2] == 0:
         return _no_keys(q, v, s, sinks)
     masks = (attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, band_lower, band_upper)
@@ -189,6 +200,7 @@ def backward(
     kv_ids: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_keep: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     *,
     softmax_scale: float,
     logits_soft_cap: float | None = None,
@@ -208,7 +220,7 @@ def backward(
         dsinks = None if sinks is None else torch.zeros_like(sinks)
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dbias, dsinks
     capped = scores(q, k, softmax_scale, logits_soft_cap)
-    s = logits(capped, attn_bias)
+    s = logits(capped, attn_bias, alibi_slopes)
     masks = (attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, band_lower, band_upper)
     p, sink, _, is_empty = weights(s, keep_mask(q.shape[2], k.shape[2], q.device, *masks), sinks, empty_rows)
     grad = group_rows(grad_out.to(dtype), K)

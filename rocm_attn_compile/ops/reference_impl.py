@@ -23,6 +23,7 @@ def forward(
     kv_ids: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     *,
     dropout_p: float = 0.0,
     empty_rows: str = "nan",
@@ -31,9 +32,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The op `attention` without impl."""
     optionals = (attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks)
-    check_inputs(q, k, v, *optionals, dropout_seed, dropout_p, empty_rows, out_layout)
+    check_inputs(q, k, v, *optionals, dropout_seed, alibi_slopes, dropout_p, empty_rows, out_layout)
     keep = _dropout_keep(q, k, dropout_seed, dropout_p)
-    out, lse = reference.forward(q, k, v, *optionals, keep, dropout_p=dropout_p, empty_rows=empty_rows, **settings)
+    out, lse = reference.forward(
+        q, k, v, *optionals, keep, alibi_slopes, dropout_p=dropout_p, empty_rows=empty_rows, **settings
+    )
     return empty_out(q, v, out_layout).copy_(out), lse.contiguous()
 
 
@@ -51,6 +54,7 @@ def backward(
     kv_ids: Tensor | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
+    alibi_slopes: Tensor | None,
     out: Tensor,
     lse: Tensor,
     softmax_scale: float,
@@ -63,7 +67,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `attention_backward` without impl; out and lse are not used."""
     optionals = (attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks)
-    check_inputs(q, k, v, *optionals, dropout_seed, dropout_p, empty_rows)
+    check_inputs(q, k, v, *optionals, dropout_seed, alibi_slopes, dropout_p, empty_rows)
     check_backward_inputs(grad_out, q, v, out, lse)
     grads = reference.backward(
         grad_out,
@@ -72,6 +76,7 @@ def backward(
         v,
         *optionals,
         _dropout_keep(q, k, dropout_seed, dropout_p),
+        alibi_slopes,
         softmax_scale=softmax_scale,
         logits_soft_cap=logits_soft_cap,
         band_lower=band_lower,

@@ -35,6 +35,7 @@ OPTIONAL_TENSORS = (
     "kv_ids",
     "sinks",
     "dropout_seed",
+    "alibi_slopes",
 )
 """The optional tensor arguments, in schema order, after q, k, v."""
 
@@ -103,6 +104,7 @@ def check_inputs(
     kv_ids: Tensor | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
+    alibi_slopes: Tensor | None,
     dropout_p: float,
     empty_rows: str,
     out_layout: str = "bhsd",
@@ -141,6 +143,10 @@ def check_inputs(
     if sinks is not None:
         check_shape("sinks", sinks, (H,))
         check_dtype("sinks", sinks, sinks.dtype.is_floating_point, "a float dtype")
+    if alibi_slopes is not None:
+        check_shape("alibi_slopes", alibi_slopes, (H,) if alibi_slopes.dim() == 1 else (B, H))
+        wide = lse_dtype(q.dtype)
+        check_dtype("alibi_slopes", alibi_slopes, alibi_slopes.dtype == wide, f"{wide} beside q of {q.dtype}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; allowed is 0 <= dropout_p < 1")
     if dropout_seed is not None:
@@ -150,7 +156,7 @@ def check_inputs(
     elif dropout_p > 0.0:
         raise ValueError(f"dropout_p is {dropout_p} without dropout_seed; give an int64 tensor of one element")
     check_words(empty_rows, out_layout)
-    others = (k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed)
+    others = (k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes)
     for name, other in zip(("k", "v", *OPTIONAL_TENSORS), others):
         if other is not None and other.device != q.device:
             raise ValueError(f"{name} is on {other.device}, q on {q.device}; move it")
@@ -178,6 +184,7 @@ def _attention_fake(
     kv_ids: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     block_table: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
@@ -192,7 +199,7 @@ def _attention_fake(
     impl: str = "",
 ) -> tuple[Tensor, Tensor]:
     q, k, v, *_ = resolved((q, k, v, *[None] * 4, kv_end, block_table, k_scale, v_scale), 8)
-    optionals = (attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed)
+    optionals = (attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes)
     check_inputs(q, k, v, *optionals, dropout_p, empty_rows, out_layout)
     return empty_out(q, v, out_layout), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
@@ -211,6 +218,7 @@ def _attention_backward_fake(
     kv_ids: Tensor | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
+    alibi_slopes: Tensor | None,
     out: Tensor,
     lse: Tensor,
     softmax_scale: float,
@@ -222,7 +230,7 @@ def _attention_backward_fake(
     impl: str,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    optionals = (attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed)
+    optionals = (attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes)
     check_inputs(q, k, v, *optionals, dropout_p, empty_rows)
     check_backward_inputs(grad_out, q, v, out, lse)
     dq, dk, dv, dbias, dsinks = (

@@ -16,12 +16,13 @@ from torch import Tensor
 from rocm_attn_compile.ops.reference import keep_mask
 from rocm_attn_compile.ops.schemas import LIBRARY, NAMESPACE, attention, attention_backward, dropout_keep_mask
 
-_Q, _K, _V, _BIAS, _MASK, _KEY_MASK, _SINKS, _SEED = 0, 1, 2, 3, 4, 5, 10, 11
+_Q, _K, _V, _BIAS, _MASK, _KEY_MASK, _SINKS, _SEED, _SLOPES = 0, 1, 2, 3, 4, 5, 10, 11, 12
+_NUM_TENSORS = 13
 _WITHOUT_HEADS = range(_KEY_MASK, _SINKS)  # key_mask, kv_start, kv_end, q_ids, kv_ids
 
 
 class _Fold:
-    """The twelve tensors of a call, mapped dimension in front, folded one way or the other.
+    """The tensors of a call, mapped dimension in front, folded one way or the other.
 
     Attributes:
         size: Of the mapped dimension.
@@ -51,8 +52,20 @@ class _Fold:
             tensor = tensor.expand(*tensor.shape[:place], whole, *tensor.shape[place + 1 :])
         return self.full(tensor, True)
 
+    def slopes(self, tensor: Tensor, is_mapped: bool) -> Tensor:
+        """Fold ALiBi's slopes, `(H,)` or `(B, H)` without the mapped dimension."""
+        if not is_mapped:
+            if tensor.dim() == 1 and not self.into_heads:
+                return tensor
+            tensor = tensor.expand(self.size, *tensor.shape)
+        if tensor.dim() == 2:
+            if self.into_heads:
+                return tensor.flatten()
+            tensor = tensor[:, None].expand(-1, self.batch, -1)
+        return self.full(tensor, True)
+
     def fold(self, wants_dbias: bool = False) -> list[Tensor | None]:
-        """The twelve tensors for one call that does the work of all."""
+        """The tensors for one call that does the work of all."""
         tensors, mapped = list(self.tensors), list(self.mapped)
         if self.into_heads and any(mapped[i] for i in _WITHOUT_HEADS):
             tensors[_MASK], mapped[_MASK] = self._dense_mask(), True
@@ -66,6 +79,8 @@ class _Fold:
             elif i == _SINKS:
                 if self.into_heads:
                     tensors[i] = (tensor if mapped[i] else tensor.expand(self.size, -1)).flatten()
+            elif i == _SLOPES:
+                tensors[i] = self.slopes(tensor, mapped[i])
             elif i in (_BIAS, _MASK) or not self.into_heads:
                 tensors[i] = self.broadcasting(tensor, mapped[i], keep_apart=wants_dbias and i == _BIAS)
         return tensors
@@ -80,7 +95,7 @@ class _Fold:
         return torch.stack(slices)
 
     def slice(self, index: int) -> list[Tensor | None]:
-        """The twelve tensors as call number `index` would get them without vmap."""
+        """The tensors as call number `index` would get them without vmap."""
         return [t[index] if t is not None and m else t for t, m in zip(self.tensors, self.mapped)]
 
     def unfold(self, tensor: Tensor) -> Tensor:
@@ -102,10 +117,10 @@ def _in_front(tensors: Any, in_dims: Any) -> tuple[list[Tensor | None], list[boo
 
 
 def _attention_vmap(info: Any, in_dims: tuple, *args: Tensor | None, **settings: Any) -> tuple[tuple, tuple]:
-    if any(tensor is not None for tensor in args[12:]):
+    if any(tensor is not None for tensor in args[_NUM_TENSORS:]):
         raise NotImplementedError("vmap over attention that reads a KV cache: gather it, or dequantise it, before")
-    args, in_dims = args[:12], in_dims[:12]
-    missing = 12 - len(args)
+    args, in_dims = args[:_NUM_TENSORS], in_dims[:_NUM_TENSORS]
+    missing = _NUM_TENSORS - len(args)
     tensors, mapped = _in_front((*args, *([None] * missing)), (*in_dims, *([None] * missing)))
     fold = _Fold(info.batch_size, tensors, mapped, into_heads=mapped[_SINKS])
     if settings.get("dropout_p", 0.0) > 0.0:
@@ -116,23 +131,23 @@ def _attention_vmap(info: Any, in_dims: tuple, *args: Tensor | None, **settings:
 
 
 def _attention_backward_vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple, tuple]:
-    moved, mapped = _in_front(args[:15], in_dims[:15])
+    moved, mapped = _in_front(args[: _NUM_TENSORS + 3], in_dims[: _NUM_TENSORS + 3])
     grad_out, *tensors, out, lse = moved
-    settings, output_mask = args[15:], args[-1]
+    settings, output_mask = args[_NUM_TENSORS + 3 :], args[-1]
     wants_dbias = output_mask[3] and tensors[_BIAS] is not None
     wants_dsinks = output_mask[4] and tensors[_SINKS] is not None
-    fold = _Fold(info.batch_size, tensors, mapped[1:13], into_heads=mapped[1 + _SINKS] or wants_dsinks)
+    fold = _Fold(info.batch_size, tensors, mapped[1 : 1 + _NUM_TENSORS], into_heads=mapped[1 + _SINKS] or wants_dsinks)
     dropout_p = settings[4]
     if dropout_p > 0.0:
         calls = []
         for index in range(info.batch_size):
             grad_i, out_i, lse_i = (
-                _given(t)[index] if mapped[place] else t for place, t in ((0, grad_out), (13, out), (14, lse))
+                _given(t)[index] if mapped[place] else t for place, t in ((0, grad_out), (-2, out), (-1, lse))
             )
             calls.append(attention_backward(grad_i, *fold.slice(index), out_i, lse_i, *settings))
         return tuple(torch.stack(results) for results in zip(*calls)), (0,) * 5
 
-    grad_out, out, lse = (fold.full(_given(t), mapped[place]) for place, t in ((0, grad_out), (13, out), (14, lse)))
+    grad_out, out, lse = (fold.full(_given(t), mapped[place]) for place, t in ((0, grad_out), (-2, out), (-1, lse)))
     dq, dk, dv, dbias, dsinks = attention_backward(grad_out, *fold.fold(wants_dbias), out, lse, *settings)
     results: list[Tensor] = []
     out_dims: list[int | None] = []

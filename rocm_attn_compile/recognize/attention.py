@@ -19,12 +19,12 @@ from ..reasons import INTERNAL_ERROR, Reason, Refusal
 from ..spec import AttentionSpec
 from ..symbolic import product
 from .alibi import with_positions
-from .axes import Atom, resolve
+from .axes import Atom, atoms_of, resolve
 from .compose import Logits, compose, sink_atoms
 from .empty_rows import score_dtype
 from .kinship import stands_between_products
 from .kv_cache import add_cache
-from .labels import scaled_source_of
+from .labels import scaled_source_of, source_of
 from .latent import add_latent
 from .live import LiveUsers
 from .masks import prove_masks
@@ -96,7 +96,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
     scale = logits.scale * q.factor * k.factor
     second = _second_operands(proof, logits, scale / logits.scale if proof.second else 1)
     if v.factor != 1:
-        v = Operand(proof.v.value, proof.v.labels.of(proof.v.value))
+        v = _scaled_values(proof.v, v, roles)
     q.factor = k.factor = 1
     q.factors, k.factors = logits.q_factors, logits.k_factors
     cap = logits.cap
@@ -160,6 +160,14 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
 def _operand(factor: Factor) -> Operand:
     source, number = scaled_source_of(factor.value)
     return Operand(source, factor.labels.of(source), factor=number)
+
+
+def _scaled_values(factor: Factor, unscaled: Operand, roles: Roles) -> Operand:
+    """v as the model scaled it, if it did so before it repeated the heads; else scaled by the rewrite."""
+    scaled = source_of(factor.value)
+    dims = factor.labels.of(scaled)
+    is_repeated = bool({*atoms_of(dims)} & {*roles.groups})
+    return unscaled if is_repeated and isinstance(unscaled.factor, (int, float)) else Operand(scaled, dims)
 
 
 def _second_operands(proof: Proof, logits: Logits, first_factor) -> list[tuple[Operand, Operand, list[Atom]]]:

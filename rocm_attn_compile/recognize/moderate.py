@@ -59,7 +59,8 @@ def _judge(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
     if value.name in _UNBOUNDED:
         return False
     if value.name == "div":
-        return number_of(value.args[1]) not in (None, 0) and _is_moderate(value.args[0], live, known)
+        divisor = _number(value.args[1])
+        return divisor is not None and abs(divisor) * _LARGEST >= 1 and _is_moderate(value.args[0], live, known)
     if value.name == "pow":  # ALiBi's slopes are powers of a number
         return number_of(value.args[0]) not in (None, 0) and _is_free_of_inputs(value)
     return all(_is_moderate(t, live, known) for t in tensors)
@@ -67,6 +68,19 @@ def _judge(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
 
 def _is_small(number: float) -> bool:
     return math.isfinite(number) and abs(number) <= _LARGEST
+
+
+def _number(value: object) -> float | None:
+    """The number that a divisor is, also one that is computed from numbers: DeBERTa's square root of a head size."""
+    number = number_of(value)
+    if isinstance(number, (int, float)):
+        return number
+    if not isinstance(value, Value) or isinstance(value.op, str) or value.name not in ("sqrt", "mul"):
+        return None
+    factors = [factor for factor in map(_number, value.args) if factor is not None and factor >= 0]
+    if len(factors) < len(value.args):
+        return None
+    return math.sqrt(factors[0]) if value.name == "sqrt" else math.prod(factors)
 
 
 def _is_learned(example: object) -> bool:

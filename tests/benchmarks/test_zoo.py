@@ -81,6 +81,10 @@ def one_key(x, weight):
     return (x @ x[..., :1, :].mT).softmax(-1) @ x[..., :1, :]
 
 
+def sdpa_of_one_key(x, weight):
+    return nn.functional.scaled_dot_product_attention(x, x[..., :1, :], x[..., :1, :])
+
+
 @pytest.mark.parametrize(
     ("function", "softmax", "calls"),
     [
@@ -95,6 +99,7 @@ def one_key(x, weight):
         (pooling, 0, 0),
         (over_queries, 0, 0),
         (one_key, 0, 0),
+        (sdpa_of_one_key, 0, 0),
     ],
 )
 def test_sites_are_counted_by_watching(function, softmax, calls):
@@ -132,7 +137,7 @@ def test_the_page_names_what_is_wrong_and_what_is_missed():
     text = page(rows, 4.0)
     assert "`score_op`" in text
     assert "w (eager, forward): **wrong**: far off" in text
-    assert "| transformers | eager, forward | 2 | 2 | 4 | 2 (50.0%) | 2 | 2 (100.0%) | 1 of 2 | - |" in text
+    assert "| transformers | eager, forward | 2 | 2 | 4 | 2 (50.0%) | 2 | 2 (100.0%) | 1 of 2 | - | - |" in text
     assert "- f: not built; no weights" in text
 
 

@@ -285,6 +285,25 @@ def test_a_result_that_differs_from_dynamos_is_opaque():
     assert trace.values[-1].op == "opaque" and trace.values[-1].shape == (3, 5)
 
 
+def test_einops_in_a_graph_is_looked_into():
+    """Dynamo of torch 2.11 leaves it whole, and learned sinks and biases that passed through it were refused."""
+
+    def einops(name):
+        def function(tensor, _):
+            return tensor.permute(2, 0, 1)
+
+        function.__module__, function.__name__ = "einops.einops", name
+        return function
+
+    def build(graph, placeholders):
+        moved = graph.call_function(einops("rearrange"), (placeholders[0], "i j h -> h i j"))
+        return graph.call_function(einops("reduce"), (moved, "h i j -> j h i"))  # it may call anything
+
+    trace = capture(graph_of(1, build), [torch.randn(3, 4, 5)])
+    assert [value.name for value in trace.values if value.op != "opaque"] == ["input", "permute"]
+    assert [node.target.__name__ for node, _, _ in trace.not_executed] == ["reduce"]
+
+
 def test_modules_called_whole_are_opaque_and_may_write_attributes():
     class Model(torch.nn.Module):
         def __init__(self):

@@ -119,8 +119,8 @@ class Case:
     def run(self, function: Any, dtype: torch.dtype) -> list:
         """Results, gradients and what is in the inputs afterwards."""
         inputs = self.make_inputs(dtype)
+        leaves = [t for t in inputs if t.requires_grad]  # before a write makes a cache require grad, too
         results = function(*[t.clone() if t.requires_grad else t for t in inputs])
-        leaves = [t for t in inputs if t.requires_grad]
         gradients: tuple = (None,) * len(leaves)
         outputs = [r for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
         if leaves and outputs:
@@ -229,6 +229,10 @@ def _compare(case: Case, actual: list, eager: list, exact: list, allows_nan: boo
         [1.0, *(float(t.double().abs().nan_to_num(0, 0).max()) for t in exact if t is not None and t.numel())]
     )
     floor = 16 * torch.finfo(case.dtype).eps * largest
+    # The gradient of the scores is p * (dp - delta), two products which cancel where a weight is nearly one. Eager sums
+    # delta from the same dp, so that it cancels to the bit; a fused backward has it from grad_out and out.
+    gradient_floor = floor * largest if case.dtype == torch.float32 else floor
+    results = len(actual) - len(case.inputs) - sum(case.grads)
     for i, (got, want, wide) in enumerate(zip(actual, eager, exact, strict=True)):
         if want is None or got is None or wide is None:
             other = got if want is None else want
@@ -241,4 +245,6 @@ def _compare(case: Case, actual: list, eager: list, exact: list, allows_nan: boo
         overflown = wide.isfinite() & ~want.isfinite()
         got, want = torch.where(overflown, wide.to(got), got), torch.where(overflown, wide.to(want), want)
         measured = accuracy(got, want, wide.double(), factor=6.0)
-        assert measured.ok or measured.max_error <= floor, f"result {i}: {measured}"
+        is_gradient = results <= i < results + sum(case.grads)
+        noise = gradient_floor if is_gradient else floor
+        assert measured.ok or measured.max_error <= noise, f"result {i}: {measured}"

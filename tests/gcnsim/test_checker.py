@@ -28,7 +28,7 @@ def attention() -> Launch:
     """A forward launch on CPU tensors, with LDS traffic between its waves."""
     q, k, v = (torch.randn((1, 1, length, 64), dtype=torch.float16) for length in (150, 141, 141))
     launches, out, lse = forward_launch.forward_launches(
-        q, k, v, *[None] * 9, 0.125, None, None, 9, 0.0, "zero", "bhsd", tuning=Tuning(arch=ARCH, num_splits=1)
+        q, k, v, *[None] * 10, 0.125, None, None, 9, 0.0, "zero", "bhsd", tuning=Tuning(arch=ARCH, num_splits=1)
     )  # fmt: skip
     out.zero_(), lse.zero_()
     return launches[0]

@@ -86,6 +86,13 @@ def feature_cases() -> list[dict[str, Any]]:
         case("sinks", sinks=True, H=3, band_upper=4),
         case("sinks-empty", sinks=True, mask=FULL, empty=("mask_rows",), empty_rows="nan"),
         case("sinks-bias", sinks=True, bias=FULL, soft_cap=3.0),
+        case("alibi", H=3, alibi=True),
+        case("alibi-causal-gqa", H=6, K=2, band_upper=16, alibi="batch"),
+        case("alibi-more-queries", M=40, N=20, H=2, alibi=True, band_upper=0),
+        case("alibi-bias-sinks-soft-cap", H=2, alibi="batch", bias=FULL, sinks=True, soft_cap=2.0),
+        case("alibi-bias-finfo-min", H=2, alibi=True, bias=FULL, bias_kind="finfo_min"),
+        case("alibi-far-keys", M=40, N=200, band_upper=10, alibi=True, scale=-0.4, dtype=torch.float16),
+        case("alibi-empty-mean-added", H=2, alibi=True, mask=FULL, empty=("mask_rows",), empty_rows="mean_added"),
         case("dropout", dropout_p=0.3, H=2),
         case("dropout-long-seed", dropout_p=0.6, dropout_seed=2**45 + 7, bias=FULL, band_upper=3),
         case("packed-qkv", layout="packed", M=37, H=2, band_upper=0, out_layout="bshd"),
@@ -154,6 +161,7 @@ def random_cases(count: int) -> list[dict[str, Any]]:
                 soft_cap=maybe(2.5),
                 sinks=maybe(True, 0.2),
                 dropout_p=maybe(0.25, 0.2) or 0.0,
+                alibi=maybe("batch", 0.3),
                 empty_rows=mode,
                 out_layout=rng.choice(("bhsd", "bshd")),
             )
@@ -225,6 +233,7 @@ def decode_cases() -> list[dict[str, Any]]:
             case(f"decode-static-cache-{tag}", M=2, limits=(True, True), **shared),
             case(f"decode-bias-sinks-{tag}", M=4, bias=FULL, sinks=True, soft_cap=3.0, **shared),
             case(f"decode-finfo-min-{tag}", M=4, bias=FULL, bias_kind="finfo_min", **shared),
+            case(f"decode-alibi-{tag}", M=3, alibi="batch", sinks=True, band_upper=85, **shared),
             case(f"decode-mask-ids-{tag}", M=4, mask=FULL, ids=True, key_mask=True, empty_rows="zero", **shared),
         ]
         for mode in ("nan", "nan_added", "zero", "mean", "mean_added"):

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TENSOR_NAMES = ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids", "sinks", "dropout_seed")
+TENSOR_NAMES = ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids", "sinks", "dropout_seed",
+                "alibi_slopes")  # fmt: skip
 GRADIENTS = ("q", "k", "v", "attn_bias", "sinks")
 
 
@@ -24,8 +25,9 @@ def make_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, Te
         case: sizes B, H, K, M, N, D, E; dtype; seed; layout ("bhsd", "packed", "k_transposed", "expanded");
             bias, mask: shape as a 4-tuple of bools (True is the full size, False is 1); bias_kind ("normal", "holes",
             "finfo_min", "minus_1e9"); key_mask, limits, ids: bool; band_lower, band_upper; soft_cap; sinks;
-            dropout_p; empty: kinds of rows to empty; empty_rows; out_layout; scale; page: block size of a paged cache,
-            which divides N; kv_dtype: a float8, with a scale per head for k and one for v.
+            alibi (True or "batch"); dropout_p; empty: kinds of rows to empty; empty_rows; out_layout; scale;
+            page: block size of a paged cache, which divides N; kv_dtype: a float8, with a scale per head for k and one
+            for v.
         device: Where the tensors go. Values do not depend on it.
     """
     generator = torch.Generator().manual_seed(case.get("seed", 0))
@@ -94,6 +96,11 @@ def make_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, Te
             tensors["q_ids"][:, -2:] = 7
     if case.get("sinks"):
         tensors["sinks"] = normal(H)
+    if case.get("alibi"):
+        # As ALiBi has them, from 1/2 on, and one of the other sign; "batch": of each entry of the batch.
+        slopes = torch.pow(2.0, -torch.arange(1.0, H + 1)) * torch.where(torch.arange(H) % 5 == 4, -0.1, 1.0)
+        batches = torch.linspace(1.0, 1.5, B)[:, None]
+        tensors["alibi_slopes"] = batches * slopes if case["alibi"] == "batch" else slopes
     if case.get("dropout_p"):
         tensors["dropout_seed"] = torch.tensor([case.get("dropout_seed", 12345)])
     tensors = {"q": q, "k": k, "v": v, **{name: t if t is None else t.to(device) for name, t in tensors.items()}}
@@ -190,6 +197,16 @@ def keep_pairs(tensors: dict[str, Tensor | None], scalars: dict[str, Any], shape
     return keep
 
 
+def alibi(tensors: dict[str, Tensor | None], dtype: torch.dtype) -> Tensor:
+    """`-slope * |distance|`, the last query at the last key, up to `(B, H, M, N)`; 0 without slopes."""
+    slopes, q, k = tensors["alibi_slopes"], tensors["q"], tensors["k"]
+    if slopes is None:
+        return torch.zeros((), dtype=dtype, device=q.device)
+    M, N = q.shape[2], k.shape[2]
+    ends = torch.arange(M, device=q.device)[:, None] - M - (torch.arange(N, device=q.device) - N)
+    return -slopes.to(dtype).view(-1, q.shape[1], 1, 1) * ends.abs().to(dtype)
+
+
 def oracle(
     tensors: dict[str, Tensor | None], scalars: dict[str, Any], dtype: torch.dtype, grad_out: Tensor | None = None
 ) -> dict[str, Tensor]:
@@ -210,6 +227,7 @@ def oracle(
         s = cap * torch.tanh(s / cap)
     if "attn_bias" in leaves:
         s = s + leaves["attn_bias"]
+    s = s + alibi(tensors, dtype)
     keep = keep_pairs(tensors, scalars, tuple(s.shape))
     masked = s + torch.where(keep, 0.0, -math.inf).to(dtype)
     empty = (masked.detach().amax(-1) == -math.inf).unsqueeze(-1)
@@ -267,6 +285,7 @@ def magnitudes(
         s = scalars["logits_soft_cap"] * torch.tanh(s / scalars["logits_soft_cap"])
     if tensors["attn_bias"] is not None:
         s = s + tensors["attn_bias"].double()
+    s = s + alibi(tensors, torch.float64)
     p = torch.where(keep_pairs(tensors, scalars, tuple(s.shape)), s - lse.unsqueeze(-1), -math.inf).exp().clamp(max=1.0)
     p = torch.where(p.sum(-1, keepdim=True) == 0, 1.0 / p.shape[-1], p)
     ds = p * dp + p * (p * dp).sum(-1, keepdim=True)

@@ -94,7 +94,7 @@ def test_the_forward_kernel_reads_keys_without_bank_conflicts(arch: str) -> None
     """With tl.trans of a pipelined tile it took 5 to 6 times the clocks: see configs.transposes_keys."""
     q, k, v = (torch.randn((1, 2, length, 64)).bfloat16() for length in (141, 150, 150))
     with simulated_device(arch, banks=True, races=False) as device:
-        attention_forward(q, k, v, *[None] * 9, 0.125, None, None, 9, 0.0, "zero")
+        attention_forward(q, k, v, *[None] * 10, 0.125, None, None, 9, 0.0, "zero")
     (run,) = device.runs
     assert run.report.lds_ideal > 0
     assert run.report.lds_cycles < 1.5 * run.report.lds_ideal

@@ -52,6 +52,10 @@ def bool_mask(*shape: int, keep: float = 0.6) -> Tensor:
     return mask
 
 
+def slopes(*shape: int) -> Tensor:
+    return torch.rand(*shape, dtype=torch.float64)
+
+
 CASES: dict[str, Callable[[], Call]] = {
     "plain": lambda: make(),
     "one-by-one": lambda: make(M=1, N=1),
@@ -110,6 +114,13 @@ CASES: dict[str, Callable[[], Call]] = {
     "sinks-window-gqa": lambda: make({"sinks": randn(6)}, H=6, M=9, band_lower=-3, band_upper=0),
     "sinks-none": lambda: make({"sinks": torch.full((2,), -INF, dtype=torch.float64)}),
     "sinks-decode": lambda: make({"sinks": randn(6)}, H=6, M=1),
+    "alibi": lambda: make({"alibi_slopes": slopes(2)}),
+    "alibi-causal-gqa": lambda: make({"alibi_slopes": slopes(6)}, H=6, band_upper=2),
+    "alibi-batch-sinks": lambda: make({"alibi_slopes": slopes(2, 2), "sinks": randn(2)}, M=11, N=5),
+    "alibi-bias-soft-cap": lambda: make(
+        {"alibi_slopes": slopes(2), "attn_bias": randn(2, 1, 7, 1)}, logits_soft_cap=1.5
+    ),
+    "alibi-decode": lambda: make({"alibi_slopes": slopes(6)}, H=6, M=1),
     "soft-cap": lambda: make(logits_soft_cap=1.5),
     "soft-cap-gqa-window": lambda: make(H=6, M=9, logits_soft_cap=1.5, band_lower=-2, band_upper=0),
     "soft-cap-bias-sinks": lambda: make({"attn_bias": randn(1, 2, 1, 9), "sinks": randn(2)}, logits_soft_cap=2.0),
@@ -129,6 +140,7 @@ CASES: dict[str, Callable[[], Call]] = {
             "q_ids": torch.zeros(1, 7, dtype=torch.int32),
             "kv_ids": torch.zeros(2, 9, dtype=torch.int32),
             "sinks": randn(4),
+            "alibi_slopes": slopes(2, 4),
         },
         H=4,
         E=6,

@@ -37,7 +37,9 @@ class Call:
     def to(self, dtype: torch.dtype) -> Call:
         """The same with every float tensor in `dtype`, strides kept, as new leaves that require grad."""
 
-        def convert(t: Tensor) -> Tensor:
+        def convert(t: Tensor, name: str = "") -> Tensor:
+            if name == "alibi_slopes":
+                return t.to(torch.promote_types(dtype, torch.float32))
             if not t.is_floating_point():
                 return t
             new = torch.empty_strided(t.shape, t.stride(), dtype=dtype) if is_injective(t) else t.to(dtype)
@@ -45,7 +47,7 @@ class Call:
                 new.copy_(t)
             return new.detach().requires_grad_()
 
-        tensors = {name: convert(t) for name, t in self.tensors.items()}
+        tensors = {name: convert(t, name) for name, t in self.tensors.items()}
         return replace(self, q=convert(self.q), k=convert(self.k), v=convert(self.v), tensors=tensors)
 
 
@@ -90,6 +92,10 @@ def attend(call: Call, dropout_keep: Tensor | None = None) -> tuple[Tensor, Tens
     scores = scores.to(wide)
     if "attn_bias" in given:
         scores = scores + given["attn_bias"].to(wide)
+    if "alibi_slopes" in given:
+        M, N = scores.shape[2:]
+        to_the_left = torch.arange(M)[:, None] + (N - M) - torch.arange(N)
+        scores = scores - given["alibi_slopes"].to(wide).view(-1, q.shape[1], 1, 1) * to_the_left.abs()
     keep = keep_of(call)
     mode = settings.get("empty_rows", "nan")
     hidden = scores.detach().masked_fill(~keep, -INF)

@@ -74,7 +74,9 @@ def test_forward_and_gradients(name):
     assert traced.is_forward_inlined == (right and (is_inlined or is_fused_decode))
     # The unfused code, in which groups cost nothing, computes the gradients of a bias and of a single query.
     is_unfused = "attn_bias" in call.tensors or call.q.shape[2] == 1
-    assert traced.is_backward_inlined == (right and (is_inlined or is_unfused))
+    # The fused backward of ALiBi looks at lse, which a trace cannot.
+    looks_at_lse = "alibi_slopes" in call.tensors and "logits_soft_cap" not in call.settings
+    assert traced.is_backward_inlined == (right and (is_unfused or (is_inlined and not looks_at_lse)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -10,7 +10,8 @@ from torch.library import opcheck
 
 import rocm_attn_compile.ops as ops
 
-NAMES = ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids", "sinks", "dropout_seed")
+NAMES = ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids", "sinks", "dropout_seed",
+         "alibi_slopes")  # fmt: skip
 CHECKED = {
     "causal-square": torch.float32,
     "gqa-causal": torch.bfloat16,

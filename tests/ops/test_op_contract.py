@@ -49,6 +49,9 @@ BAD = {
     "kv_start shape": ({"kv_start": torch.zeros(5, dtype=torch.int64)}, "kv_start is"),
     "one id tensor": ({"q_ids": torch.zeros(2, 5, dtype=torch.int64)}, "both or neither"),
     "sinks shape": ({"sinks": torch.zeros(2)}, "sinks is"),
+    "slopes shape": ({"alibi_slopes": torch.zeros(2)}, r"alibi_slopes is \(2,\); need \(4\)"),
+    "slopes batch": ({"alibi_slopes": torch.zeros(1, 4)}, r"alibi_slopes is \(1, 4\); need \(2, 4\)"),
+    "slopes dtype": ({"alibi_slopes": torch.zeros(4, dtype=torch.bfloat16)}, "need torch.float32 beside"),
     "dropout without seed": ({"dropout_p": 0.5}, "without dropout_seed"),
     "dropout of all": ({"dropout_p": 1.0, "dropout_seed": torch.tensor(1)}, "dropout_p is"),
     "seed dtype": ({"dropout_p": 0.5, "dropout_seed": torch.tensor(1.0)}, "need int64"),
@@ -72,9 +75,9 @@ def test_backward_checks_its_tensors():
     out, lse = ops.attention(q, k, k, softmax_scale=0.3)
     rest = (0.3, None, None, None, 0.0, "nan", "", [True] * 5)
     with pytest.raises(ValueError, match="grad_out is"):
-        ops.attention_backward(out[:1], q, k, k, *[None] * 9, out, lse, *rest)
+        ops.attention_backward(out[:1], q, k, k, *[None] * 10, out, lse, *rest)
     with pytest.raises(ValueError, match="lse is"):
-        ops.attention_backward(out, q, k, k, *[None] * 9, out, lse[:1], *rest)
+        ops.attention_backward(out, q, k, k, *[None] * 10, out, lse[:1], *rest)
 
 
 def test_unknown_implementation_lists_the_known():
@@ -115,11 +118,11 @@ def test_kernel_modules_are_found_lazily(monkeypatch):
     assert imported == ["rocm_attn_compile.kernels.triton.attention"]
     assert calls[0] == (3, ["softmax_scale"])
     dispatch.run_backward_gpu(
-        *[q] * 4, *[None] * 9, q, q, 0.3, None, None, None, 0.0, "nan", "TRITON_ATTN@12", [True] * 5
+        *[q] * 4, *[None] * 10, q, q, 0.3, None, None, None, 0.0, "nan", "TRITON_ATTN@12", [True] * 5
     )
     assert calls[-1] == [
         "grad_out", "q", "k", "v", "attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids",
-        "sinks", "dropout_seed", "out", "lse", "softmax_scale", "logits_soft_cap", "band_lower", "band_upper",
+        "sinks", "dropout_seed", "alibi_slopes", "out", "lse", "softmax_scale", "logits_soft_cap", "band_lower", "band_upper",
         "dropout_p", "empty_rows", "output_mask",
     ]  # fmt: skip
 

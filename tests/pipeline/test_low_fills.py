@@ -107,6 +107,34 @@ def test_a_learned_bias_beside_a_finite_fill_leaves_the_mask_in_closed_form():
     assert sites()[0].data["mask"]["band_upper"] == 0
 
 
+def test_a_product_of_parameters_over_a_square_root_is_no_mask():
+    """DeBERTa-v2 in training was refused: its divisor is the root of a number that is a tensor."""
+    positions = torch.nn.Parameter(rand(H, M, 8))
+
+    def function(q, k, v):
+        scale = torch.sqrt(torch.tensor(q.shape[-1], dtype=torch.float) * 3).to(q.dtype)
+        bias = (positions @ positions.mT).to(q.dtype) / scale
+        return (q @ k.mT / scale + bias).masked_fill(dropped(), torch.finfo(q.dtype).min).softmax(-1) @ v
+
+    check(function, square, calls=1, trains=True)
+    assert sites()[0].data["mask"]["empty_rows"] == "mean"
+
+
+@pytest.mark.parametrize("divisor", [lambda q: -1e-9, lambda q: -torch.sqrt(torch.tensor(1e-18)).to(q.dtype)])
+def test_over_a_small_number_a_mask_may_be_as_low_as_a_fill(divisor):
+    def function(q, k, v, keep):
+        s = q @ k.mT + (1.0 - keep.to(q.dtype)).square() / divisor(q)
+        return s.masked_fill(~causal(M), torch.finfo(q.dtype).min).softmax(-1) @ v
+
+    check(
+        function,
+        lambda: (*square(), torch.arange(M) >= torch.tensor([3, 0])[:, None, None, None]),
+        calls=0,
+        refused="bias_beside_finite_fill",
+        trains=True,
+    )
+
+
 def test_the_log_of_a_mask_may_be_as_low_as_a_fill():
     def function(q, k, v):
         below = torch.ones(M, M).tril(-1).to(q.dtype)

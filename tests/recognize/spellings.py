@@ -334,6 +334,20 @@ def llama_repeat_kv(q, k, v):
 
 
 @spelling(lambda: bhsd(kv_heads=K))
+def values_scaled_before_they_are_repeated(q, k, v):
+    """MiMo-V2-Flash."""
+    v = v * 0.707
+    k, v = (x[:, :, None].expand(B, K, H // K, N, -1).reshape(B, H, N, -1) for x in (k, v))
+    return (q @ k.mT * SCALE).softmax(-1) @ v
+
+
+@spelling(lambda: bhsd(kv_heads=K))
+def values_scaled_after_they_are_repeated(q, k, v):
+    k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1) * 0.707
+    return (q @ k.mT * SCALE).softmax(-1) @ v
+
+
+@spelling(lambda: bhsd(kv_heads=K))
 def repeat_interleave(q, k, v):
     k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
     return torch.softmax(q @ k.mT * SCALE, -1) @ v

@@ -1,0 +1,44 @@
+"""The reasons why sites of public models are left alone, in the words of docs/coverage.md."""
+
+from __future__ import annotations
+
+ANOTHER = {
+    "scores_used_elsewhere": "The scores are read a second time: mixed between heads before the softmax (talking "
+    "heads), compared with their own largest values (sparse top-k), summed up to positions (CoPE), kept for other "
+    "heads or for the next layer (selective, residual attention). A fused op never has all scores of a row at once.",
+    "softmax_axis": "The weights are mixed between heads before they meet v (CaiT, DeepViT): what is summed is no "
+    "longer the axis of the softmax.",
+    "weights_used_elsewhere": "The weights are a result, too: the model returns them, decides by them (GroupViT's "
+    "assignment), mixes them (talking heads), or hands them over a graph break (JetMoe). They have to be computed in "
+    "any case; the op beside them would be q k^T a second time in the place of one product with v.",
+}
+"""Sites that are no fused attention: no op that keeps the scores to itself computes them."""
+
+CUT_OFF = "no_contraction, graph break"
+LEFT = {
+    "mixed_fills": "In training only: a causal mask that is a buffer, of contents nobody knows when compiling, and "
+    "padding that is added as the lowest number. In a row that keeps no key, eager's gradient is neither that of the "
+    "one mask nor that of the other.",
+    "bias_beside_finite_fill": "In training only: a bias of which nothing is known, a buffer or made of activations, "
+    "and a mask that writes the lowest number. Were the bias as low, eager would spread a row over masked keys.",
+    "floor_grad": "In training only: `max(scores, lowest number)` halves the gradient in rows that keep no key.",
+    "no_contraction": "Scores of overlapping chunks, written into one tensor piece by piece: several products, one "
+    "softmax.",
+    CUT_OFF: "Dynamo breaks the graph between the scores and the softmax (`.item()`), for every backend.",
+    "score_op": "Scores of global and of local keys, two products, joined before one softmax (Pegasus-X), or scores "
+    "that are clamped to a range (Grounding DINO).",
+    "bool_bias": "A bool mask is added to the scores, where it counts as 1 and masks nothing: most likely an error of "
+    "the model, so it is said and not replaced.",
+    "not_compiled": "The model fails under `torch.compile`, also without us.",
+}
+"""The other sites."""
+
+
+def key_of(code: str, text: str) -> str:
+    """The code of a reason, or that of a special case of it."""
+    return CUT_OFF if code == "no_contraction" and "graph break has cut it off" in text else code
+
+
+def in_words(key: str) -> str:
+    """Why, for somebody who does not know the recogniser; "" for a code that no site of the zoo had so far."""
+    return ANOTHER.get(key) or LEFT.get(key, "")
