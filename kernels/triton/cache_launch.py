@@ -33,6 +33,12 @@ class CacheLayout(NamedTuple):
     v_scale: Layout = None
     dtype: torch.dtype | None = None
 
+    @property
+    def feature(self) -> str:
+        """The suffix of its rows in the configuration tables, see configs.TABLES."""
+        words = ["float8"] if self.dtype in FP8 else []
+        return "_".join(words + ([] if self.block_table is None else ["pages"]))
+
     def sequences(self, cache: Layout, batch: int) -> Layout:
         """The sizes of k or v as they would be without pages; the first stride stays that of a block."""
         if self.block_table is None or cache is None:

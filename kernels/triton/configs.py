@@ -182,6 +182,10 @@ _HOPPER: dict[str, Table] = {
         (128, 4): C(16, 32, 4, 2),
         (256, 4): C(16, 16, 4, 2),
     },
+    # Where the address of a load waits for the block table, Triton gives it half of the stages.
+    "decode_pages": {(64, 2): None, (128, 2): C(16, 128, 4, 5), (256, 2): C(16, 64, 4, 5)},
+    "decode_float8_pages": {(64, 2): C(16, 128, 4, 5), (128, 2): C(16, 128, 4, 5), (256, 2): C(16, 64, 8, 5)},
+    "decode_float8": {(64, 2): C(16, 128, 2, 3), (128, 2): C(16, 128, 8, 3), (256, 2): C(16, 64, 8, 3)},
     "forward_tma_first": {(96, 2): C(128, 64, 4, 3, merged=True, first_max=True)},
     "forward_tma_bias": {(128, 2): C(64, 64, 4, 2, merged=True)},
     "backward_kv_tma_bias": {(64, 2): C(32, 128, 4, 3)},
@@ -264,8 +268,8 @@ TABLES: dict[str, dict[str, Table]] = {
 Directions: forward, decode, backward_kv, backward_q, backward_bias. Where tensor descriptors exist and the tensors'
 strides and size allow them, also forward_tma, backward_q_tma and backward_kv_tma, or instead of the last backward_k_tma
 and backward_v_tma: two launches. A suffix "_bias" or "_cap" is for calls with a bias or mask tensor or a soft cap,
-which need more registers, "_first" for forward calls that may take first_max. Where such a table has no row, the one
-without a suffix counts.
+which need more registers, "_first" for forward calls that may take first_max, "_pages", "_float8" and "_float8_pages"
+for those that read a KV cache as it lies. Where such a table has no row, the one without a suffix counts.
 """
 
 
@@ -288,7 +292,7 @@ def select(arch: str, direction: str, head_block: int, itemsize: int, feature: s
         direction: "forward", "decode", "backward_kv", "backward_q" or "backward_bias".
         head_block: From head_size, at most 256.
         itemsize: Bytes of one element of q: 2 or 4.
-        feature: "" or a suffix that a table's name may have: "first", "bias" or "cap".
+        feature: "" or a suffix that a table's name may have: "first", "bias", "cap", "pages", ...
     """
     config = select_tma(arch, direction, head_block, itemsize, feature)
     assert config, f"no {direction} configuration for {arch}, head size {head_block}, {itemsize} bytes"
@@ -365,6 +369,11 @@ def transposes_keys(arch: str) -> bool:
     swizzle. Reading it back there has 16-way bank conflicts in the simulator (docs/amd.md).
     """
     return arch.startswith("gfx")
+
+
+def converts_in_place(arch: str) -> bool:
+    """Whether float8 is converted by float8.py's assembly: NVIDIA GPUs that have float8 in Triton, from sm89 on."""
+    return arch.startswith("sm") and int(arch[2:]) >= 89
 
 
 def programs_per_unit(arch: str) -> int:

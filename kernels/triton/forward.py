@@ -45,6 +45,7 @@ from .common import (
     narrow,
     score_tile,
 )
+from .float8 import widen
 from .pages import pages_of_tile, place_tile
 from .tiles import load_head_tile, q_k_product
 
@@ -70,7 +71,7 @@ def attention_forward_kernel(
     BLOCK_REST: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, MERGED: tl.constexpr, SHIFT: tl.constexpr, PAGE: tl.constexpr,
-    HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
+    HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr, FLOAT8_ASM: tl.constexpr,
     BIAS: tl.constexpr,
     ROUND_BITS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr,
     RAW: tl.constexpr, SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
@@ -300,7 +301,7 @@ def attention_forward_kernel(
                     q_tile, q_rest_tile, k_source, rest_source, batch, kv_head, rest_head,
                     k_first, stride_kn, stride_kd, stride_rest_n, stride_rest_d, k_end, HEAD_DIM, REST_COL,
                     REST_SIZE, BLOCK_N, BLOCK_D, BLOCK_REST, phase > 0, WIDE, TMA, TRANSPOSE_KEYS, PRECISION, k_at,
-                    SCATTERED,
+                    SCATTERED, FLOAT8_ASM,
                 )  # fmt: skip
                 s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
                 s = add_alibi(s, alibi, q_pos[:, None], kv_pos[None, :], q_len, kv_len, HAS_ALIBI)
@@ -333,7 +334,8 @@ def attention_forward_kernel(
                 v_tile = load_head_tile(
                     v_source, batch, kv_head, v_first, stride_vn, stride_ve, v_end, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E,
                     phase > 0, WIDE, TMA, v_at, SCATTERED,
-                ).to(q_tile.dtype)  # fmt: skip
+                )  # fmt: skip
+                v_tile = widen(v_tile, q_tile.dtype, FLOAT8_ASM)
                 acc = tl.dot(narrow(p, v_tile.dtype, ROUND_BITS), v_tile, acc, input_precision=PRECISION)
 
     row_flat = (batch * num_heads + head + (row % PACK)) * q_len + q_pos
@@ -368,7 +370,8 @@ def attention_forward_kernel(
                     v_tile = load_head_tile(
                         v_source, batch, kv_head, v_first, stride_vn, stride_ve, v_end, 0, V_HEAD_DIM, BLOCK_N,
                         BLOCK_E, True, WIDE, TMA, v_at, SCATTERED,
-                    ).to(q_tile.dtype)  # fmt: skip
+                    )  # fmt: skip
+                    v_tile = widen(v_tile, q_tile.dtype, FLOAT8_ASM)
                     one = (hole[:, None] != 0.0) & (kv_pos < kv_len)[None, :]
                     if HAS_DROPOUT:
                         one &= dropout_keep(seed, row_index[:, None], kv_pos[None, :], kv_len, dropout_p)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import common, configs
 from .bias import BIAS_TILES
-from .cache_launch import COMBINE_NAMES, NO_CACHE, CacheLayout, cache_layout, check_cache, is_cache
+from .cache_launch import COMBINE_NAMES, FP8, NO_CACHE, CacheLayout, cache_layout, check_cache, is_cache
 from .combine import attention_combine_kernel
 from .forward import attention_forward_kernel
 from .launch import (
@@ -269,7 +269,7 @@ def forward_plan(
     rows = q_len * pack
     decode = rows <= PACK_ROWS
     head_block = configs.head_size(blocks, v_head_dim)
-    special = feature(arguments, dtype)
+    special = cache.feature or feature(arguments, dtype)
     config = tuning.config or configs.select(arch, "decode" if decode else "forward", head_block, itemsize, special)
     tma = bool(tuning.config and tuning.tma)
     if (
@@ -311,6 +311,7 @@ def forward_plan(
         MERGED=config.merged,
         BIAS=bias_kind(layouts[3], bias_itemsize, tma and bias_is_aligned, pack),
         SHIFT=shift,
+        FLOAT8_ASM=cache.dtype in FP8 and configs.converts_in_place(arch),
         ROUND_BITS=configs.rounds_bits(arch),
         TRANSPOSE_KEYS=configs.transposes_keys(arch),
         HAS_SINKS=has_sinks,

@@ -10,6 +10,8 @@ instruction fetches a tile, addresses cost no registers, and what lies outside i
 import triton
 import triton.language as tl
 
+from .float8 import widen
+
 
 @triton.jit
 def load_tile(ptr, first, stride_row, stride_col, row_end, FIRST_COL: tl.constexpr, SIZE: tl.constexpr,
@@ -95,7 +97,7 @@ def q_k_product(
     stride_rest_d, kv_len, HEAD_DIM: tl.constexpr, REST_COL: tl.constexpr, REST_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr, CHECK_ROWS: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr, PRECISION: tl.constexpr, at=None,
-    PAGED: tl.constexpr = False,
+    PAGED: tl.constexpr = False, FLOAT8_ASM: tl.constexpr = False,
 ):  # fmt: skip
     """q k^T of the keys from `start_n` on: load_key_tile and a product, for each piece of the head dimension.
 
@@ -105,13 +107,13 @@ def q_k_product(
         k, batch, kv_head, start_n, stride_kn, stride_kd, kv_len, 0, HEAD_DIM, BLOCK_N, BLOCK_D, CHECK_ROWS, WIDE, TMA,
         TRANSPOSE_KEYS, at, PAGED,
     )  # fmt: skip
-    qk = tl.dot(q_tile, k_tile.to(q_tile.dtype), input_precision=PRECISION)
+    qk = tl.dot(q_tile, widen(k_tile, q_tile.dtype, FLOAT8_ASM), input_precision=PRECISION)
     if BLOCK_REST > 0:
         k_rest_tile = load_key_tile(
             k_rest, batch, rest_head, start_n, stride_rest_n, stride_rest_d, kv_len, REST_COL, REST_SIZE, BLOCK_N,
             BLOCK_REST, CHECK_ROWS, WIDE, TMA, TRANSPOSE_KEYS, at, PAGED,
         )  # fmt: skip
-        qk = tl.dot(q_rest_tile, k_rest_tile.to(q_tile.dtype), qk, input_precision=PRECISION)
+        qk = tl.dot(q_rest_tile, widen(k_rest_tile, q_tile.dtype, FLOAT8_ASM), qk, input_precision=PRECISION)
     return qk
 
 

@@ -8,6 +8,7 @@ import kv_cache_programs as programs
 import pytest
 import torch
 
+from rocm_attn_compile.pipeline import compile_graph
 from rocm_attn_compile.rewrite import builder
 from rocm_attn_compile.testing import assert_as_accurate_as_eager, compile_and_capture
 
@@ -87,3 +88,150 @@ def test_near_misses_stay_right(program: programs.Program, monkeypatch: pytest.M
     if program.note is not None:
         assert not reads_cache(found)
         assert notes(found) == ({program.note} if program.note else set())
+
+
+@pytest.mark.parametrize("index", [0, 11, 14, 18])
+def test_under_verification(index: int) -> None:
+    """Both ways are run on random caches, tables and scales when it is compiled."""
+    found = run(programs.RECOGNISED[index], options={"verify": True})
+    assert reads_cache(found), found.reason_codes
+
+
+@pytest.mark.parametrize("index", [3, 12, 15])
+def test_through_inductor(index: int) -> None:
+    assert reads_cache(run(programs.RECOGNISED[index], lowering="inductor"))
+
+
+CHANGED = {
+    "blocks of 8 on a GPU": (programs.by_index, programs.make(size=8), {"arch": "gfx942"}, "cache_gathered"),
+    "blocks of 8 on the CPU": (programs.by_index, programs.make(size=8), {}, None),
+    "e4m3fnuz where there is none": (
+        programs.dequantised_contiguous,
+        programs.float8(torch.float8_e4m3fnuz, contiguous=True),
+        {"arch": "gfx950"},
+        "cache_gathered",
+    ),
+    "e4m3fnuz on gfx942": (
+        programs.dequantised_contiguous,
+        programs.float8(torch.float8_e4m3fnuz, contiguous=True),
+        {"arch": "gfx942"},
+        None,
+    ),
+    "float8 for float32": (
+        programs.dequantised_contiguous,
+        (programs.float8(contiguous=True)[0].float(), *programs.float8(contiguous=True)[1:]),
+        {},
+        "cache_dtype",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_a_backend_cannot_read_is_gathered(name: str) -> None:
+    function, inputs, options, note = CHANGED[name]
+    found = run(programs.Program(name, function, inputs), options=options)
+    assert notes(found) == ({note} if note else set())
+    assert reads_cache(found) == (note is None)
+
+
+def test_gradients_flow_through_what_was_gathered() -> None:
+    q, k, v, table, lengths = programs.make(torch.float64)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    found = compile_and_capture(programs.by_index, *leaves, table, lengths)
+    assert notes(found) == {"cache_training"}
+    assert "block_table" not in op_call(found).kwargs
+    others = [x.clone().requires_grad_() for x in (q, k, v)]
+    want = torch.autograd.grad(programs.by_index(*others, table, lengths).square().sum(), others)
+    for a, b in zip(torch.autograd.grad(found.result.square().sum(), leaves), want):
+        torch.testing.assert_close(a, b)
+
+
+def test_dynamic_batch_and_number_of_blocks() -> None:
+    """One graph serves other batches and longer tables."""
+    counter = CompileCounter()
+    compiled = torch.compile(programs.by_index, backend=counter, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for batch, per_row, blocks in ((2, 3, 9), (3, 5, 17), (4, 2, 8)):
+            q = torch.randn(batch, programs.H, 1, programs.D)
+            k, v = (torch.randn(blocks, programs.SIZE, programs.K, programs.D) for _ in range(2))
+            table = torch.randint(blocks, (batch, per_row), dtype=torch.int32)
+            lengths = torch.randint(1, per_row * programs.SIZE, (batch, 1))
+            torch.testing.assert_close(compiled(q, k, v, table, lengths), programs.by_index(q, k, v, table, lengths))
+    assert len(counter.graphs) == 1
+    assert "block_table" in counter.calls[0].kwargs
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "float8"])
+def test_decoding_with_a_cache_written_in_place(cache_dtype: torch.dtype) -> None:
+    """Twenty steps over pages that are handed out while decoding: the tokens of eager, and its cache."""
+    model = Decoder(cache_dtype)
+    counter = CompileCounter()
+    with torch.no_grad():
+        want, cache = decode(model, model)
+        got, mine = decode(model, torch.compile(model, backend=counter, fullgraph=True))
+    assert torch.equal(got, want)
+    assert torch.equal(mine.view(torch.uint8), cache.view(torch.uint8))
+    assert len(counter.graphs) == 1
+    assert "block_table" in counter.calls[0].kwargs
+
+
+class CompileCounter:
+    """A backend that compiles as ours does, and keeps the graphs and the calls of the op in them."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+        self.calls: list[torch.fx.Node] = []
+
+    def __call__(self, graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        compiled = compile_graph(graph_module, example_inputs, lowering="aot_eager")
+        self.graphs.append(graph_module)
+        op = torch.ops.rocm_attn.attention.default
+        self.calls += [node for node in graph_module.graph.nodes if node.target is op]
+        return compiled
+
+
+class Decoder(torch.nn.Module):
+    """One layer, as a serving engine would write it: writes the new token's key and value, attends, projects."""
+
+    def __init__(self, cache_dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        heads, kv_heads, width, self.vocabulary = 4, 2, 16, 50
+        self.heads, self.kv_heads, self.cache_dtype = heads, kv_heads, cache_dtype
+        self.embedding = torch.nn.Embedding(self.vocabulary, 64)
+        self.qkv = torch.nn.Linear(64, (heads + 2 * kv_heads) * width)
+        self.out = torch.nn.Linear(heads * width, self.vocabulary)
+        self.register_buffer("scale", torch.tensor(0.05))
+        self.to(torch.bfloat16)
+
+    def forward(self, tokens, cache, table, lengths):
+        batch = tokens.shape[0]
+        qkv = self.qkv(self.embedding(tokens)).view(batch, -1, 16)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        size = cache.shape[2]
+        block = table.gather(1, (lengths // size)[:, None].long())[:, 0]
+        for part, new in ((0, k), (1, v)):
+            new = (new / self.scale).to(self.cache_dtype) if self.cache_dtype.itemsize == 1 else new
+            cache[part].view(-1, self.kv_heads, 16).view(torch.uint8 if new.element_size() == 1 else new.dtype)[
+                block * size + lengths % size
+            ] = new.view(torch.uint8) if new.element_size() == 1 else new
+        k, v = (cache[part][table].flatten(1, 2) for part in (0, 1))
+        if self.cache_dtype.itemsize == 1:
+            k, v = (x.to(q.dtype) * self.scale for x in (k, v))
+        keep = torch.arange(k.shape[1]) <= lengths[:, None]
+        q = q.unflatten(1, (self.kv_heads, -1))
+        scores = torch.einsum("bkgd,bnkd->bkgn", q, k) / 4
+        weights = scores.masked_fill(~keep[:, None, None], -torch.inf).softmax(-1)
+        return self.out(torch.einsum("bkgn,bnkd->bkgd", weights, v).reshape(batch, -1)).argmax(-1)
+
+
+def decode(model: Decoder, step: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of 20 steps of a batch of 3, and the cache after them."""
+    cache = torch.zeros(2, 9, 16, 2, 16).to(model.cache_dtype)
+    table = torch.tensor([[4, 7], [0, 2], [8, 1]], dtype=torch.int32)
+    tokens, lengths, seen = torch.tensor([1, 2, 3]), torch.tensor([0, 0, 0]), []
+    for _ in range(20):
+        tokens = step(tokens, cache, table, lengths)
+        lengths = lengths + 1
+        seen.append(tokens)
+    return torch.stack(seen), cache
