@@ -59,6 +59,9 @@ C = KernelConfig
 # (padded head size up to, bytes per element) -> configuration, first match wins.
 Table = dict[tuple[int, int], KernelConfig | None]
 
+# Float8 takes registers until it is widened: smaller tiles where the usual ones would spill.
+_CDNA_FLOAT8: Table = {(64, 2): None, (128, 2): C(64, 32, 4, 2), (192, 2): None, (256, 2): C(64, 16, 8, 1)}
+
 # CDNA: two waves a SIMD (256 VGPRs each), 32 x 32 MFMA where a wave owns 32 rows; see docs/kernels.md for the counts.
 # A pipeline of two stages loads the next K and V into registers while the matrix units work. Triton's waves_per_eu is
 # an upper bound, too: LLVM then reserves registers that keep more waves out. It is given only where two waves need it.
@@ -72,6 +75,8 @@ _CDNA: dict[str, Table] = {
         (128, 4): C(64, 16, 4, 1),
         (256, 4): C(32, 16, 4, 1),
     },
+    "forward_float8": _CDNA_FLOAT8,
+    "forward_float8_pages": _CDNA_FLOAT8,
     "decode": {
         (128, 2): C(16, 64, 4, 2),
         (256, 2): C(16, 32, 4, 1),

@@ -151,7 +151,7 @@ def test_dynamic_batch_and_number_of_blocks() -> None:
     counter = CompileCounter()
     compiled = torch.compile(programs.by_index, backend=counter, dynamic=True, fullgraph=True)
     with torch.no_grad():
-        for batch, per_row, blocks in ((2, 3, 9), (3, 5, 17), (4, 2, 8)):
+        for batch, per_row, blocks in ((5, 3, 9), (3, 5, 17), (4, 7, 8)):
             q = torch.randn(batch, programs.H, 1, programs.D)
             k, v = (torch.randn(blocks, programs.SIZE, programs.K, programs.D) for _ in range(2))
             table = torch.randint(blocks, (batch, per_row), dtype=torch.int32)
