@@ -1,6 +1,6 @@
 """Attention of named real shapes on a GPU: our Triton kernels against SDPA, FlexAttention and eager in one run.
 
-    python benchmarks/attention.py [--only TEXT] [--no-flex] [--no-backward] [--out FOLDER]
+    python benchmarks/attention.py [--only TEXT] [--no-flex] [--no-backward] [--tuned] [--out FOLDER]
 
 Every timed result is first compared with a float32 computation of one key/value head's group, chunked over the queries;
 a wrong result gets no time. Times are medians of replays of a CUDA graph, so that the host costs nobody anything
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import importlib
 import itertools
 import math
 import sys
@@ -258,19 +259,35 @@ def worst_error(case: Case, want: dict[str, torch.Tensor], got: dict[str, torch.
 Pass = tuple[Callable[[], Any], Callable[[torch.Tensor], Callable[[], Any]] | None]
 
 
-def ours(case: Case, a: dict[str, Any]) -> Pass:
+def ours(case: Case, a: dict[str, Any], tuned: str = "") -> Pass:
     """Our launchers: forward, and a function from grad_out to the backward."""
-    forward = functools.partial(base.attention.attention_forward, **a)
+    forward = functools.partial(base.attention.attention_forward, **a, tuned=tuned)
 
     def backward(grad_out: torch.Tensor) -> Callable[[], Any]:
         out, lse = forward()
         # The peers' masks and biases take no gradient, so ours neither.
         mask = [True, True, True, False, False]
         return functools.partial(
-            base.attention.attention_backward, grad_out, **a, out=out, lse=lse, output_mask=mask
+            base.attention.attention_backward, grad_out, **a, out=out, lse=lse, output_mask=mask, tuned=tuned
         )  # fmt: skip
 
     return lambda: forward()[0], backward
+
+
+TUNED: dict[str, str] = {}
+"""Case -> what tuning chose."""
+
+
+def tuned(case: Case, a: dict[str, Any]) -> Pass:
+    """Ours with what `mode="max-autotune"` chooses, measured once a case."""
+    if case.name not in TUNED:
+        tuner = importlib.import_module(base.attention.__name__.replace("attention", "autotune"))
+        problems = [{**one, "out_layout": "bhsd"} for one in (a, *(make_inputs(case) for _ in range(7 * case.decode)))]
+        start = time.time()
+        outcomes = tuner.tune(problems, [not case.decode] * 3 + [False] * 2, {}, tuner.gpu())
+        print(f"{case.name}: tuned in {time.time() - start:.0f} s", *outcomes, sep="\n    ", flush=True)
+        TUNED[case.name] = tuner.text_of(outcomes)
+    return ours(case, a, TUNED[case.name])
 
 
 def through_autograd(call: Callable[..., torch.Tensor], a: dict[str, Any]) -> Pass:
@@ -330,13 +347,15 @@ def flex(case: Case, a: dict[str, Any]) -> Pass:
     )
 
 
-def peers(case: Case, a: dict[str, Any], with_flex: bool) -> dict[str, Callable[[], Pass]]:
+def peers(case: Case, a: dict[str, Any], with_flex: bool, with_tuned: bool = False) -> dict[str, Callable[[], Pass]]:
     """What can compute the case, by name."""
     from torch.nn.attention import SDPBackend
 
     found: dict[str, Callable[[], Pass]] = {"ours": lambda: ours(case, a)}
     if case.page or case.float8:
         return found
+    if with_tuned:
+        found["tuned"] = lambda: tuned(case, a)
     if not (case.soft_cap or case.sinks or case.valid or case.documents):
         mask = a["attn_bias"].expand(case.B, -1, -1, -1) if case.bias else None
         if case.window:
@@ -372,7 +391,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     others = [make_inputs(case) for _ in range(copies - 1)]
     flops = 2 * case.B * case.H * case.pairs
     rows = []
-    for name, make in peers(case, a, not options.no_flex).items():
+    for name, make in peers(case, a, not options.no_flex, options.tuned).items():
         shared = {"case": case.name, "peer": name}
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -381,7 +400,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
                 forward, backward = make()
             with torch.no_grad():
                 error = worst_error(case, want, {"out": forward()})
-                calls = [forward] + [peers(case, other, False)[name]()[0] for other in others]
+                calls = [forward] + [peers(case, other, False, True)[name]()[0] for other in others]
                 calls = calls * (1 if copies > 1 else max(1, min(16, int(2e11 / (flops * case.D)))))
                 ms = graph_ms(calls) if error < 2e-2 else math.nan
             speeds = {"tflops": flops * (case.D + case.E) / ms / 1e9, "gb_per_s": cache_bytes / ms / 1e6}
@@ -440,6 +459,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, which compiles for long")
+    parser.add_argument("--tuned", action="store_true", help="also with what mode='max-autotune' chooses")
     parser.add_argument("--no-backward", action="store_true")
     parser.add_argument("--out", default=str(Path(__file__).with_name("results")))
     options = parser.parse_args()

@@ -82,7 +82,7 @@ def run_all(options: argparse.Namespace) -> None:
     source = importlib.import_module(f"zoo_lib.{options.source}")
     setting = {"attention": options.attention, "padded": options.padded, "gradients": options.gradients}
     setting["lowering"] = options.lowering
-    names = [n for n in source.names() if not options.only or any(fnmatch.fnmatch(n, p) for p in options.only)]
+    names = chosen(source.names(), options.only)
     done = set() if options.again else finished(options.results, setting)
     seen = {row["name"] for row in read(options.results)}
     todo = sorted((name for name in names if name not in done), key=lambda name: name in seen)  # what is new first
@@ -95,6 +95,12 @@ def run_all(options: argparse.Namespace) -> None:
         with options.results.open("a") as file:
             file.write(json.dumps(compact(result)) + "\n")
         print(f"[{number}/{len(todo)}] {name:32s} {in_words(result)}", file=sys.stderr, flush=True)
+
+
+def chosen(names: list[str], patterns: list[str]) -> list[str]:
+    """The names that a pattern matches, in the order of the patterns; all if there is none."""
+    matching = [name for pattern in patterns for name in fnmatch.filter(names, pattern)]
+    return list(dict.fromkeys(matching)) if patterns else names
 
 
 def finished(path: Path, setting: dict[str, Any]) -> set[str]:

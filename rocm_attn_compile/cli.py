@@ -76,6 +76,7 @@ def _add_spec_arguments(parser: argparse.ArgumentParser) -> None:
     add("--window", type=int, help="keys seen, self included; implies --causal")
     add("--soft-cap", type=float)
     add("--bias", action="store_true", help="a float bias tensor")
+    add("--alibi", action="store_true", help="ALiBi: a slope per head")
     add("--sinks", action="store_true", help="learned sinks")
     add("--dropout", type=float, default=0.0)
     add("--training", action="store_true", help="gradients are wanted")
@@ -180,6 +181,7 @@ def _spec(arguments: argparse.Namespace, env: Environment) -> AttentionSpec:
         logits_soft_cap=arguments.soft_cap,
         mask=mask,
         has_bias=arguments.bias,
+        has_alibi=arguments.alibi,
         bias_requires_grad=arguments.bias and arguments.training,
         has_sinks=arguments.sinks,
         dropout_p=arguments.dropout,

@@ -64,6 +64,7 @@ def _launches(spec: AttentionSpec, arch: str) -> dict[str, Any]:
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         attn_bias=spec.has_bias,
+        alibi_slopes=spec.has_alibi,
         sinks=spec.has_sinks,
         soft_cap=spec.logits_soft_cap,
         band_lower=spec.mask.band_lower,

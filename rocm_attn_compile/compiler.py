@@ -22,7 +22,8 @@ def rocm_attn(
     Args:
         graph_module: As Dynamo captured it; rewritten in place.
         example_inputs: The real inputs.
-        mode: As for Inductor ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs").
+        mode: As for Inductor ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"); the last two
+            also measure our kernels, see docs/how-it-works.md.
         options: Ours (`rocm_attn_compile.Options`) and Inductor's in one dict.
 
     Raises:

@@ -6,7 +6,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Options:
         verify: Run every site both ways at compile time, on random tensors of the real shapes and strides and on
             adversarial masks, and leave it alone if the results or gradients differ. For debugging: it takes the
             memory and the time of the old code.
+        autotune: Measure launch configurations of the kernels on the GPU while compiling, and keep what is found on
+            disk (`ROCM_ATTN_CACHE`); None does so in the modes "max-autotune" and "max-autotune-no-cudagraphs".
         inline: Let Inductor see what the op does on the device, where that can be written down, and call it directly.
             False keeps every attention one opaque call of `rocm_attn::attention` in the compiled program.
     """
@@ -44,6 +46,7 @@ class Options:
     dump_dir: str | None = None
     disable: bool = False
     verify: bool = False
+    autotune: bool | None = None
     inline: bool = True
 
 
@@ -98,6 +101,14 @@ def split_options(
                 )
             ours[name] = value
     return Options(**ours), inductor
+
+
+TUNING_MODES = ("max-autotune", "max-autotune-no-cudagraphs")
+
+
+def follow_mode(options: Options, mode: str | None) -> Options:
+    """The options with what `torch.compile(mode=...)` decides where they leave it open."""
+    return replace(options, autotune=True) if options.autotune is None and mode in TUNING_MODES else options
 
 
 def guard_environment() -> None:
@@ -192,5 +203,6 @@ _PARSERS: dict[str, Callable[[Any, str], Any]] = {
     "dump_dir": _path,
     "disable": _flag,
     "verify": _flag,
+    "autotune": lambda value, where: None if value is None else _flag(value, where),
     "inline": _flag,
 }

@@ -29,14 +29,14 @@ from .capture import capture, expand
 from .capture.trace import Trace, Value
 from .env import Environment
 from .lower import lower
-from .options import Options, guard_environment, split_options
+from .options import Options, follow_mode, guard_environment, split_options
 from .reasons import INTERNAL_ERROR, Reason, Refusal
 from .recognize import recognize
 from .recognize.kv_cache import forget_cache
 from .recognize.latent import forget_latent
 from .recognize.region import LookAlike, Region
 from .report import Report, Site, publish, source_of, withdraw
-from .rewrite import Rewriter, verify
+from .rewrite import Rewriter, Tuner, verify
 from .spec import AttentionSpec
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ def compile_graph(
     """Compile one Dynamo graph; see `compiler.rocm_attn`. `lowering` is "inductor", "aot_eager" or "eager"."""
     guard_environment()
     ours, inductor_options = split_options(options)
+    ours = follow_mode(ours, mode)
     env = Environment.current(ours)
     report = Report.of(_torch_private.compile_id(), env, ours)
     before = graph_module.print_readable(print_output=False) if ours.dump_dir else ""
@@ -94,10 +95,11 @@ def replace_attention(
             found = _recognize_all(list(_with_nested(trace)))
     # Outside: a choice that breaks the documented rules is the user's to repair.
     choices = {region: _choose(region, env, options) for f in found for region in f.regions}
+    tune = Tuner() if options.autotune else None
     with _undone_on_error(backup, options, env, report), _timed(report, "rewrite"):
         for f in found:
             inputs = example_inputs if f is found[0] else ()  # what comes into a nested graph is not known
-            rewriter = Rewriter(f.trace, _verification(f.trace, inputs) if options.verify else None)
+            rewriter = Rewriter(f.trace, _verification(f.trace, inputs) if options.verify else None, tune)
             items: list[Region | LookAlike] = [*f.regions, *f.others]
             for item in sorted(items, key=lambda item: item.anchor.id):
                 if isinstance(item, LookAlike):
@@ -157,7 +159,8 @@ def _replace_site(
     report: Report,
 ) -> Site:
     """Rewrite one site as chosen; the returned entry says what happened."""
-    notes = tuple(note for note in (region.latent_note, region.cache_note) if note is not None)
+    possible = (region.latent_note, region.alibi_note, region.cache_note)
+    notes = [note for note in possible if note is not None]
     site = Site.recognized(region.spec, choice, notes=notes, **_place(region.anchor))
     if not isinstance(choice, Choice):
         return site
@@ -173,6 +176,9 @@ def _replace_site(
     except Exception as error:  # a defect of ours must not stop the user's program; the graph is as it was
         _warn_internal(env, f"while rewriting {site.source}, left as it is", error)
         return _not_replaced(site, Reason(INTERNAL_ERROR, repr(error)))
+    if (tuned := rewriter.tuned.get(region)) is not None:
+        site.impl = tuned.impl
+        site.choice += tuned.sentences
     return site
 
 

@@ -45,7 +45,7 @@ class Site:
         choice: The sentences that led to the backend.
         rejected: Every other backend -> its reasons.
         impl: The op's `impl` argument, which is in the compile caches' keys.
-        notes: What the site comes near to and is not, such as latent attention, each with why.
+        notes: What the site comes near to and is not, such as latent attention or ALiBi, each with why.
     """
 
     kind: str

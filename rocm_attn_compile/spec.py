@@ -112,7 +112,8 @@ class CacheSpec:
 class AttentionSpec:
     """One softmax attention as the canonical op computes it.
 
-    `out = softmax(cap(softmax_scale * q k^T) + attn_bias, masked) v`, per head; `cap(s) = c * tanh(s / c)`.
+    `out = softmax(cap(softmax_scale * q k^T) + attn_bias - alibi_slope * |distance|, masked) v`, per head;
+    `cap(s) = c * tanh(s / c)`.
 
     Attributes:
         batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, v_head_dim: Sizes of q (B,H,M,D), k (B,K,N,D),
@@ -123,7 +124,7 @@ class AttentionSpec:
         logits_soft_cap: tanh cap, or None.
         mask: Which pairs attend.
         has_bias: A float tensor is added to the capped scores.
-        has_alibi: A part of it is ALiBi: a number per head times the position of the key, but for a number per query.
+        has_alibi: The distance |k - q - (kv_len - q_len)|, times a number per head, is subtracted from them.
         bias_requires_grad: Its gradient is wanted.
         has_sinks: A learned logit per head joins the softmax and is dropped after it.
         dropout_p: Probability of dropping a weight; 0.0 is off.

@@ -21,6 +21,7 @@ GIVEN = {
     "dump_dir": "/somewhere",
     "disable": True,
     "verify": True,
+    "autotune": True,
     "inline": False,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,12 +88,14 @@ def _classes(name: str, config: Any) -> Iterator[Any]:
     from transformers.models.auto import modeling_auto
 
     seen = set()
+    own = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
     for mapping in _PREFERRED:
         classes = getattr(modeling_auto, f"{mapping}_MAPPING_NAMES").get(name, ())
         for class_name in (classes,) if isinstance(classes, str) else classes:
-            if class_name not in seen and hasattr(transformers, class_name):
+            found = getattr(transformers, class_name, None) or getattr(own, class_name, None)
+            if found is not None and class_name not in seen:
                 seen.add(class_name)
-                yield getattr(transformers, class_name)
+                yield found
 
 
 def _line(error: Exception) -> str:

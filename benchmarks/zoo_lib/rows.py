@@ -33,7 +33,8 @@ def read(path: Path) -> list[Row]:
 def newest(rows: list[Row], state: str = "") -> list[Row]:
     """One row of each case in each setting.
 
-    One that ran wins over one that did not; then one by the recogniser `state`; then the newest torch; then the last.
+    One that ran wins over one that did not; then one by the recogniser `state`; then one with the peer; then the newest
+    torch; then the last.
     """
     found: dict[tuple, Row] = {}
     for row in rows:
@@ -45,7 +46,7 @@ def newest(rows: list[Row], state: str = "") -> list[Row]:
 
 def _rank(row: Row, state: str) -> tuple:
     torch = [int(number) for number in re.findall(r"\d+", row.get("versions", {}).get("torch", ""))[:2]]
-    return row["status"] == "run", row.get("recogniser") == state, torch
+    return row["status"] == "run", row.get("recogniser") == state, "peer_graphs" in row, torch
 
 
 def compact(result: Row) -> Row:
@@ -75,7 +76,7 @@ def compact(result: Row) -> Row:
                 code, text = reasons.get(line, _why_unseen(result))
                 missed.append([_short_path(line), count - taken, code, _short_path(text)])
     kept |= {"missed": missed, "extra": replaced.total()}
-    kept |= {key: result[key] for key in ("graphs", "peer_graphs", "peer_fused", "wall", "seconds") if key in result}
+    kept |= {key: result[key] for key in ("graphs", "peer_graphs", "peer_fused", "wall") if key in result}
     for key in ("accuracy", "peer_accuracy", "control_accuracy"):
         if key in result:
             kept[key] = {k: v for k, v in result[key].items() if k != "text" or v}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .rows import Row, newest
-from .words import ANOTHER, in_words, key_of
+from .words import ANOTHER, NOT_SEEN, in_words, key_of
 
 HEADER = """\
 # Coverage
@@ -28,10 +28,17 @@ more rounding of the result or of the parameters would make.
 *Inductor* counts the sites of softmax that its matcher makes SDPA. *Graphs* are those that Dynamo makes of a model:
 one, and one more per graph break.
 
-Attention whose query or key is a parameter is replaced too, but is not in these counts.
+Attention whose query or key is a parameter is replaced too, but is not in these counts. Not among the models are those
+of torchtune (0.6.1 does not import with these versions of PyTorch) and the language models of torchtitan (0.3 has them
+call `flex_attention` or attention of packed lengths, which stay as they are and are named in the report).
 
-Made with {versions}.
+Made with:
+
+{versions}
 """
+
+
+_FAR = 1000
 
 
 def page(rows: list[Row], factor: float) -> str:
@@ -45,18 +52,17 @@ def page(rows: list[Row], factor: float) -> str:
 def _versions(rows: list[Row]) -> str:
     """Every environment, with how many rows were made in it."""
     found = Counter(
-        " with ".join(f"{package} {version}" for package, version in row.get("versions", {}).items())
-        for row in _ran(rows)
+        ", ".join(f"{package} {version}" for package, version in row.get("versions", {}).items()) for row in _ran(rows)
     )
-    return "; ".join(f"{count} rows by {versions}" for versions, count in sorted(found.items()))
+    return "\n".join(f"- {versions}: {count} rows" for versions, count in sorted(found.items()))
 
 
 def _states(rows: list[Row]) -> str:
-    found = Counter(row.get("recogniser", "unknown") for row in _ran(rows))
+    found = Counter(row.get("recogniser", "earlier") for row in _ran(rows))
     if len(found) == 1:
-        return f"All rows are of one state of the recogniser, `{next(iter(found))}`."
-    counts = ", ".join(f"`{state}` {count}" for state, count in found.most_common())
-    return f"The rows are of {len(found)} states of the recogniser: {counts}."
+        return f"All rows are of one state of the recogniser, {next(iter(found))}."
+    counts = ", ".join(f"{state} {count}" for state, count in found.most_common())
+    return f"Rows by the state of the recogniser (a digest of its sources) that made them: {counts}."
 
 
 def _package(row: Row) -> str:
@@ -125,11 +131,11 @@ def _peer_fused(row: Row) -> int:
 
 
 def _fusable(groups: dict[tuple[str, str], list[Row]]) -> Iterator[str]:
-    """The same shares without what is another computation."""
-    yield "Without the sites that no fused op can compute, and that are listed as such below:\n"
+    """The same shares without what no backend could replace."""
+    yield "Without the sites that no fused op can compute, or that no backend gets to see, as listed below:\n"
     for (package, mode), group in sorted(groups.items()):
         missed = [m for row in group for m in row["missed"]]
-        others = sum(m[1] for m in missed if m[2] in ANOTHER)
+        others = sum(m[1] for m in missed if key_of(*m[2:]) in {**ANOTHER, **NOT_SEEN})
         rest = sum(map(_sites, group)) - others
         if others:
             yield f"- {package}, {mode}: {_share(rest - sum(m[1] for m in missed) + others, rest)} of {rest} replaced"
@@ -145,12 +151,13 @@ def _reasons(rows: list[Row]) -> Iterator[str]:
     if not by_code:
         yield "Nothing.\n"
         return
-    for title, is_other in (("No fused op computes these", True), ("Left alone", False)):
+    titles = (("No fused op computes these", ANOTHER), ("No backend gets to see these", NOT_SEEN), ("Left alone", None))
+    for title, codes in titles:
         yield f"### {title}\n"
         yield _line("code", "sites", "models", "why", "for example", "what the report says there")
         yield _line(*["---"] * 6)
         for code, found in sorted(by_code.items(), key=lambda item: -len(item[1])):
-            if (code in ANOTHER) is is_other:
+            if code in ({*by_code} - {*ANOTHER, *NOT_SEEN} if codes is None else codes):
                 models = sorted({row["name"] for row, _ in found})
                 (line, _, _, text), count = found[0][1], sum(missed[1] for _, missed in found)
                 yield _line(f"`{code}`", count, ", ".join(models), in_words(code), f"`{line}`", text[:200])
@@ -174,6 +181,21 @@ def _problems(rows: list[Row]) -> Iterator[str]:
     found += [f"- {row['name']} ({_mode(row)}): {row['status']}: {row['error']}" for row in rows if _is_crash(row)]
     yield from [" ".join(line.split())[:400] for line in found] or ["None."]
     yield ""
+    yield from _peers_wrong(rows)
+
+
+def _peers_wrong(rows: list[Row]) -> Iterator[str]:
+    """Where what Inductor's matcher made is wrong by more than any rounding."""
+    wrong = [row for row in _ran(rows) if (of := row.get("peer_accuracy", {})) and of.get("exact") and _is_far(of)]
+    yield f"Models that Inductor's matcher makes wrong, by over {_FAR} times eager's error:\n"
+    yield from [f"- {row['name']} ({_mode(row)}): {row['peer_accuracy'].get('text', '')[:200]}" for row in wrong] or [
+        "None."
+    ]
+    yield ""
+
+
+def _is_far(accuracy: Row) -> bool:
+    return not accuracy["ok"] and accuracy.get("worst", 0) > _FAR
 
 
 def _is_crash(row: Row) -> bool:

@@ -15,6 +15,12 @@ ANOTHER = {
 """Sites that are no fused attention: no op that keeps the scores to itself computes them."""
 
 CUT_OFF = "no_contraction, graph break"
+NOT_SEEN = {
+    CUT_OFF: "Dynamo breaks the graph between the scores and the softmax (`.item()`), for every backend.",
+    "not_compiled": "The model fails under `torch.compile`, also without us.",
+}
+"""Sites that no backend of `torch.compile` gets to see."""
+
 LEFT = {
     "mixed_fills": "In training only: a causal mask that is a buffer, of contents nobody knows when compiling, and "
     "padding that is added as the lowest number. In a row that keeps no key, eager's gradient is neither that of the "
@@ -24,12 +30,10 @@ LEFT = {
     "floor_grad": "In training only: `max(scores, lowest number)` halves the gradient in rows that keep no key.",
     "no_contraction": "Scores of overlapping chunks, written into one tensor piece by piece: several products, one "
     "softmax.",
-    CUT_OFF: "Dynamo breaks the graph between the scores and the softmax (`.item()`), for every backend.",
     "score_op": "Scores of global and of local keys, two products, joined before one softmax (Pegasus-X), or scores "
     "that are clamped to a range (Grounding DINO).",
     "bool_bias": "A bool mask is added to the scores, where it counts as 1 and masks nothing: most likely an error of "
     "the model, so it is said and not replaced.",
-    "not_compiled": "The model fails under `torch.compile`, also without us.",
 }
 """The other sites."""
 
@@ -41,4 +45,4 @@ def key_of(code: str, text: str) -> str:
 
 def in_words(key: str) -> str:
     """Why, for somebody who does not know the recogniser; "" for a code that no site of the zoo had so far."""
-    return ANOTHER.get(key) or LEFT.get(key, "")
+    return {**ANOTHER, **NOT_SEEN, **LEFT}.get(key, "")

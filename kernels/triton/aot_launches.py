@@ -26,6 +26,7 @@ def launches(
     batch: int = 2,
     num_heads: int = 8,
     num_kv_heads: int = 2,
+    tuning: Tuning | None = None,
     **features: Any,
 ) -> dict[str, Launch]:
     """The launches of one call on meta tensors, by kernel name.
@@ -37,6 +38,7 @@ def launches(
         causal: Top-left aligned.
         backward: Whether the gradients' launches are wanted too.
         num_splits, config: As in launch.Tuning.
+        tuning: All of it, with `arch`.
         features: Names of the op's optional tensors, with a true value; `soft_cap`, `band_lower`, `dropout_p`,
             `empty_rows`; `page`, the block size of a paged cache, and `kv_dtype` and `scale` of narrower numbers.
     """
@@ -75,7 +77,7 @@ def launches(
         "dropout_p": features.get("dropout_p", 0.0),
         "empty_rows": features.get("empty_rows", "impossible"),
     }
-    tuning = Tuning(arch=arch, num_splits=num_splits, config=config)
+    tuning = tuning or Tuning(arch=arch, num_splits=num_splits, config=config)
     found, out, lse = forward_launches(**tensors, **scalars, out_layout="bhsd", tuning=tuning, **cache)
     if backward:
         found += backward_launches(

@@ -6,13 +6,20 @@ Needs torch and triton only. Works on ROCm and CUDA devices, and on CPU tensors 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from .backward_launch import backward_launches, sink_gradient
 from .forward_launch import forward_launches
-from .launch import run_all
+from .launch import Tuning, run_all
+from .tuned import decode
+
+
+@functools.lru_cache(maxsize=1024)
+def _tuning(text: str, opaque: bool) -> Tuning | None:
+    return Tuning(chosen=decode(text), opaque=opaque) if text or opaque else None
 
 
 def attention_forward(
@@ -39,8 +46,10 @@ def attention_forward(
     block_table: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    tuned: str = "",
+    opaque: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention; the arguments are those of the op, see rocm_attn_compile/ops.
+    """Softmax attention; the arguments are those of the op, see rocm_attn_compile/ops, and `tuned` and `opaque`.
 
     No input is copied: any strides are taken, and broadcast dimensions are read in place. Loads are widest where the
     head dimension (or, for a transposed K, the key dimension) has unit stride.
@@ -56,7 +65,7 @@ def attention_forward(
     launches, out, lse = forward_launches(
         q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes,
         softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, out_layout,
-        block_table=block_table, k_scale=k_scale, v_scale=v_scale,
+        tuning=_tuning(tuned, opaque), block_table=block_table, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     run_all(launches, q.device)
     return out, lse
@@ -86,6 +95,8 @@ def attention_backward(
     dropout_p: float,
     empty_rows: str,
     output_mask: Sequence[bool],
+    tuned: str = "",
+    opaque: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of attention_forward's `out`, deterministic.
 
@@ -93,6 +104,8 @@ def attention_backward(
         grad_out: `(B, H, M, E)`, any strides.
         out, lse: What attention_forward returned.
         output_mask: Which of dq, dk, dv, dbias, dsinks are wanted.
+        tuned: What tuning chose, see tuned.py.
+        opaque: As in launch.Tuning.
 
     Returns:
         dq, dk, dv, dbias, dsinks: of the shape and dtype of q, k, v, attn_bias and sinks, with the strides of a dense
@@ -102,8 +115,9 @@ def attention_backward(
         ValueError, NotImplementedError: See launch.check.
     """
     launches, tensors = backward_launches(
-        grad_out, q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes,
-        out, lse, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, output_mask,
+        grad_out, q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed,
+        alibi_slopes, out, lse, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows,
+        output_mask, tuning=_tuning(tuned, opaque),
     )  # fmt: skip
     run_all(launches, q.device)
     if sinks is not None and output_mask[4]:

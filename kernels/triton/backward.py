@@ -33,6 +33,8 @@ from .common import (
     load_key_masks,
     load_row_masks,
     mask_scores,
+    score_factor,
+    score_offset,
     score_tile,
 )
 from .tiles import load_tile, tile_ptrs
@@ -96,7 +98,7 @@ def tile_gradients(
             s, q_pos, kv_pos, kv_len, starts, ends, q_id, kv_id, key_keep, mask_keep, band_lower, band_upper, cut,
             BOUNDED, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END, HAS_IDS, HAS_KEY_MASK, HAS_ATTN_MASK,
         )  # fmt: skip
-        p = exponent(s, m, softmax_scale * LOG2E, RAW, HAS_BIAS)
+        p = exponent(s, m, score_factor(softmax_scale, logits_soft_cap, SOFT_CAP) * LOG2E, RAW, HAS_BIAS)
         if HAS_BIAS:
             p -= fix
         p = tl.exp2(p)
@@ -136,7 +138,7 @@ def backward_rows_kernel(
 ):  # fmt: skip
     """Row statistics, float32 `(B, H, M)`: shift, delta and the correction of lse; and which heads have empty rows.
 
-    `shift` is lse in the units of the scores' domain, +inf for a row without a key.
+    `shift` is lse in the units of the scores' domain and without their offset, +inf for a row without a key.
 
     lse is one float32. With a bias of -1e9 or finfo.min on a whole row it rounds away log(number of keys), and exp(s -
     lse) sums to N instead of 1. For such rows this kernel sums exp(s - lse) again and stores its log2 as `correction`;
@@ -173,7 +175,7 @@ def backward_rows_kernel(
     tl.store(delta + row_base + row_store, d, mask=row_ok)
     m = tl.where(empty, float("inf"), row_lse)
     if not HAS_BIAS:
-        m = m * LOG2E
+        m = m * LOG2E - score_offset(logits_soft_cap, SOFT_CAP, HAS_BIAS)
     tl.store(shift + row_base + row_store, m, mask=row_ok)
     if EMPTY_ROWS != EMPTY_ZERO:
         if tl.max(tl.where(empty, 1, 0)) != 0:

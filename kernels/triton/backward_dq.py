@@ -191,8 +191,8 @@ def backward_dq_kernel(
                     key_keep[None, :], bias, mask_ptrs, seed, (row_base + q_pos)[:, None],
                     alibi, q_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
                     cut, 2 if MERGED and phase == 0 else phase > 0, phase == 2, RAW, SOFT_CAP, HAS_BIAS,
-                    HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, HAS_ALIBI,
-                    EMPTY_ROWS,
+                    HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT,
+                    HAS_ALIBI, EMPTY_ROWS,
                 )  # fmt: skip
                 ds = narrow(ds, k_tile.dtype, ROUND_BITS)
                 acc = tl.dot(ds, k_tile, acc, input_precision=PRECISION)

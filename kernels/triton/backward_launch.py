@@ -18,7 +18,6 @@ from .backward_dq import backward_dq_kernel
 from .forward_launch import feature, forward_descriptors
 from .launch import (
     EMPTY_ROWS,
-    MIN_TMA_SCORES,
     Launch,
     Rope,
     Tuning,
@@ -27,10 +26,12 @@ from .launch import (
     bias_storage,
     cap_kind,
     check,
+    choose,
     descriptor,
     device_arch,
     dot_precision,
     layout,
+    min_tma_scores,
     rope_arguments,
     static_arguments,
     takes_tma,
@@ -158,10 +159,9 @@ def backward_launches(
     # The two small kernels read a head dimension in one piece.
     whole = {**arguments, "BLOCK_D": blocks[0] if not blocks[1] else 2 * blocks[0]}
     del whole["BLOCK_REST"]
-    tma = bool(tuning.config and tuning.tma) or (
-        tuning.config is None
-        and tuning.tma is not False
-        and batch * num_heads * q_len * kv_len >= MIN_TMA_SCORES
+    can_tma = (
+        tuning.tma is not False
+        and batch * num_heads * q_len * kv_len >= min_tma_scores(tuning)
         and aligned(q, k, v, grad_out, *(rope or ()), traced=tuning.traced)
         and all(takes_tma(layout(tensor), itemsize) for tensor in (q, k, v, grad_out))
         and takes_tma_rope(rope_layouts, itemsize)
@@ -176,16 +176,13 @@ def backward_launches(
 
     def launch_main(kernel: Any, direction: str, grid: Any, **extra: Any) -> Launch:
         """dk/dv and dq: through tensor descriptors where those can be had."""
-        faster = tma and (
-            tuning.config
-            or configs.select_tma(arch, f"{direction}_tma", head_block, itemsize, feature(arguments, q.dtype))
-        )
-        config = faster or tuning.config or configs.select(arch, direction, head_block, itemsize)
+        special = feature(arguments, q.dtype, arch)
+        config, faster = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
         found = {
             **arguments, **extra, **rope_arguments(*rope_layouts), "q_rest": rope[0] if rope else None,
             "k_rest": rope[1] if rope else None, "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n, "TMA": bool(faster), "MERGED": config.merged, "batch_size": batch,
-            "BIAS": bias_kind(layout(attn_bias), bias_itemsize, bool(faster) and bias_is_aligned),
+            "BLOCK_N": config.block_n, "TMA": faster, "MERGED": config.merged, "batch_size": batch,
+            "BIAS": bias_kind(layout(attn_bias), bias_itemsize, faster and bias_is_aligned),
             "heads_at_once": configs.heads_at_once(
                 arch, arguments["HAS_UPPER"], batch * kv_heads,
                 (kv_len if direction == "backward_q" else q_len) * (head_dim + v_head_dim) * itemsize,
@@ -198,7 +195,7 @@ def backward_launches(
                 forward_descriptors(q, k, v, attn_bias, found, rope),
                 grad_out=descriptor(grad_out, config.block_m, found["BLOCK_E"]),
             )
-        return Launch(kernel, grid(config), found, config.options(is_amd))
+        return Launch(kernel, grid(config), found, config.options(is_amd), direction, config)
 
     launches = [
         launch(
@@ -223,7 +220,7 @@ def backward_launches(
         separate = (
             tuning.separate
             if tuning.config
-            else tma and configs.select_tma(arch, "backward_k_tma", head_block, itemsize)
+            else can_tma and configs.select_tma(arch, "backward_k_tma", head_block, itemsize)
         )
         pieces = (
             [("backward_k", True, False), ("backward_v", False, True)] if separate else [("backward_kv", True, True)]

@@ -45,10 +45,12 @@ def attention_combine_kernel(
     EMPTY_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one row, in a fixed order, to out and lse; partial and partial_stats as in forward.py."""
-    row_flat = tl.program_id(0).to(tl.int64)
-    q_pos = row_flat % q_len
-    head = (row_flat // q_len) % num_heads
-    batch = row_flat // q_len // num_heads
+    # Divided in 32 bits: a division in 64 takes a hundred instructions.
+    pid = tl.program_id(0)
+    q_pos = (pid % q_len).to(tl.int64)
+    head = (pid // q_len % num_heads).to(tl.int64)
+    batch = (pid // q_len // num_heads).to(tl.int64)
+    row_flat = pid.to(tl.int64)
     offs_e = tl.arange(0, BLOCK_E)
     e_ok = offs_e < V_HEAD_DIM
     partial += row_flat * num_splits * V_HEAD_DIM

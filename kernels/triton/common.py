@@ -4,9 +4,10 @@ Letters: B batch, H query heads, K key/value heads, M q_len, N kv_len, D head_di
 
 Scores live in one of three domains, fixed at compile time:
 
-* RAW (no bias, no soft cap, no ALiBi, positive scale): the plain product q k^T. The factor `softmax_scale * log2(e)` is applied
-  together with the subtraction of the row maximum, one fused multiply-add per element.
-* log2 (soft cap, ALiBi, or a scale that is not positive): already scaled by log2(e).
+* RAW (no bias, no ALiBi; a positive scale, or a soft cap): the plain product q k^T, or what cap_scores makes of it. The
+  factor (score_factor) times log2(e) is applied together with the subtraction of the row maximum, one fused
+  multiply-add per element.
+* log2 (ALiBi, or a scale that is not positive): already scaled by log2(e).
 * natural (a bias is added): not scaled by log2(e), because a bias of `finfo.min` would overflow to -inf and a row made
   of such values must stay uniform, as in eager.
 
@@ -18,6 +19,7 @@ Every function takes 2-D index tensors that broadcast against the tile, so that 
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -34,6 +36,7 @@ NO_CAP = tl.constexpr(0)
 CAP_PLAIN = tl.constexpr(1)
 CAP_PRECISE = tl.constexpr(2)
 CAP_FAST = tl.constexpr(3)
+CAP_RECIPROCAL = tl.constexpr(4)
 
 # Values of the forward kernel's SHIFT: what is subtracted from the scores of a row before they are exponentiated.
 RUNNING_MAX = tl.constexpr(0)
@@ -54,23 +57,25 @@ def deal_programs(pid, heads, tiles, heads_at_once):
 
 
 @triton.jit
-def soft_cap(x, inner, outer, SOFT_CAP: tl.constexpr):
-    """`outer * tanh(inner * x)` for a float32 tile `x` and scalars `inner`, `outer`.
+def cap_scores(x, inner, SOFT_CAP: tl.constexpr):
+    """`tanh(inner * x)` for a float32 tile `x` and a scalar `inner`, or what saves the most instructions instead.
 
     CAP_FAST: NVIDIA's instruction, relative error 2^-11. bfloat16 scores, as eager has them, are off by four times that
     before the cap and again after it.
-    CAP_PLAIN: `1 - 2 / (exp(2 y) + 1)`, absolute error about 3e-7. It cancels for small y, which the cap multiplies:
-    harmless beside 16-bit inputs. A square of rsqrt, because a division takes ten instructions on AMD.
+    CAP_PLAIN, CAP_RECIPROCAL: `s` for which `1 + 2 s` is the tanh: -1 / (exp(2 y) + 1). The tanh has an absolute error
+    of about 3e-7: it cancels for small y, which the cap multiplies, harmless beside 16-bit inputs. Not by a division,
+    which takes ten instructions on AMD; elsewhere it is a square of rsqrt.
     CAP_PRECISE, for float32 inputs: a division, and for |y| < 0.25 the Taylor polynomial (next term below 1e-8).
     """
     if SOFT_CAP == CAP_FAST:
-        t = tl.inline_asm_elementwise(
+        s = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x * inner], dtype=tl.float32, is_pure=True, pack=1
         )
-        s = t * outer
+    elif SOFT_CAP == CAP_RECIPROCAL:
+        s = libdevice.fast_dividef(-1.0, tl.exp2(x * (2.0 * LOG2E * inner)) + 1.0)
     elif SOFT_CAP == CAP_PLAIN:
         root = tl.rsqrt(tl.exp2(x * (2.0 * LOG2E * inner)) + 1.0)
-        s = outer - (root * root) * (2.0 * outer)
+        s = -root * root
     else:
         y = x * inner
         square = y * y
@@ -78,7 +83,7 @@ def soft_cap(x, inner, outer, SOFT_CAP: tl.constexpr):
         series = 2.0 / 15.0 + square * series
         series = -1.0 / 3.0 + square * series
         t = 1.0 - 2.0 / (tl.exp2(y * (2.0 * LOG2E)) + 1.0)
-        s = outer * tl.where(square < 0.0625, y + y * (square * series), t)
+        s = tl.where(square < 0.0625, y + y * (square * series), t)
     return s
 
 
@@ -129,25 +134,43 @@ def score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW: tl.constexpr, SOFT
     Returns:
         The scores, and the derivative of the soft cap (1 where there is none).
     """
+    s = qk
     slope = 1.0
-    if RAW:
-        s = qk
-    elif SOFT_CAP != NO_CAP:
-        inner = softmax_scale / logits_soft_cap
-        if HAS_BIAS:
-            outer = logits_soft_cap
+    if SOFT_CAP != NO_CAP:
+        s = cap_scores(qk, softmax_scale / logits_soft_cap, SOFT_CAP)
+        if SOFT_CAP == CAP_PLAIN or SOFT_CAP == CAP_RECIPROCAL:
+            slope = (s * s + s) * -4.0
         else:
-            outer = logits_soft_cap * LOG2E
-        s = soft_cap(qk, inner, outer, SOFT_CAP)
-        slope = 1.0 - s * s * (1.0 / (outer * outer))
-        if HAS_BIAS:
-            s += bias
-    else:
-        if HAS_BIAS:
-            s = qk * softmax_scale + bias
-        else:
-            s = qk * (softmax_scale * LOG2E)
+            slope = 1.0 - s * s
+    factor = score_factor(softmax_scale, logits_soft_cap, SOFT_CAP)
+    if HAS_BIAS:
+        s = s * factor + bias
+        if SOFT_CAP == CAP_PLAIN or SOFT_CAP == CAP_RECIPROCAL:
+            s += logits_soft_cap
+    elif not RAW:
+        s = s * (factor * LOG2E)
     return s, slope
+
+
+@triton.jit
+def score_factor(softmax_scale, logits_soft_cap, SOFT_CAP: tl.constexpr):
+    """What RAW scores are still to be multiplied by."""
+    if SOFT_CAP == NO_CAP:
+        factor = softmax_scale
+    elif SOFT_CAP == CAP_PLAIN or SOFT_CAP == CAP_RECIPROCAL:
+        factor = 2.0 * logits_soft_cap
+    else:
+        factor = logits_soft_cap
+    return factor
+
+
+@triton.jit
+def score_offset(logits_soft_cap, SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """What is still to be added to scores without a bias after that, in log2 units: the row's shift takes it along."""
+    offset = 0.0
+    if (SOFT_CAP == CAP_PLAIN or SOFT_CAP == CAP_RECIPROCAL) and not HAS_BIAS:
+        offset = logits_soft_cap * LOG2E
+    return offset
 
 
 @triton.jit

@@ -77,6 +77,7 @@ _CDNA: dict[str, Table] = {
     },
     "forward_float8": _CDNA_FLOAT8,
     "forward_float8_pages": _CDNA_FLOAT8,
+    "forward_alibi": {(64, 2): C(128, 32, 4, 2, 2)},
     "decode": {
         (128, 2): C(16, 64, 4, 2),
         (256, 2): C(16, 32, 4, 1),
@@ -97,6 +98,8 @@ _CDNA: dict[str, Table] = {
         (128, 4): C(32, 16, 4, 1),
         (256, 4): C(16, 16, 4, 1),
     },
+    "backward_q_alibi": {(64, 2): C(128, 32, 4, 1), (128, 2): C(128, 16, 4, 1)},
+    "backward_q_cap": {(64, 2): C(128, 32, 4, 1), (128, 2): C(128, 16, 4, 1)},
     "backward_bias": {
         (128, 2): C(64, 32, 4, 1),
         (256, 2): C(32, 32, 4, 1),
@@ -191,6 +194,8 @@ _HOPPER: dict[str, Table] = {
     "decode_pages": {(64, 2): None, (128, 2): C(16, 128, 4, 5), (256, 2): C(16, 64, 4, 5)},
     "decode_float8_pages": {(64, 2): C(16, 128, 4, 5), (128, 2): C(16, 128, 4, 5), (256, 2): C(16, 64, 8, 5)},
     "decode_float8": {(64, 2): C(16, 128, 2, 3), (128, 2): C(16, 128, 8, 3), (256, 2): C(16, 64, 8, 3)},
+    "decode_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
+    "decode_two": {(64, 2): None, (128, 2): C(16, 64, 4, 3)},
     "forward_tma_first": {(96, 2): C(128, 64, 4, 3, merged=True, first_max=True)},
     "forward_tma_bias": {(128, 2): C(64, 64, 4, 2, merged=True)},
     "backward_kv_tma_bias": {(64, 2): C(32, 128, 4, 3)},
@@ -273,8 +278,10 @@ TABLES: dict[str, dict[str, Table]] = {
 Directions: forward, decode, backward_kv, backward_q, backward_bias. Where tensor descriptors exist and the tensors'
 strides and size allow them, also forward_tma, backward_q_tma and backward_kv_tma, or instead of the last backward_k_tma
 and backward_v_tma: two launches. A suffix "_bias" or "_cap" is for calls with a bias or mask tensor or a soft cap,
-which need more registers, "_first" for forward calls that may take first_max, "_pages", "_float8" and "_float8_pages"
-for those that read a KV cache as it lies. Where such a table has no row, the one without a suffix counts.
+which need more registers, as "_alibi" for ALiBi on AMD, "_first" for forward calls that may take first_max, "_pages",
+"_float8" and "_float8_pages" for those that read a KV cache as it lies. Where such a table has no row, the one without
+a suffix counts. "decode_one" and "decode_two" are for splits of up to 128 and 256 keys, for which a deep pipeline only
+takes longer to start.
 """
 
 
@@ -297,7 +304,7 @@ def select(arch: str, direction: str, head_block: int, itemsize: int, feature: s
         direction: "forward", "decode", "backward_kv", "backward_q" or "backward_bias".
         head_block: From head_size, at most 256.
         itemsize: Bytes of one element of q: 2 or 4.
-        feature: "" or a suffix that a table's name may have: "first", "bias", "cap", "pages", ...
+        feature: "" or a suffix that a table's name may have: "first", "bias", "cap", "alibi", "pages", "one", ...
     """
     config = select_tma(arch, direction, head_block, itemsize, feature)
     assert config, f"no {direction} configuration for {arch}, head size {head_block}, {itemsize} bytes"
@@ -388,6 +395,17 @@ def programs_per_unit(arch: str) -> int:
     nothing from more. AMD loads through registers and needs more waves.
     """
     return 1 if arch.startswith("sm") else 2
+
+
+def decode_feature(kv_len: int, num_splits: int) -> str:
+    """The suffix of the tables for short splits."""
+    keys = -(-kv_len // num_splits)
+    return "one" if keys <= 128 else "two" if keys <= 256 else ""
+
+
+def combine_warps(arch: str) -> int:
+    """Warps of a program that adds up the splits of one row: fewer need fewer barriers."""
+    return 2 if arch.startswith("sm") else 4
 
 
 def head_blocks(arch: str, itemsize: int, head_dim: int, v_head_dim: int) -> tuple[int, int, int]:

@@ -43,6 +43,8 @@ from .common import (
     load_row_masks,
     mask_scores,
     narrow,
+    score_factor,
+    score_offset,
     score_tile,
 )
 from .float8 import widen
@@ -235,8 +237,11 @@ def attention_forward_kernel(
     if HAS_K_SCALE:
         softmax_scale *= tl.load(k_scale + kv_head * stride_k_scale).to(tl.float32)
     SCATTERED: tl.constexpr = PAGE > 0 and PAGE % BLOCK_N != 0
-    scale_log2 = softmax_scale * LOG2E
-    m_i = tl.full((BLOCK_M,), 0.0 if SHIFT == NO_MAX else float("-inf"), tl.float32)
+    scale_log2 = score_factor(softmax_scale, logits_soft_cap, SOFT_CAP) * LOG2E
+    offset = score_offset(logits_soft_cap, SOFT_CAP, HAS_BIAS)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if SHIFT == NO_MAX:
+        m_i = tl.zeros((BLOCK_M,), tl.float32) - offset
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     if SHIFT == FIRST_MAX:
@@ -338,6 +343,7 @@ def attention_forward_kernel(
                 v_tile = widen(v_tile, q_tile.dtype, FLOAT8_ASM)
                 acc = tl.dot(narrow(p, v_tile.dtype, ROUND_BITS), v_tile, acc, input_precision=PRECISION)
 
+    m_i += offset
     row_flat = (batch * num_heads + head + (row % PACK)) * q_len + q_pos
     v_factor = 1.0
     if HAS_V_SCALE:

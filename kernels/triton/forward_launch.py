@@ -16,7 +16,6 @@ from .combine import attention_combine_kernel
 from .forward import attention_forward_kernel
 from .launch import (
     EMPTY_ROWS,
-    MIN_TMA_SCORES,
     PACK_ROWS,
     Launch,
     Layout,
@@ -27,10 +26,12 @@ from .launch import (
     bias_storage,
     cap_kind,
     check,
+    choose,
     descriptor,
     device_arch,
     dot_precision,
     layout,
+    min_tma_scores,
     rope_arguments,
     static_arguments,
     takes_tma,
@@ -40,27 +41,32 @@ from .launch import (
 MAX_DECODE_M = 32
 """Tallest packed tile. Not 64, which on Hopper would take the warp-group matrix instructions for a few rows; see also
 configs.smallest_head_block."""
-MIN_SPLIT_KEYS, MAX_SPLIT_KEYS = 128, 4096
-"""Keys of a split: with fewer, the combine step costs more than it saves; with more, the last split weighs more."""
+MIN_SPLIT_KEYS = 128
+"""Keys of a split: with fewer, the combine step costs more than it saves."""
+MIN_WAVE_KEYS = 1024
+"""The same where there are programs enough without splits, and they only make the last wave shorter."""
+MAX_SPLIT_KEYS = 4096
+"""Of prefill. A decode step in one wave of programs of 8192 keys was 3 % faster than in two of 4096."""
 MAX_SPLITS = 128
 
 RUNNING_MAX, FIRST_MAX, NO_MAX = (mode.value for mode in (common.RUNNING_MAX, common.FIRST_MAX, common.NO_MAX))
 
 
-def choose_splits(tiles: int, kv_len: int, programs: int) -> int:
+def choose_splits(tiles: int, kv_len: int, programs: int, decode: bool = True) -> int:
     """How many programs share the keys of one tile, so that about `programs` run, in whole waves.
 
     Depends on sizes only, so results are reproducible and nothing is read back from the device.
     """
-    if tiles >= programs:
+    if tiles >= programs and not decode:
         return 1
-    least = programs // tiles
+    least = max(1, programs // tiles)
     # If that leaves more than a sixth of the device idle, cut finer: the last wave then weighs less.
-    splits = next(
-        (n for n in range(least, 4 * least + 1) if n * tiles / (-(-n * tiles // programs) * programs) > 0.83), least
-    )
-    splits = max(splits, kv_len // MAX_SPLIT_KEYS)
-    return max(1, min(splits, kv_len // MIN_SPLIT_KEYS, MAX_SPLITS))
+    finer = range(least, max(4 * least, 8 if decode else 4) + 1)
+    splits = next((n for n in finer if n * tiles / (-(-n * tiles // programs) * programs) > 0.83), least)
+    if not decode:
+        splits = max(splits, kv_len // MAX_SPLIT_KEYS)
+    shortest = MIN_SPLIT_KEYS if tiles < programs else MIN_WAVE_KEYS
+    return max(1, min(splits, kv_len // shortest, MAX_SPLITS))
 
 
 def forward_launches(
@@ -150,14 +156,12 @@ def forward_launches(
     arguments = {**plan.arguments, **tensors}
     if plan.arguments["TMA"]:
         arguments.update(forward_descriptors(q, k, v, attn_bias, plan.arguments, rope))
-    launches = [Launch(attention_forward_kernel, plan.grid, arguments, plan.options)]
+    launches = [Launch(attention_forward_kernel, plan.grid, arguments, plan.options, plan.direction, plan.config)]
     if plan.num_splits > 1:
         names = ("partial", "partial_stats", "v", "out", "lse", "sinks", "block_table", "v_scale")
         combined = {name: tensors[name] for name in names}
         launches.append(
-            Launch(
-                attention_combine_kernel, lse.numel(), {**plan.combine, **combined}, {"num_warps": 4, "num_stages": 1}
-            )
+            Launch(attention_combine_kernel, lse.numel(), {**plan.combine, **combined}, plan.combine_options)
         )
     return launches, out, lse
 
@@ -181,14 +185,18 @@ def forward_descriptors(
     return found
 
 
-def feature(arguments: dict[str, Any], dtype: torch.dtype) -> str:
+def feature(arguments: dict[str, Any], dtype: torch.dtype, arch: str) -> str:
     """Which special rows of the configuration tables a call takes, see configs.TABLES."""
     if arguments["HAS_BIAS"] or arguments["HAS_ATTN_MASK"]:
         return "bias"
     if arguments["logits_soft_cap"] is not None:
         return "cap"
+    if arguments["HAS_ALIBI"] and arch.startswith("gfx"):
+        return "alibi"
+    # ALiBi is 0 beside the query, so that the products of the first keys serve; on AMD there are no registers for both.
+    alibi = arguments["HAS_ALIBI"] and arguments["softmax_scale"] > 0
     # Masks of one element each need the registers, and are then what bounds.
-    plain = arguments["RAW"] and not arguments["HAS_KEY_MASK"] and not arguments["HAS_IDS"]
+    plain = (arguments["RAW"] or alibi) and not arguments["HAS_KEY_MASK"] and not arguments["HAS_IDS"]
     return "first" if plain and dtype == torch.bfloat16 else ""
 
 
@@ -214,6 +222,9 @@ class ForwardPlan(NamedTuple):
     grid: int
     num_splits: int
     combine: dict[str, Any]
+    combine_options: dict[str, int]
+    direction: str
+    config: configs.KernelConfig
 
 
 @functools.lru_cache(maxsize=1024)
@@ -269,30 +280,30 @@ def forward_plan(
     rows = q_len * pack
     decode = rows <= PACK_ROWS
     head_block = configs.head_size(blocks, v_head_dim)
-    special = cache.feature or feature(arguments, dtype)
-    config = tuning.config or configs.select(arch, "decode" if decode else "forward", head_block, itemsize, special)
-    tma = bool(tuning.config and tuning.tma)
-    if (
-        tuning.config is None
-        and tuning.tma is not False
+    special = cache.feature or feature(arguments, dtype, arch)
+    can_tma = (
+        tuning.tma is not False
         and not decode
         and cache == NO_CACHE
-        and batch * num_heads * q_len * kv_len >= MIN_TMA_SCORES
+        and batch * num_heads * q_len * kv_len >= min_tma_scores(tuning)
         and is_aligned
         and all(takes_tma(where, itemsize) for where in layouts[:3])
         and takes_tma_rope(rope, itemsize)
-    ):
-        faster = configs.select_tma(arch, "forward_tma", head_block, itemsize, special)
-        if faster:
-            config, tma = faster, True
+    )
+    direction = "decode" if decode else "forward"
+    config, tma = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
     block_m = config.block_m
     if decode and tuning.config is None:
         block_m = max(block_m, min(MAX_DECODE_M, triton.next_power_of_2(rows)))
     tiles = batch * (num_heads // pack) * triton.cdiv(rows, block_m)
     # Splits would each need the whole row's dropout mask in the combine step for empty rows; not worth it.
     programs = num_units * configs.programs_per_unit(arch)
-    num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, programs) if scalars[-1] == 0.0 else 1)
-    shift = RUNNING_MAX if decode or cache != NO_CACHE else score_shift(arguments, dtype, special, config.first_max)
+    num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, programs, decode) if scalars[-1] == 0.0 else 1)
+    if decode:
+        special = configs.decode_feature(kv_len, num_splits) or cache.feature
+        config, _ = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
+    is_cache = cache != NO_CACHE
+    shift = RUNNING_MAX if decode or is_cache else score_shift(arguments, dtype, special, config.first_max)
     if tuning.shift is not None:
         shift = tuning.shift
     arguments.update(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out_strides))
@@ -329,4 +340,5 @@ def forward_plan(
     }  # fmt: skip
     combine.update(BLOCK_S=triton.next_power_of_2(num_splits), CHUNK=16, BLOCK_N=16)
     options = config.options(arch.startswith("gfx"))
-    return ForwardPlan(arguments, options, tiles * num_splits, num_splits, combine)
+    combine_options = {"num_warps": configs.combine_warps(arch), "num_stages": 1}
+    return ForwardPlan(arguments, options, tiles * num_splits, num_splits, combine, combine_options, direction, config)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import configs
 from .bias import BIAS_ELEMENTS, BIAS_ROW, BIAS_TILES
-from .common import CAP_FAST, CAP_PLAIN, CAP_PRECISE, NO_CAP
+from .common import CAP_FAST, CAP_PLAIN, CAP_PRECISE, CAP_RECIPROCAL, NO_CAP
+from .tuned import Chosen
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -53,18 +54,30 @@ class Descriptor:
 
 @dataclass
 class Launch:
-    """One kernel launch: `kernel[(grid,)](**arguments, **options)`, each `Descriptor` as Triton's."""
+    """One kernel launch: `kernel[(grid,)](**arguments, **options)`, each `Descriptor` as Triton's.
+
+    Attributes:
+        direction, config: Of a kernel that can be tuned: where its configuration was looked up, and what was found.
+    """
 
     kernel: Any
     grid: int
     arguments: dict[str, Any]
     options: dict[str, int]
+    direction: str = ""
+    config: configs.KernelConfig | None = None
 
     def run(self) -> None:
         """Launch on the current stream of the current device."""
         if self.grid:
-            arguments = {k: _encode(v) if isinstance(v, Descriptor) else v for k, v in self.arguments.items()}
-            self.kernel[(self.grid,)](**arguments, **self.options)
+            self.kernel[(self.grid,)](**self._encoded(), **self.options)
+
+    def compile(self) -> None:
+        """Compile for the current device without launching."""
+        self.kernel.warmup(grid=(self.grid,), **self._encoded(), **self.options)
+
+    def _encoded(self) -> dict[str, Any]:
+        return {k: _encode(v) if isinstance(v, Descriptor) else v for k, v in self.arguments.items()}
 
 
 def _encode(described: Descriptor) -> Any:
@@ -93,6 +106,9 @@ class Tuning:
         separate: With `config`: one launch for dk and one for dv.
         in_flight: With `config`: latent decode by the Hopper kernel in Gluon.
         traced: The tensors have no data: what is aligned is told by their offsets in their storages.
+        opaque: Triton's own launcher will run the call, not a CUDA graph and not Inductor.
+        chosen: Without `config`: configurations that take the place of the tables', see autotune.py. One that needs
+            tensor descriptors counts where these can be had.
     """
 
     config: configs.KernelConfig | None = None
@@ -104,6 +120,27 @@ class Tuning:
     separate: bool = False
     in_flight: bool = False
     traced: bool = False
+    opaque: bool = False
+    chosen: Chosen = ()
+
+
+def choose(
+    tuning: Tuning, arch: str, direction: str, head_block: int, itemsize: int, feature: str, can_tma: bool
+) -> tuple[configs.KernelConfig, bool]:
+    """The configuration of one kernel of the main work, and whether it reads through tensor descriptors.
+
+    Args:
+        tuning: Overrides.
+        arch, direction, head_block, itemsize, feature: As for configs.select.
+        can_tma: Descriptors of the tensors can be had, and the call is long enough to pay for them.
+    """
+    if tuning.config:
+        return tuning.config, bool(tuning.tma)
+    for name, config, tma in tuning.chosen:
+        if name == direction and (can_tma or not tma):
+            return config, tma
+    faster = configs.select_tma(arch, f"{direction}_tma", head_block, itemsize, feature) if can_tma else None
+    return (faster, True) if faster else (configs.select(arch, direction, head_block, itemsize, feature), False)
 
 
 @functools.cache
@@ -130,9 +167,16 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32" if precision == "tf32" else "ieee"
 
 
-MIN_TMA_SCORES = 2**20
+MIN_TMA_SCORES, MIN_TMA_SCORES_OPAQUE = 2**20, 2**28
 """Below this many scores (B * H * M * N) a call is short, and making descriptors on the host would cost more than it
-saves on the device."""
+saves on the device. Inductor's launcher makes them in a few microseconds, Triton's own, in an opaque call, in hundreds.
+"""
+
+
+def min_tma_scores(tuning: Tuning) -> int:
+    """From how many scores on a call reads through descriptors."""
+    return MIN_TMA_SCORES_OPAQUE if tuning.opaque else MIN_TMA_SCORES
+
 
 PACK_ROWS = 64
 """Up to this many (query, head of a group) rows, a group's query heads share one tile."""
@@ -174,6 +218,8 @@ def cap_kind(logits_soft_cap: float | None, dtype: torch.dtype, arch: str) -> in
         return NO_CAP.value
     if dtype == torch.float32:
         return CAP_PRECISE.value
+    if arch.startswith("gfx"):
+        return CAP_RECIPROCAL.value
     return CAP_FAST.value if dtype == torch.bfloat16 and configs.has_tanh(arch) else CAP_PLAIN.value
 
 
@@ -331,7 +377,7 @@ def static_arguments(
         BLOCK_REST=head_blocks[1],
         BLOCK_E=head_blocks[2],
         WIDE=any(256 * max(stride[1:]) >= 2**31 for _, stride in matrices),
-        RAW=attn_bias is None and logits_soft_cap is None and alibi_slopes is None and softmax_scale > 0,
+        RAW=attn_bias is None and alibi_slopes is None and (logits_soft_cap or softmax_scale) > 0,
         HAS_BIAS=attn_bias is not None,
         HAS_ATTN_MASK=attn_mask is not None,
         HAS_KEY_MASK=key_mask is not None,

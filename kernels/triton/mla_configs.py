@@ -63,8 +63,11 @@ more stages of the pipeline."""
 DECODE_TMA: dict[str, Table] = {"sm90": _HOPPER_TMA}
 """The same where it reads the cache through tensor descriptors."""
 
-DECODE_IN_FLIGHT: dict[str, Table] = {"sm90": {(16, ANY, 2): None, (ANY, ANY, 2): C(64, 64, 4, 1)}}
-"""The same of mla_decode_hopper.py's kernel, which has this one tile."""
+FEW_ROWS = 16
+DECODE_IN_FLIGHT: dict[str, Table] = {
+    "sm90": {(FEW_ROWS, ANY, 2): C(FEW_ROWS, 64, 4, 1), (ANY, ANY, 2): C(64, 64, 4, 1)},
+}
+"""The same of Hopper's own kernels, which have one tile each: mla_decode_few.py for FEW_ROWS, mla_decode_hopper.py."""
 
 MIN_SPLIT_KEYS = 64
 MAX_SPLITS = 64
@@ -109,6 +112,11 @@ def blocks(arch: str, itemsize: int, latent: int, rope: int) -> tuple[int, int]:
     """Tile extents of kv_lora_rank and of qk_rope_head_dim (0: none)."""
     smallest = 64 if arch == "sm90" and itemsize == 2 else 16
     return max(smallest, power_of_two(latent)), max(16, power_of_two(rope)) if rope else 0
+
+
+def step_tokens(config: KernelConfig, in_flight: bool) -> int:
+    """Tokens that a program takes at once: mla_decode_hopper.py's kernel two blocks."""
+    return 2 * config.block_n if in_flight and config.block_m > FEW_ROWS else config.block_n
 
 
 def choose_splits(arch: str, tiles: int, kv_len: int, num_units: int, block_n: int) -> int:

@@ -10,6 +10,9 @@ computes exponentials, the other keeps the matrix units busy, and a block of tok
 
 Triton itself waits for a product where its result is first used, and has no roles for warps on Hopper.
 
+Programs that share the keys of a tile take pairs of blocks in turn. So a program knows its first pair before it knows
+how many keys there are, and has it copied at once, where neither pages nor a lower limit forbid.
+
 Letters as in mla_decode.py. kv_lora_rank is 257 to 512: what is missing is read as 0. The scale is positive.
 """
 
@@ -18,105 +21,52 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
+from .mla_hopper_parts import (
+    BLOCK_N,
+    HALF,
+    LN2,
+    LOG2E,
+    NEVER,
+    barrier,
+    clear_rows,
+    copy_half,
+    finite,
+    load_queries,
+    places,
+    row_limits,
+    row_of,
+    signal,
+)
+
 BLOCK_M = gl.constexpr(64)
-BLOCK_N = gl.constexpr(64)
-HALF = gl.constexpr(256)
-NEVER = gl.constexpr(float("-inf"))
-# Its name differs between Triton 3.6 and 3.7.
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-
-
-@gluon.jit
-def row_of(tile, num_heads, rows_len, layout: gl.constexpr):
-    """`(exists, query position, head)` of the rows of a tile; rows past the end repeat the last one."""
-    row_store = tile * BLOCK_M + gl.arange(0, BLOCK_M, layout=layout)
-    row = gl.minimum(row_store, rows_len - 1)
-    return row_store < rows_len, row // num_heads, (row % num_heads).to(gl.int64)
-
-
-@gluon.jit
-def row_limits(
-    q_pos, kv_len, kv_start, kv_end, stride_start_m, stride_end_m, band_lower, band_upper, HAS_START: gl.constexpr,
-    HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr,
-):  # fmt: skip
-    """The keys [lower, upper) of each row; the pointers already point at the batch entry."""
-    lower = q_pos * 0
-    upper = lower + kv_len
-    at = q_pos.to(gl.int64)
-    if HAS_START:
-        lower = gl.minimum(gl.maximum(gl.load(kv_start + at * stride_start_m), 0), kv_len).to(gl.int32)
-    if HAS_END:
-        upper = gl.minimum(gl.maximum(gl.load(kv_end + at * stride_end_m), 0), kv_len).to(gl.int32)
-    if HAS_LOWER:
-        lower = gl.maximum(lower, q_pos + band_lower)
-    if HAS_UPPER:
-        upper = gl.minimum(upper, q_pos + band_upper + 1)
-    return lower, upper
-
-
-@gluon.jit
-def load_queries(q, offset, COLUMN: gl.constexpr, LATENT: gl.constexpr, target):
-    """Copy HALF columns of the queries into shared memory, 0 from LATENT on."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
-    rows = gl.convert_layout(offset, gl.SliceLayout(1, layout))
-    columns = COLUMN + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
-    target.store(gl.load(q + rows[:, None] + columns[None, :], mask=(columns < LATENT)[None, :], other=0.0))
-
-
-@gluon.jit
-def clear_rows(tile, count):
-    """Put 0 into the rows of a shared (BLOCK_N, HALF) tile from `count` on."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
-    for column in gl.static_range(0, 256, 64):
-        part = tile.slice(column, 64, dim=1)
-        kept = part.load(layout)
-        part.store(gl.where((row < count)[:, None], kept, 0.0))
-
-
-@gluon.jit
-def finite(m):
-    """The maximum to subtract: 0 for a row that has seen no key, where -inf would give NaN."""
-    return gl.where(m == NEVER, 0.0, m)
-
-
-@gluon.jit
-def signal(bar):
-    """Arrive once for the calling warps, after all of them."""
-    barrier()
-    mbarrier.arrive(bar, count=1)
 
 
 @gluon.jit
 def copy_blocks(
-    kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, BLOCK_R: gl.constexpr, PAGE: gl.constexpr
+    kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, step, used_start, used_end,
+    BOX: gl.constexpr, BLOCK_R: gl.constexpr, PAGE: gl.constexpr, BEGUN: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp: two blocks at a time, each half when its group has let go of the one before."""
-    HALF_BYTES: gl.constexpr = BLOCK_N * HALF * 2
+    """The copying warp: two blocks at a time, each half when its group has let go of the one before.
+
+    BEGUN: The first two blocks are on their way.
+    """
     phase = 1
-    for first in range(begin, end, 2):
+    if BEGUN:
+        phase = 0
+        begin += step
+    for first in range(begin, end, step):
         for side in gl.static_range(2):
             # Past the end the last block again; its scores are masked.
-            slab = batch
-            at = gl.minimum(first + side, end - 1) * BLOCK_N
-            if PAGE > 0:
-                slab = gl.load(block_table + at // PAGE)
-                at = at % PAGE
-            mbarrier.wait(free.index(2 * side), phase)
-            mbarrier.expect(full.index(2 * side), HALF_BYTES)
-            tma.async_copy_global_to_shared(kv, [slab, at, 0], full.index(2 * side), kv_smem.index(2 * side))
-            mbarrier.wait(free.index(2 * side + 1), phase)
-            mbarrier.expect(full.index(2 * side + 1), HALF_BYTES + BLOCK_N * BLOCK_R * 2)
-            tma.async_copy_global_to_shared(kv, [slab, at, 256], full.index(2 * side + 1), kv_smem.index(2 * side + 1))
-            if BLOCK_R > 0:
-                tma.async_copy_global_to_shared(k_pe, [slab, at, 0], full.index(2 * side + 1), pe_smem.index(side))
+            block = gl.minimum(first + side, end - 1)
+            found = places(block_table, block, batch, used_start, used_end, BOX, PAGE)
+            for half in gl.static_range(2):
+                bar = full.index(2 * side + half)
+                mbarrier.wait(free.index(2 * side + half), phase)
+                copy_half(kv, k_pe, found, kv_smem.index(2 * side + half), pe_smem.index(side), bar, half, BOX, BLOCK_R)
         phase ^= 1
 
 
@@ -125,10 +75,10 @@ def attend(
     q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem, row_smem,
     full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_ob,
     stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch, num_heads, q_len, kv_len,
-    num_splits, scale_log2, band_lower, band_upper, begin, end, full_begin, full_end,
-    SIDE: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, SPLIT: gl.constexpr,
-    HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr,
-    HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
+    num_splits, scale_log2, band_lower, band_upper, begin, end, step, full_begin, full_end, used_start, used_end,
+    SIDE: gl.constexpr, BEGUN: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr,
+    SPLIT: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr,
+    HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
 ):  # fmt: skip
     """One warp group; SIDE says which block of a pair and which half of the columns are its own."""
     dtype: gl.constexpr = q_smem.dtype
@@ -138,23 +88,19 @@ def attend(
     weight: gl.constexpr = gl.DotOperandLayout(0, result, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, scores)
     batch_long = batch.to(gl.int64)
-    row_ok, q_pos, head = row_of(tile, num_heads, q_len * num_heads, by_row)
+    row_ok, q_pos, head = row_of(tile, num_heads, q_len * num_heads, BLOCK_M, by_row)
     q_row = q_pos.to(gl.int64)
     lower, upper = row_limits(q_pos, kv_len, kv_start, kv_end, stride_start_m, stride_end_m, band_lower, band_upper,
                               HAS_START, HAS_END, HAS_LOWER, HAS_UPPER)  # fmt: skip
-    # What lies behind the last key of all rows may be anything, also not a number: it is made 0.
-    used_end = gl.maximum(gl.max(upper, 0), 0)
-    upper = gl.minimum(upper, end * BLOCK_N)
-    full_end = gl.minimum(full_end, end)
     # Each group brings its half of the queries; both use both.
-    load_queries(q, batch_long * stride_qb + head * stride_qh + q_row * stride_qm, SIDE * HALF, LATENT,
+    q += batch_long * stride_qb
+    load_queries(q, tile, num_heads, q_len, stride_qh, stride_qm, BLOCK_M, SIDE * HALF, HALF, LATENT,
                  q_smem.index(SIDE))  # fmt: skip
     fence_async_shared()
     signal(done.index(0))
     if BLOCK_R > 0:
-        offset = gl.convert_layout(
-            batch_long * stride_pb + head * stride_ph + q_row * stride_pm, gl.SliceLayout(1, query)
-        )
+        _ok, pe_pos, pe_head = row_of(tile, num_heads, q_len * num_heads, BLOCK_M, gl.SliceLayout(1, query))
+        offset = batch_long * stride_pb + pe_head * stride_ph + pe_pos.to(gl.int64) * stride_pm
         columns = gl.arange(0, BLOCK_R, layout=gl.SliceLayout(0, query))
         q_pe_tile = gl.load(q_pe + offset[:, None] + columns[None, :], mask=(columns < ROPE)[None, :], other=0.0)
 
@@ -164,13 +110,15 @@ def attend(
     nothing = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, layout=scores)
     mbarrier.wait(done.index(0), 0)
     phase = 0
-    for first in range(begin, end, 2):
+    for first in range(begin, end, step):
         block = first + SIDE
         mbarrier.wait(full.index(2 * SIDE), phase)
-        if used_end < (block + 1) * BLOCK_N:
+        start_n = block * BLOCK_N
+        if (used_end < start_n + BLOCK_N) | (used_start > start_n):
+            # What lies outside may be anything, also not a number.
             mbarrier.wait(full.index(2 * SIDE + 1), phase)
             for half in gl.static_range(2):
-                clear_rows(kv_smem.index(2 * SIDE + half), used_end - block * BLOCK_N)
+                clear_rows(kv_smem.index(2 * SIDE + half), used_start - start_n, used_end - start_n)
             fence_async_shared()
             barrier()
         s = warpgroup_mma(q_smem.index(0), kv_smem.index(2 * SIDE).permute((1, 0)), nothing, use_acc=False,
@@ -238,6 +186,10 @@ def attend(
             signal(free.index(3))
         phase ^= 1
 
+    if BEGUN and begin >= end:
+        # Nothing may still be on its way when the program ends.
+        mbarrier.wait(full.index(2 * SIDE), 0)
+        mbarrier.wait(full.index(2 * SIDE + 1), 0)
     row_smem.index(2 + SIDE).store(l_i)
     signal(done.index(1))
     mbarrier.wait(done.index(1), 0)
@@ -280,13 +232,13 @@ def mla_decode_hopper_kernel(
     stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_tb, stride_ob, stride_oh, stride_om,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     num_heads, q_len, kv_len, num_splits, softmax_scale, band_lower, band_upper,
-    LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, PAGE: gl.constexpr, SPLIT: gl.constexpr,
-    HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr,
-    HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
+    LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, BOX: gl.constexpr, PAGE: gl.constexpr,
+    SPLIT: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr,
+    HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
 ):  # fmt: skip
-    """As mla_decode_kernel with TMA; BLOCK_N divides PAGE. NAN_ROWS: a row without keys gives NaN, not 0.
+    """As mla_decode_kernel with TMA. NAN_ROWS: a row without keys gives NaN, not 0.
 
-    kv and k_pe are tensor descriptors of BLOCK_N tokens, and of HALF and BLOCK_R columns.
+    kv and k_pe are tensor descriptors of BOX tokens, and of HALF and BLOCK_R columns. BOX divides PAGE and BLOCK_N.
     """
     dtype: gl.constexpr = q.dtype.element_ty
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -323,18 +275,24 @@ def mla_decode_hopper_kernel(
         key_mask += batch_long * stride_key_b
     if PAGE > 0:
         block_table += batch_long * stride_tb
+    BEGUN: gl.constexpr = PAGE == 0 and not HAS_START and not HAS_LOWER
+    if BEGUN:
+        barrier()
+        for i in gl.static_range(4):
+            found = places(block_table, 2 * split + i // 2, batch, 0, 0, BOX, PAGE)
+            copy_half(kv, k_pe, found, kv_smem.index(i), pe_smem.index(i // 2), full.index(i), i % 2, BOX, BLOCK_R)
 
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    _ok, q_pos, _head = row_of(tile, num_heads, rows_len, layout)
+    # All rows in each warp: what follows needs no exchange between warps.
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    _ok, q_pos, _head = row_of(tile, num_heads, rows_len, BLOCK_M, layout)
     lower, upper = row_limits(q_pos, kv_len, kv_start, kv_end, stride_start_m, stride_end_m, band_lower, band_upper,
                               HAS_START, HAS_END, HAS_LOWER, HAS_UPPER)  # fmt: skip
-    begin = gl.min(lower, 0) // BLOCK_N
-    end = gl.maximum(gl.cdiv(gl.maximum(gl.max(upper, 0), 0), BLOCK_N), begin)
+    used_start = gl.maximum(gl.min(lower, 0), 0)
+    used_end = gl.maximum(gl.max(upper, 0), 0)
+    begin = used_start // BLOCK_N + 2 * split
+    end = gl.cdiv(used_end, BLOCK_N)
     full_begin = gl.cdiv(gl.max(lower, 0), BLOCK_N)
     full_end = gl.maximum(gl.min(upper, 0), 0) // BLOCK_N
-    share = gl.cdiv(end - begin, num_splits)
-    begin = gl.minimum(begin + split * share, end)
-    end = gl.minimum(begin + share, end)
 
     barrier()
     scale_log2 = softmax_scale * LOG2E
@@ -345,22 +303,23 @@ def mla_decode_hopper_kernel(
                 q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem,
                 row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
                 stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split,
-                batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end, full_begin,
-                full_end, 0, LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER,
-                NAN_ROWS,
+                batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end,
+                2 * num_splits, full_begin, full_end, used_start, used_end, 0, BEGUN, LATENT, ROPE, BLOCK_R, SPLIT,
+                HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
             )),
             (attend, (
                 q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem,
                 row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
                 stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split,
-                batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end, full_begin,
-                full_end, 1, LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER,
-                NAN_ROWS,
+                batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end,
+                2 * num_splits, full_begin, full_end, used_start, used_end, 1, BEGUN, LATENT, ROPE, BLOCK_R, SPLIT,
+                HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
             )),
             (copy_blocks, (
-                kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, BLOCK_R, PAGE,
+                kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, 2 * num_splits, used_start,
+                used_end, BOX, BLOCK_R, PAGE, BEGUN,
             )),
         ],
         [4, 1],
-        [240, 24],
+        [240, 32],
     )  # fmt: skip

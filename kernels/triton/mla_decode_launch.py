@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -185,17 +186,20 @@ def token_descriptor(cache: Tensor, tokens: int, columns: int, swizzle: int = 0)
 
 
 def hopper_launch(plan: DecodePlan, arguments: dict[str, Any]) -> Launch:
-    """The launch of mla_decode_hopper.py's kernel, whose arguments are among those of mla_decode_kernel."""
+    """The launch of one of Hopper's own kernels, whose arguments are among those of mla_decode_kernel."""
     # Here, since Gluon is experimental, and only Hopper needs it.
+    from .mla_decode_few import mla_decode_few_kernel
     from .mla_decode_hopper import mla_decode_hopper_kernel
 
-    given = {**arguments, "NAN_ROWS": arguments["EMPTY_ROWS"] in NAN_ROWS}
+    kernel = mla_decode_few_kernel if arguments["BLOCK_M"] == mla_configs.FEW_ROWS else mla_decode_hopper_kernel
+    box = math.gcd(arguments["PAGE"], arguments["BLOCK_N"])
+    given = {**arguments, "NAN_ROWS": arguments["EMPTY_ROWS"] in NAN_ROWS, "BOX": box}
     for name, columns in (("kv", 256), ("k_pe", arguments["BLOCK_R"])):
         if (cache := arguments[name]) is not None:
             swizzle = min(128, columns * cache.element_size())
-            given[name] = token_descriptor(cache, arguments["BLOCK_N"], columns, swizzle)
-    names = [parameter.name for parameter in mla_decode_hopper_kernel.params]
-    return Launch(mla_decode_hopper_kernel, plan.grid, {name: given[name] for name in names}, plan.options)
+            given[name] = token_descriptor(cache, box, columns, swizzle)
+    names = [parameter.name for parameter in kernel.params]
+    return Launch(kernel, plan.grid, {name: given[name] for name in names}, plan.options)
 
 
 def takes_tma(where: Layout, itemsize: int) -> bool:
@@ -236,7 +240,7 @@ def choose(
     if descriptors and tuning.tma is not False:
         config = mla_configs.select(mla_configs.DECODE_IN_FLIGHT, arch, rows, sum(blocks), itemsize)
         fits = softmax_scale > 0 and mla_configs.fits_in_flight(blocks) and empty_rows not in MEANS
-        if config and fits and page % config.block_n == 0:
+        if config and fits:
             return config, True, True
         config = mla_configs.select(mla_configs.DECODE_TMA, arch, rows, sum(blocks), itemsize)
         if config and page % config.block_n == 0:
@@ -295,7 +299,7 @@ def mla_decode_plan(
     )  # fmt: skip
     tiles = batch * triton.cdiv(rows, config.block_m)
     num_splits = tuning.num_splits or mla_configs.choose_splits(
-        arch, tiles, kv_len, num_units, 2 * config.block_n if in_flight else config.block_n
+        arch, tiles, kv_len, num_units, mla_configs.step_tokens(config, in_flight)
     )
     if empty_rows in MEANS:
         num_splits = max(num_splits, 2)  # only the combine kernel knows the mean
@@ -322,12 +326,13 @@ def mla_decode_plan(
         HAS_START=kv_start is not None, HAS_END=kv_end is not None, HAS_LOWER=band_lower is not None,
         HAS_UPPER=band_upper is not None, EMPTY_ROWS=EMPTY_ROWS[empty_rows], PRECISION=precision,
     )  # fmt: skip
+    slots = triton.next_power_of_2(num_splits)
     combine = {
         "stride_vb": kv[1][0], "stride_vh": 0, "stride_vn": kv[1][1], "stride_ve": 1,
         "stride_ob": out_strides[0], "stride_oh": out_strides[1], "stride_om": out_strides[2], "stride_oe": 1,
         "num_heads": num_heads, "gqa_group_size": num_heads, "q_len": q_len, "kv_len": kv_len, "num_splits": num_splits,
         "V_HEAD_DIM": latent, "BLOCK_E": block_c, "HAS_BIAS": False, "HAS_SINKS": False,
-        "EMPTY_ROWS": EMPTY_ROWS[empty_rows], "BLOCK_S": triton.next_power_of_2(num_splits), "CHUNK": 16, "BLOCK_N": 16,
+        "EMPTY_ROWS": EMPTY_ROWS[empty_rows], "BLOCK_S": slots, "CHUNK": min(16, slots), "BLOCK_N": 16,
     }  # fmt: skip
     # Not paged: with pages the mean, the only thing for which the kernel reads values, is refused.
     plain = NO_CACHE.arguments(kv)

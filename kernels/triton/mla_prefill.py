@@ -64,8 +64,8 @@ def prefill_launches(
     """The launches of one forward, `out` and `lse`, in pieces."""
     rope = rows_adjacent(q_pe), rows_adjacent(k_pe)
     return forward_launches(
-        q_nope, k_nope, v, None, None, *masks, None, None, None, None, None, softmax_scale, None, band_lower, band_upper, 0.0,
-        empty_rows, out_layout, tuning, rope,
+        q_nope, k_nope, v, None, None, *masks, None, None, None, None, None, softmax_scale, None, band_lower,
+        band_upper, 0.0, empty_rows, out_layout, tuning, rope,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import triton
 from torch import Tensor
 
+from . import tuned as tuned_text
 from .backward_launch import backward_launches, sink_gradient
 from .forward_launch import forward_launches
 from .launch import Descriptor, Launch, Tuning
@@ -39,18 +40,17 @@ class Tracer(Protocol):
 
 
 _LAUNCHER_OPTIONS = ("num_warps", "num_stages")
-_TRACED = Tuning(traced=True)
 
 
-def attention_forward(tracer: Tracer, **arguments: Any) -> Any:
+def attention_forward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:
     """As attention.attention_forward, all arguments by name, on traced tensors of fixed sizes; or NotImplemented."""
-    launches, out, lse = forward_launches(**arguments, tuning=_TRACED)
+    launches, out, lse = forward_launches(**arguments, tuning=_tuning(tuned))
     return (out, lse) if _trace(launches, arguments, tracer) else NotImplemented
 
 
-def attention_backward(tracer: Tracer, **arguments: Any) -> Any:
+def attention_backward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:
     """As attention.attention_backward, all arguments by name, on traced tensors of fixed sizes; or NotImplemented."""
-    launches, tensors = backward_launches(**arguments, tuning=_TRACED)
+    launches, tensors = backward_launches(**arguments, tuning=_tuning(tuned))
     if not _trace(launches, arguments, tracer):
         return NotImplemented
     sinks = arguments["sinks"]
@@ -59,6 +59,11 @@ def attention_backward(tracer: Tracer, **arguments: Any) -> Any:
     else:
         dsinks = arguments["q"].new_empty((0,))
     return tensors["dq"], tensors["dk"], tensors["dv"], tensors["dbias"], dsinks
+
+
+@functools.lru_cache(maxsize=1024)
+def _tuning(text: str) -> Tuning:
+    return Tuning(traced=True, chosen=tuned_text.decode(text))
 
 
 def _trace(launches: list[Launch], arguments: dict[str, Any], tracer: Tracer) -> bool:

@@ -1,8 +1,9 @@
 """ROCM_AITER_FA: AITER's CK and assembly flash attention (`flash_attn_func`, `flash_attn_varlen_func`).
 
 AITER 0.1.20: masks and windows are aligned bottom-right, a row without a key is 0, the soft cap exists in the varlen
-function only and its backward never sees it. gfx90a passes the documented gate for choosing it, but AITER has no
-kernels for gfx90a, so there the choice falls back.
+function only and its backward never sees it. Its alibi_slopes are float32, (H,) or (B, H), as ours; how it aligns the
+distance, and what a causal mask makes of it, is not documented, so ALiBi is not declared. gfx90a passes the documented
+gate for choosing it, but AITER has no kernels for gfx90a, so there the choice falls back.
 """
 
 import torch

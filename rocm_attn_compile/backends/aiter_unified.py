@@ -1,6 +1,7 @@
 """ROCM_AITER_UNIFIED_ATTN: AITER's Triton `unified_attention`, one kernel for prefill and decode over a paged cache.
 
-AITER 0.1.20: asserts causal (bottom-right), takes windows, soft cap and sinks, has no backward.
+AITER 0.1.20: asserts causal (bottom-right), takes windows, soft cap and sinks, has no backward. It takes alibi_slopes,
+but where it counts the distance from is not documented, and beside sinks that matters: ALiBi is not declared.
 """
 
 import torch

@@ -91,8 +91,12 @@ FEATURES: tuple[Feature, ...] = (
         lambda s: None if s.logits_soft_cap is None else f"logits_soft_cap={s.logits_soft_cap}",
     ),
     Feature("sinks", "learned sinks", ("has_sinks",), lambda s: "a learned sink per head" if s.has_sinks else None),
+    Feature("attn_bias", "a float bias tensor", ("has_bias",), lambda s: "a bias tensor" if s.has_bias else None),
     Feature(
-        "attn_bias", "a float bias tensor", ("has_bias", "has_alibi"), lambda s: "a bias tensor" if s.has_bias else None
+        "alibi",
+        "ALiBi: a number per head times the distance |k - q - (kv_len - q_len)|",
+        ("has_alibi",),
+        lambda s: "a slope per head" if s.has_alibi else None,
     ),
     Feature(
         "bias_gradient",

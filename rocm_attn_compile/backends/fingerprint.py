@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..env import Environment, package_version
-from ..ops.inline import MARK
+from ..ops.impl import MARK
 
 HASHED_PACKAGES = ("rocm_attn_compile.ops", "rocm_attn_compile.kernels")
 """Packages whose sources decide what the op computes without being visible in the graph."""

@@ -24,6 +24,7 @@ BACKEND = AttentionBackend(
             "logits_soft_cap",
             "sinks",
             "attn_bias",
+            "alibi",
             "bias_gradient",
             "dropout",
             "training",

@@ -30,8 +30,9 @@ def words(spec: AttentionSpec) -> str:
     if spec.logits_soft_cap is not None:
         parts.append(f"soft cap {spec.logits_soft_cap:g}")
     if spec.has_bias:
-        kind = "ALiBi bias" if spec.has_alibi else "bias"
-        parts.append(f"{kind} with gradient" if spec.bias_requires_grad else kind)
+        parts.append("bias with gradient" if spec.bias_requires_grad else "bias")
+    if spec.has_alibi:
+        parts.append("ALiBi")
     if spec.has_sinks:
         parts.append("learned sinks")
     if spec.dropout_p:

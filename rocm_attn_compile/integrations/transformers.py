@@ -34,7 +34,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from rocm_attn_compile import ops
 from rocm_attn_compile.backends.fingerprint import sources_digest
-from rocm_attn_compile.ops.inline import MARK
+from rocm_attn_compile.ops.impl import MARK
 
 __all__ = ["NAME", "SUPPORTED", "use_latent_cache"]
 

@@ -21,7 +21,7 @@ from rocm_attn_compile.ops import cpu, cpu_backward
 from rocm_attn_compile.ops.kv_cache import CACHE_TENSORS
 
 
-def forward(_name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
+def forward(_name: str, _tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     """The forward to trace with the op's arguments by name, or None if the call must stay opaque."""
     if _torch_private.is_recomputed() or not _is_traced_right(arguments["q"]):
         return None
@@ -38,7 +38,7 @@ def forward(_name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     return partial(cpu.forward, **arguments)
 
 
-def backward(_name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
+def backward(_name: str, _tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     """The same for the backward. Its fused kernel reads lse, and whether that is exact depends on values:
 
     * a bias of finfo.min, or a row without a near key under ALiBi, leaves an lse that has lost log N;

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import cpu, cpu_backward, reference_impl
+from rocm_attn_compile.ops.impl import parse
 from rocm_attn_compile.ops.kv_cache import CACHE_TENSORS, resolved
 from rocm_attn_compile.ops.schemas import LIBRARY, NUM_TENSORS
 
 DEFAULT = "TRITON_ATTN"
 REFERENCE = "REFERENCE"
 KERNEL_MODULES = {"TRITON_ATTN": "rocm_attn_compile.kernels.triton.attention"}
-"""Backend name -> module with `attention_forward` and `attention_backward`, which take the op's arguments but impl."""
+"""Backend name -> module with `attention_forward` and `attention_backward`, which take the op's arguments but impl,
+`opaque=True`, and as `tuned` what tuning chose."""
 
 
 class Implementation(NamedTuple):
@@ -34,12 +37,12 @@ _found: dict[str, dict[str, Implementation]] = {"cpu": {}, "cuda": {}}
 
 
 def implementation(impl: str, device_type: str) -> Implementation:
-    """The implementation for an op's `impl` argument, "<BACKEND>@<hash>", "<BACKEND>" or "" for the default.
+    """The implementation for an op's `impl` argument, see impl.py; "" is the default.
 
     On the CPU every backend name means ATen's fused attention; only "REFERENCE" differs.
 
     Args:
-        impl: Only the part before "@" selects.
+        impl: The backend's name selects; what tuning chose goes to its kernels.
         device_type: "cpu", or "cuda" (also for ROCm).
 
     Raises:
@@ -47,7 +50,7 @@ def implementation(impl: str, device_type: str) -> Implementation:
     """
     found = _found[device_type].get(impl)
     if found is None:
-        found = _found[device_type][impl] = _find(impl.split("@")[0], device_type)
+        found = _found[device_type][impl] = _find(*parse(impl)[:2], device_type)
     return found
 
 
@@ -60,14 +63,15 @@ def known_name(name: str, default: str, modules: dict[str, str]) -> str:
     return name
 
 
-def _find(name: str, device_type: str) -> Implementation:
+def _find(name: str, tuned: str, device_type: str) -> Implementation:
     name = known_name(name, DEFAULT, KERNEL_MODULES)
     if name == REFERENCE:
         return Implementation(name, reference_impl.forward, reference_impl.backward)
     if device_type == "cpu":
         return Implementation("CPU", cpu.forward, cpu_backward.backward)
     module = importlib.import_module(KERNEL_MODULES[name])
-    return Implementation(name, module.attention_forward, module.attention_backward)
+    more = {"tuned": tuned, "opaque": True}
+    return Implementation(name, partial(module.attention_forward, **more), partial(module.attention_backward, **more))
 
 
 def run_cpu(tensors: tuple, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -100,8 +104,8 @@ def run_backward_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
 
 _TENSORS = ("grad_out", "q", "k", "v", "attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids")
 _BACKWARD_NAMES = (
-    *_TENSORS, "sinks", "dropout_seed", "alibi_slopes", "out", "lse", "softmax_scale", "logits_soft_cap", "band_lower", "band_upper",
-    "dropout_p", "empty_rows",
+    *_TENSORS, "sinks", "dropout_seed", "alibi_slopes", "out", "lse", "softmax_scale", "logits_soft_cap", "band_lower",
+    "band_upper", "dropout_p", "empty_rows",
 )  # fmt: skip
 
 

@@ -12,23 +12,23 @@ import torch
 from rocm_attn_compile import _torch_private
 
 TRACED_MODULES = {"TRITON_ATTN": "rocm_attn_compile.kernels.triton.traced"}
-"""Backend name -> module with `attention_forward` and `attention_backward`, which are given `_torch_private`, and the
-op's arguments by name, without `impl`, with traced tensors."""
+"""Backend name -> module with `attention_forward` and `attention_backward`, which are given `_torch_private`, what
+tuning chose, and the op's arguments by name, without `impl`, with traced tensors."""
 
 
-def forward(name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
+def forward(name: str, tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     """The forward to trace for backend `name` with the op's arguments, or None if the call must stay opaque."""
-    return _body(name, "attention_forward", arguments)
+    return _body(name, "attention_forward", tuned, arguments)
 
 
-def backward(name: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
+def backward(name: str, tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     """The same for the backward."""
-    return _body(name, "attention_backward", arguments)
+    return _body(name, "attention_backward", tuned, arguments)
 
 
-def _body(name: str, function: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
+def _body(name: str, function: str, tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     # float64 has no kernel: the op itself says so.
     if name not in TRACED_MODULES or arguments["q"].dtype == torch.float64:
         return None
     module = importlib.import_module(TRACED_MODULES[name])
-    return partial(getattr(module, function), _torch_private, **arguments)
+    return partial(getattr(module, function), _torch_private, tuned, **arguments)

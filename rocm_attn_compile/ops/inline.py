@@ -18,6 +18,7 @@ from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import cpu_inline, gpu_inline
 from rocm_attn_compile.ops.checks import EMPTY_ROWS
 from rocm_attn_compile.ops.dispatch import DEFAULT, REFERENCE
+from rocm_attn_compile.ops.impl import parse
 from rocm_attn_compile.ops.kv_cache import CACHE_TENSORS
 from rocm_attn_compile.ops.schemas import (
     LIBRARY,
@@ -27,22 +28,19 @@ from rocm_attn_compile.ops.schemas import (
     named_arguments,
 )
 
-MARK = "+inline"
-"""What an `impl` argument ends with if the op is to be written out while a graph is traced."""
-
-Rule = Callable[[str, dict[str, Any]], Callable[[], Any] | None]
-"""From the backend's name and the op's arguments by name to what is traced, or None."""
+Rule = Callable[[str, str, dict[str, Any]], Callable[[], Any] | None]
+"""From the backend's name, what tuning chose and the op's arguments by name to what is traced, or None."""
 
 
 def _body(rules: dict[str, Rule], op: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any] | None:
     """What to trace instead of a call of the op, or None."""
     arguments = named_arguments(op, args, kwargs)
-    impl = arguments.pop("impl")
-    name = impl.partition("@")[0] or DEFAULT
+    impl = parse(arguments.pop("impl"))
+    name = impl.backend or DEFAULT
     rule = rules.get(arguments["q"].device.type)
-    if rule is None or not impl.endswith(MARK) or name == REFERENCE or not _is_static(arguments):
+    if rule is None or not impl.inline or name == REFERENCE or not _is_static(arguments):
         return None
-    return rule(name, arguments)
+    return rule(name, impl.tuned, arguments)
 
 
 def _is_static(arguments: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from rocm_attn_compile import _torch_private
-from rocm_attn_compile.ops.inline import MARK
+from rocm_attn_compile.ops.impl import MARK
 from rocm_attn_compile.ops.mla_dispatch import cheaper_form
 from rocm_attn_compile.ops.mla_schemas import mla, mla_decode, mla_prefill
 from rocm_attn_compile.ops.schemas import LIBRARY, named_arguments

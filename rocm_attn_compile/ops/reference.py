@@ -62,7 +62,12 @@ def logits(capped: Tensor, attn_bias: Tensor | None, alibi_slopes: Tensor | None
 
 
 def alibi_bias(slopes: Tensor, q_len: int, kv_len: int) -> Tensor:
-    """`-slopes * |k - q - (kv_len - q_len)|`, `(B|1, H, M, N)` in the dtype of `slopes`, which are `(H,)` or `(B, H)`."""
+    """`-slopes * |k - q - (kv_len - q_len)|`, `(B|1, H, M, N)`: the last query is at the last key.
+
+    Args:
+        slopes: `(H,)` or `(B, H)`, in the dtype of the result.
+        q_len, kv_len: Sizes.
+    """
     key = torch.arange(kv_len, device=slopes.device)
     query = torch.arange(kv_len - q_len, kv_len, device=slopes.device)
     distance = (key - query[:, None]).abs().to(slopes.dtype)

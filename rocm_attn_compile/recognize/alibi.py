@@ -1,40 +1,43 @@
-"""ALiBi: a bias that grows with the distance of query and key, `slope[h] * (k - q)`.
+"""ALiBi: a bias that falls with the distance of query and key, `-slope[h] * |k - q - (kv_len - q_len)|`.
 
-A softmax does not see a number that is added to a whole row, so such a bias is `slope[h] * (k - c)` for any c: one
-number per head and key instead of one per pair. Whatever else it adds per row goes, too. Of `-slope[h] * |k - q|` that
-is true under a causal mask, where the distance has one sign.
+The op computes it from the slopes, so that no tensor over all pairs is needed. A bias is handed to it so where it is
+proved to be that for every pair that the masks keep, but for a number per query: a softmax does not see what is added
+to a whole row. Under a causal mask the distance has one sign, and `slope[h] * (k - c)` is ALiBi for any c.
 
-    slope * (k - q)  =  slope * (k - (kv_len - 1))  +  slope * (kv_len - 1 - q)
-                        stays, (1, H, 1, N)            the same for all keys of a row
+    slope * (k - q)  =  -slope * |k - q|                    where k <= q
+    slope * (k - c)  =  -slope * |k - q|  +  slope * (q - c)
+                                             the same for all keys of a row
 
-The left one is as large as the longest distance also beside the query, where the distance is small. In float32 that
-costs digits which eager keeps, so it is done for operands of half precision, whose scores eager itself rounds more.
+Sinks do see what is added to a whole row. Beside them, the bias has to be the op's to the last term.
+
+Where the distance may have both signs, `slope[h] * (k - q)` is one number per head and key, `slope[h] * (k - (kv_len -
+1))`. That is as large as the longest distance also beside the query, where the distance is small: in float32 it costs
+digits which eager keeps, so it is done for operands of half precision, whose scores eager itself rounds more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 import torch
 
 from ..capture.trace import Value
+from ..reasons import Reason
 from ..symbolic import is_one
 from . import mask as prover
+from .addends import Addends, symbols_of, total
 from .axes import Atom, Dim, atoms_of
 from .compose import Logits
-from .labels import number_of
 from .live import LiveUsers
-from .mask.evaluate import Evaluator
 from .mask.integers import ZERO, expand
-from .mask.values import FloatLoad, If, Opaque
-from .masks import Symbols
-from .region import Bias, MaskTerm, Operand, PositionBias, Roles
+from .mask.values import Opaque
+from .moderate import is_moderate
+from .region import Alibi, Bias, MaskTerm, Operand, PositionBias, Roles
+from .symbols import Symbols
 
-_DEPTH_LIMIT = 12
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -46,62 +49,111 @@ def with_positions(
     dtype: torch.dtype,
     live: LiveUsers,
     requires_grad: Callable[[Value], bool],
-) -> tuple[list[Bias], bool]:
-    """The biases, those of them that are ALiBi as positions where that is shorter; and whether there are such."""
-    if logits.sinks is not None or not biases or any(isinstance(bias, MaskTerm) for bias in biases):
-        return biases, False  # sinks see what is added to a whole row
-    symbols = Symbols(roles, live.proofs)
-    found = [find_position_bias(b, symbols, roles, keep, requires_grad) for b in biases if isinstance(b, Operand)]
-    shorter = [bias if new is None or not new.varies or dtype not in _HALF else new for bias, new in zip(biases, found)]
-    return shorter, any(new is not None for new in found)
-
-
-@dataclass(frozen=True)
-class _Term:
-    """`factor * load * expr`."""
-
-    factor: float
-    load: FloatLoad | None
-    expr: sympy.Expr
-
-
-@dataclass(frozen=True)
-class _Part:
-    """`factor * load * k` if it `moves`, else the same for all keys of a row."""
-
-    factor: float
-    load: FloatLoad | None
-    moves: bool
-
-
-def find_position_bias(
-    bias: Operand, symbols: Symbols, roles: Roles, keep: prover.ClosedForm, requires_grad: Callable[[Value], bool]
-) -> PositionBias | None:
-    """The bias as slopes and positions, or None if it is anything else.
+) -> tuple[list[Bias], Reason | None]:
+    """The biases, those of them that are ALiBi as such, or as positions where that is shorter; and a note.
 
     Args:
-        bias: A bias of the site, with its axes.
-        symbols, roles: The site's.
-        keep: What the masks keep; nothing is said about the bias elsewhere.
+        biases: Of the site, with their axes.
+        keep: What the masks keep; nothing is said about a bias elsewhere.
+        dtype: Of the op.
         requires_grad: Whether a value gets a gradient, which only the tensor as it is can have.
     """
-    if bias.factors or not isinstance(bias.factor, (int, float)):
-        return None
-    if torch.float16 in (bias.value.dtype, bias.rounded_to, bias.added_in):
-        return None  # in which a long distance is infinite
-    evaluator = prover.make_evaluator(symbols.context)
+    if not biases or any(isinstance(bias, MaskTerm) for bias in biases):
+        return biases, None
+    symbols = Symbols(roles, live.proofs)
+    note = None
+    found: list[Bias] = []
+    for bias in biases:
+        line = _line_of(bias, symbols, roles, keep, live) if isinstance(bias, Operand) else None
+        if line is not None and any(requires_grad(tensor) for tensor in line.tensors):
+            note = Reason("alibi_learned", "ALiBi whose slopes get a gradient stays a tensor")
+            line = None
+        if line is None or not isinstance(bias, Operand):
+            found.append(bias)
+        else:
+            found.append(_form(bias, line, roles, logits.sinks is not None, dtype))
+    return found, note
+
+
+def is_of_positions(bias: Operand, symbols: Symbols, live: LiveUsers) -> bool:
+    """True if each tensor in the bias is multiplied with a number that changes from key to key, or is moderate.
+
+    Such a bias is no mask, whatever the tensor holds: it is as low as a fill only where slopes are.
+    """
+    context = symbols.context
+    evaluator = prover.make_evaluator(context)
     element = evaluator.at(bias.value, [symbols.of(dim) for dim in bias.dims])
     try:
-        parts = [_by_position(term, symbols.context) for term in _terms(evaluator, element, keep.predicate, 0)]
-    except Opaque:
+        sums = total(Addends(evaluator, True, context).of(element))
+    except (Opaque, ValueError):
+        return False
+    return all(
+        load is None
+        or is_moderate(load.value, live)
+        or (expr.has(context.k) and not symbols_of(load, ZERO) & {context.q, context.k})
+        for load, expr in sums.items()
+    )
+
+
+@dataclass(frozen=True)
+class _Line:
+    """`factor * slopes * (k - c)`, or `-factor * slopes * |k - q - (kv_len - q_len)|`, plus a number per query.
+
+    Attributes:
+        tensors: All that is read.
+        is_absolute: It is the second form.
+        is_causal: Of the first: k - q is at most kv_len - q_len for every pair that is kept.
+        is_exact: Nothing is added per query, and c is q + kv_len - q_len.
+        is_of_keys: Nothing at all depends on the query.
+        is_half: Something is computed in float16, in which a long distance is infinite.
+    """
+
+    slopes: Operand | None
+    factor: float
+    tensors: list[Value]
+    is_absolute: bool
+    is_causal: bool
+    is_exact: bool
+    is_of_keys: bool
+    is_half: bool
+
+
+def _form(bias: Operand, line: _Line, roles: Roles, has_sinks: bool, dtype: torch.dtype) -> Bias:
+    """The bias in the form that needs least and loses nothing."""
+    is_alibi = line.is_absolute or line.is_causal
+    if is_alibi and (line.is_exact if has_sinks else line.is_absolute or _keeps_digits(line, dtype)):
+        return Alibi(line.slopes, line.factor)
+    varies = bool({*roles.query} & {*atoms_of(bias.dims)})
+    if varies and not (line.is_absolute or has_sinks or line.is_half) and dtype in _HALF:
+        return PositionBias(line.slopes, line.factor)
+    return bias
+
+
+def _keeps_digits(line: _Line, dtype: torch.dtype) -> bool:
+    """Whether the op's distance is no longer than eager's, beside the query: c may be far from q + kv_len - q_len.
+
+    A bias of keys alone is as large as the longest distance somewhere, and so no better.
+    """
+    return line.is_exact or line.is_of_keys or dtype in _HALF
+
+
+def _line_of(bias: Operand, symbols: Symbols, roles: Roles, keep: prover.ClosedForm, live: LiveUsers) -> _Line | None:
+    """The bias as slopes and distances, or None if it is anything else."""
+    if bias.factors or not isinstance(bias.factor, (int, float)):
         return None
-    loads = {part.load for part in parts if part.moves}
-    tensors = {part.load for part in parts if part.load is not None}
-    if len(loads) != 1 or any(requires_grad(tensor.value) for tensor in tensors):
-        return None
-    (load,) = loads
-    factor = bias.factor * math.fsum(part.factor for part in parts if part.moves)
-    if factor == 0 or not math.isfinite(factor):
+    context = symbols.context
+    evaluator = prover.make_evaluator(context)
+    element = evaluator.at(bias.value, [symbols.of(dim) for dim in bias.dims])
+    try:
+        addends = Addends(evaluator, keep.predicate, context)
+        sums = total(addends.of(element))
+        (load,) = [load for load, expr in sums.items() if context.k in symbols_of(load, expr)]
+        expr = sums.pop(load)
+        if symbols_of(load, ZERO) & {context.k, context.q}:
+            return None  # slopes that vary
+        diagonal = expand(context.k - context.q - (context.kv_len - context.q_len))
+        factor, rest, is_absolute = _line_in(expr, context.k, diagonal)
+    except (Opaque, ValueError):
         return None
     slopes = None
     if load is not None:
@@ -109,83 +161,42 @@ def find_position_bias(
         if len(dims) < len(load.index):
             return None
         slopes = Operand(load.value, dims)
-    return PositionBias(slopes, factor, varies=bool({*roles.query} & {*atoms_of(bias.dims)}))
+    # A number that is added to a whole row changes nothing, but -inf does.
+    if any(one is not None and not is_moderate(one.value, live) for one in sums):
+        return None
+    # The last term of factor * diagonal.
+    is_zero = rest == 0 if is_absolute else expand(rest - factor * (diagonal - context.k)) == 0
+    number = float(factor) * bias.factor
+    if number == 0 or not math.isfinite(number):
+        return None
+    return _Line(
+        slopes,
+        number,
+        [one.value for one in (load, *sums) if one is not None],
+        is_absolute,
+        is_absolute or evaluator.logic.implies([keep.predicate], evaluator.logic.le(diagonal)),
+        is_exact=is_zero and not sums,
+        is_of_keys=not is_absolute and not any(context.q in symbols_of(*one) for one in (*sums.items(), (None, rest))),
+        is_half=addends.is_half or torch.float16 in (bias.value.dtype, bias.rounded_to, bias.added_in),
+    )
 
 
-def _terms(evaluator: Evaluator, scalar: Any, keep: Any, depth: int) -> Iterator[_Term]:
-    """The element as a sum; raises Opaque where it is none."""
-    scalar = _given(evaluator, scalar, keep)
-    if isinstance(scalar, (bool, If)) or depth > _DEPTH_LIMIT:
-        raise Opaque("a choice")
-    if isinstance(scalar, sympy.Expr):
-        yield _Term(1.0, None, scalar)
-    elif isinstance(scalar, float):
-        if not math.isfinite(scalar):
-            raise Opaque("a fill")
-        yield _Term(scalar, None, sympy.Integer(1))
-    elif isinstance(scalar, FloatLoad):
-        yield from _terms_of(evaluator, scalar, keep, depth + 1)
+def _line_in(expr: sympy.Expr, k: sympy.Symbol, diagonal: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr, bool]:
+    """`(factor, rest, is_absolute)`: the expression is factor * k + rest, or -factor * |diagonal| + rest."""
+    maxima = [one for one in expr.atoms(sympy.Max) if one.has(k)]
+    if not maxima:
+        factor = expr.coeff(k, 1)
+        rest = expand(expr - factor * k)
+    elif len(maxima) == 1 and len(maxima[0].args) == 2 and expand(sum(maxima[0].args)) == 0:
+        if not any(expand(one - diagonal) == 0 for one in maxima[0].args):
+            raise Opaque("a distance from elsewhere")
+        factor = -expr.coeff(maxima[0], 1)
+        rest = expand(expr + factor * maxima[0])
     else:
-        raise Opaque("a condition")
-
-
-def _given(evaluator: Evaluator, scalar: Any, keep: Any) -> Any:
-    """The element where the mask keeps the pair: there |k - q| of a causal mask is q - k."""
-    scalar = evaluator.values.given(scalar, keep)
-    if isinstance(scalar, sympy.Expr):
-        for larger in scalar.atoms(sympy.Max):
-            for one in larger.args:
-                if all(evaluator.logic.implies([keep], evaluator.logic.le(expand(x - one))) for x in larger.args):
-                    scalar = expand(scalar.xreplace({larger: one}))
-                    break
-    return scalar
-
-
-def _terms_of(evaluator: Evaluator, load: FloatLoad, keep: Any, depth: int) -> Iterator[_Term]:
-    """A tensor that is computed from others, element by element."""
-    value = load.value
-
-    def operand(x: Any) -> list[_Term]:
-        number = number_of(x)
-        if isinstance(number, (int, float)):
-            return [_Term(float(number), None, sympy.Integer(1))]
-        return list(_terms(evaluator, evaluator.operand(x, load.index), keep, depth))
-
-    if isinstance(value.op, str) or value.dtype == torch.float16:
-        yield _Term(1.0, load, sympy.Integer(1))
-    elif value.name == "mul":
-        left, right = (operand(x) for x in value.args[:2])
-        for a in left:
-            for b in right:
-                if a.load is not None and b.load is not None:
-                    raise Opaque("a product of tensors")
-                yield _Term(a.factor * b.factor, a.load or b.load, expand(a.expr * b.expr))
-    elif value.name in ("add", "sub") and isinstance(value.kwargs.get("alpha", 1), (int, float)):
-        sign = (1.0 if value.name == "add" else -1.0) * value.kwargs.get("alpha", 1)
-        yield from operand(value.args[0])
-        yield from (_Term(t.factor * sign, t.load, t.expr) for t in operand(value.args[1]))
-    elif value.name == "div" and number_of(value.args[1]) not in (None, 0) and len(value.args) == 2:
-        number = float(number_of(value.args[1]))
-        yield from (_Term(t.factor / number, t.load, t.expr) for t in operand(value.args[0]))
-    elif value.name == "neg":
-        yield from (_Term(-t.factor, t.load, t.expr) for t in operand(value.args[0]))
-    elif value.name == "_to_copy":
-        yield from operand(value.args[0])  # rounding is not meaning
-    else:
-        yield _Term(1.0, load, sympy.Integer(1))
-
-
-def _by_position(term: _Term, context: prover.MaskContext) -> _Part:
-    """The part of the term that moves with the key, or that there is none; raises Opaque if it is not linear in it."""
-    symbols = {s for i in term.load.index for s in i.free_symbols} if term.load is not None else set()
-    step = expand(term.expr.coeff(context.k, 1))
-    if expand(term.expr - step * context.k).has(context.k) or not step.is_number or context.k in symbols:
+        raise Opaque("a distance that is cut off")
+    if rest.has(k) or not factor.is_number:
         raise Opaque("not linear in the position of the key")
-    if step == 0:
-        return _Part(term.factor, term.load, moves=False)
-    if context.q in symbols:
-        raise Opaque("slopes that vary with the query")
-    return _Part(term.factor * float(step), term.load, moves=True)
+    return factor, rest, bool(maxima)
 
 
 def _dim_of(index: sympy.Expr, symbols: Symbols, roles: Roles) -> Dim | None:

@@ -29,7 +29,7 @@ from .latent import add_latent
 from .live import LiveUsers
 from .masks import prove_masks
 from .proof import Factor, Proof
-from .region import LookAlike, Operand, Region, Roles
+from .region import Alibi, LookAlike, Operand, Region, Roles
 from .roles import assign_roles
 from .row_sinks import masks_beside_row_sinks, take_row_sinks
 from .scores import ScoreWalk
@@ -110,10 +110,10 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
     tracks = partial(_value_requires_grad, live=live)
     if row_sinks is None:
         masks = prove_masks(proof, roles, logits, requires_grad, live)
-        biases, has_alibi = with_positions(masks.biases, roles, logits, masks.closed, dtype, live, tracks)
+        biases, note = with_positions(masks.biases, roles, logits, masks.closed, dtype, live, tracks)
     else:
         masks = masks_beside_row_sinks(proof, roles, logits, live.proofs)
-        biases, has_alibi = masks.biases, False
+        biases, note = masks.biases, None
     learned = [bias.value for bias in logits.biases if bias in masks.biases]
     learned += [row_sinks.value] if row_sinks is not None else []
     spec = AttentionSpec(
@@ -129,8 +129,8 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         softmax_scale=float(scale),
         logits_soft_cap=cap,
         mask=masks.spec,
-        has_bias=bool(masks.biases) or row_sinks is not None,
-        has_alibi=has_alibi,
+        has_bias=any(not isinstance(bias, Alibi) for bias in biases) or row_sinks is not None,
+        has_alibi=any(isinstance(bias, Alibi) for bias in biases),
         bias_requires_grad=requires_grad and any(map(tracks, learned)),
         has_sinks=logits.sinks is not None,
         dropout_p=proof.dropout_p,
@@ -154,6 +154,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         row_sinks=row_sinks,
         values=proof.values,
         notes=masks.notes,
+        alibi_note=note,
     )
 
 

@@ -134,7 +134,7 @@ def _check_features(region: Region, latent: Latent) -> None:
     refused = (
         (bool(region.q.factors or region.k.factors), "latent_tensor_scale", "the scores are scaled by a tensor"),
         (region.v.factor != 1, "latent_not_linear", "the values are scaled after their heads were repeated"),
-        (spec.has_bias, "latent_attn_bias", "a bias is added to the scores"),
+        (spec.has_bias or spec.has_alibi, "latent_attn_bias", "a bias is added to the scores"),
         (spec.logits_soft_cap is not None, "latent_soft_cap", "the scores have a soft cap"),
         (spec.has_sinks, "latent_sinks", "the softmax has learned sinks"),
         (spec.dropout_p != 0, "latent_dropout", "the attention weights pass a dropout"),

@@ -15,31 +15,25 @@ gets NaN, also those that eager gives none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import sympy
 
-from ..capture.trace import Value
 from ..reasons import Reason, Refusal
 from ..spec import EmptyRows, MaskSpec
-from ..symbolic import is_one, product
 from . import mask as prover
-from .axes import Atom, Dim, resolve
+from .alibi import is_of_positions
 from .compose import Logits, MaskStep
 from .empty_rows import Term, empty_rows, score_dtype
 from .labels import aligned
 from .live import LiveUsers
-from .mask.integers import FloorDiv, modulo
 from .moderate import is_moderate
 from .numbers import rounded
 from .proof import Proof
-from .proofs import Proofs
 from .region import Bias, MaskTerm, Operand, Roles
+from .symbols import Symbols
 from .zeroed import account_for_zeroed
-
-T = TypeVar("T")
 
 _LARGEST_FACTOR = 1e4
 """A bias is scaled by no more than this, or it may be as low as a fill."""
@@ -57,75 +51,6 @@ class ProvedMasks:
     notes: list[Reason] = field(default_factory=list)
 
 
-class Symbols:
-    """Index symbols for the atoms of a site, as `recognize.mask` wants them, and what is proved with them."""
-
-    def __init__(self, roles: Roles, proofs: Proofs) -> None:
-        self._proofs = proofs
-        self._of: dict[Atom, sympy.Expr] = {}
-        # Dynamo's shape symbols are s0, u1, ...: these names must stay apart from them
-        q, k = (prover.index_symbol(name) for name in ("q", "k"))
-        self._spread(q, roles.query)
-        self._spread(k, roles.key)
-        batch, heads = self._each("b", roles.batch), self._each("h", roles.heads)
-        self.context = prover.MaskContext(
-            q=q,
-            k=k,
-            q_len=product(a.size for a in roles.query),
-            kv_len=product(a.size for a in roles.key),
-            batch=batch,
-            heads=heads,
-        )
-
-    def _each(self, prefix: str, atoms: list[Atom]) -> dict[sympy.Symbol, sympy.Expr]:
-        sizes = {}
-        for i, atom in enumerate(atoms):
-            symbol = prover.index_symbol(f"{prefix}{i}" if len(atoms) > 1 else prefix)
-            self._of[atom] = symbol
-            sizes[symbol] = atom.size
-        return sizes
-
-    def _spread(self, symbol: sympy.Symbol, atoms: list[Atom]) -> None:
-        """One symbol for a whole axis; its atoms are quotients and remainders of it."""
-        if len(atoms) == 1:
-            self._of[atoms[0]] = symbol
-            return
-        rest: sympy.Expr = symbol
-        for atom in reversed(atoms):
-            is_first = atom is atoms[0]
-            self._of[atom] = rest if is_first else modulo(rest, atom.size)
-            rest = FloorDiv(rest, atom.size)
-
-    def prove(self, how: Callable[..., Any], value: Value, index: list[sympy.Expr], **kwargs: Any) -> Any:
-        """`how(value, index, context, **kwargs)`, one of the functions of `recognize.mask`."""
-        key = (how, self._proofs.number(value), tuple(index), *kwargs.values())
-        return self.once(key, lambda: how(value, index, self.context, **kwargs))
-
-    def once(self, key: Hashable, prove: Callable[[], T]) -> T:
-        """What was proved under `key` with the same symbols and sizes."""
-        context = self.context
-        sizes = (context.q_len, context.kv_len, *context.batch.items(), *context.heads.items())
-        return self._proofs.once((key, sizes), prove)
-
-    def are_equal(self, left: Value, right: Value) -> bool:
-        """True if two values are computed alike from the same values."""
-        return self._proofs.number(left) == self._proofs.number(right)
-
-    def index(self, dims: list[Dim], shape: tuple, value: Value) -> list[sympy.Expr]:
-        """Index of `value`, broadcast against a tensor with axes `dims` (aligned right)."""
-        offset = len(dims) - value.ndim
-        return [sympy.Integer(0) if is_one(s) else self.of(dims[offset + i]) for i, s in enumerate(value.shape)]
-
-    def of(self, dim: Dim) -> sympy.Expr:
-        """Row-major index of a dimension."""
-        total: sympy.Expr = sympy.Integer(0)
-        for atom in resolve(dim):
-            if atom not in self._of:
-                raise Refusal("axis_left_over", "a mask varies along an axis that is no axis of the scores")
-            total = total * atom.size + self._of[atom]
-        return total
-
-
 def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool, live: LiveUsers) -> ProvedMasks:
     """Prove all masks of a site; raises Refusal where eager's meaning cannot be kept."""
     symbols = Symbols(roles, live.proofs)
@@ -137,7 +62,7 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool,
                 "finite_fill", f"masked scores become {term.fills[0]:g}, which is not low enough to count as masked"
             )
     added = [mask for bias in logits.biases if (mask := _additive(proof, symbols, logits, bias, notes)) is not None]
-    low = _low_biases(logits, added, live)
+    low = _low_biases(logits, added, symbols, live)
     found = None if low and any(t.is_finite for t in added) else _together(proof, logits, symbols, replaced, added, low)
     if found is None and added:  # the additive masks stay the tensors they are, which is always exact
         notes.append(Reason("mask_kept_as_bias", "a row may keep no key, and finite masks would not make it uniform"))
@@ -183,11 +108,14 @@ def _conjunction(forms: list[prover.ClosedForm], is_causal: bool, context: prove
     return prover.classify(evaluator, evaluator.logic.all_of(predicates), context)
 
 
-def _low_biases(logits: Logits, added: list[Term], live: LiveUsers) -> bool:
+def _low_biases(logits: Logits, added: list[Term], symbols: Symbols, live: LiveUsers) -> bool:
     """True if a bias that stays a tensor may be as low as a fill."""
     masks = {id(t.operand) for t in added}
     biases = [bias for bias in logits.biases if id(bias) not in masks]
-    return any(abs(b.factor) > _LARGEST_FACTOR or not is_moderate(b.value, live) for b in biases)
+    return any(
+        abs(b.factor) > _LARGEST_FACTOR or not (is_moderate(b.value, live) or is_of_positions(b, symbols, live))
+        for b in biases
+    )
 
 
 def _filled_biases(

@@ -58,21 +58,32 @@ class MaskTerm:
 
 
 @dataclass(eq=False)
+class Alibi:
+    """`-factor * slopes * |k - q - (kv_len - q_len)|` for every pair that is kept; see `alibi`.
+
+    Attributes:
+        slopes: A tensor over batch and heads, or None.
+        factor: A number.
+    """
+
+    slopes: Operand | None
+    factor: float
+
+
+@dataclass(eq=False)
 class PositionBias:
     """`factor * slopes * (k - (kv_len - 1))`, plus something that is the same for all keys of a row; see `alibi`.
 
     Attributes:
         slopes: A tensor over batch and heads, or None.
         factor: A number.
-        varies: The tensor has one number per pair.
     """
 
     slopes: Operand | None
     factor: float
-    varies: bool
 
 
-Bias: TypeAlias = Operand | MaskTerm | PositionBias
+Bias: TypeAlias = Operand | MaskTerm | Alibi | PositionBias
 
 
 @dataclass(eq=False)
@@ -207,6 +218,7 @@ class Region:
         latent_note: Why something near latent attention is a plain one.
         cache: The cache that k and v are gathered or dequantised from, or None.
         cache_note: Why what is near a cache is read after it was gathered or dequantised.
+        alibi_note: Why ALiBi stays a tensor.
     """
 
     spec: AttentionSpec
@@ -230,6 +242,7 @@ class Region:
     latent_note: Reason | None = None
     cache: KvCache | None = None
     cache_note: Reason | None = None
+    alibi_note: Reason | None = None
 
 
 @dataclass(eq=False)

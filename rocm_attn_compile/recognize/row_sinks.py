@@ -12,10 +12,11 @@ from ..reasons import Refusal
 from ..spec import EmptyRows, MaskSpec
 from . import mask as prover
 from .compose import Logits
-from .masks import ProvedMasks, Symbols
+from .masks import ProvedMasks
 from .proof import Proof
 from .proofs import Proofs
 from .region import Operand, Roles
+from .symbols import Symbols
 
 
 def take_row_sinks(logits: Logits) -> Operand:

@@ -26,7 +26,7 @@ from .weights import Zeroing
 
 if TYPE_CHECKING:
     from .empty_rows import Term
-    from .masks import Symbols
+    from .symbols import Symbols
 
 
 def account_for_zeroed(

@@ -13,8 +13,8 @@ from .. import ops
 from ..capture.trace import Trace, Value
 from ..reasons import Refusal
 from ..recognize.labels import is_cast, is_view
-from ..recognize.region import Bias, MaskTerm, Operand, PositionBias, Region
-from ..symbolic import to_expr
+from ..recognize.region import Alibi, Bias, MaskTerm, Operand, PositionBias, Region
+from .alibi import emit_positions, emit_slopes
 from .builder import GraphBuilder
 from .cache import emit_cache
 from .canonical import from_layout, to_layout
@@ -23,6 +23,7 @@ from .latent import Output, emit_latent, is_latent, output_of, take_cuts
 from .layout import choose_out_layout, with_strides_of
 from .masks import MaskArguments, emit_masks
 from .row_sinks import with_row_sinks
+from .tune import Tuned, Tuner
 
 aten = torch.ops.aten
 
@@ -34,12 +35,14 @@ Check = Callable[[GraphBuilder, Region, Value, fx.Node], None]
 class Rewriter:
     """Rewrites sites of one trace. Sites are independent: each is applied whole or discarded whole.
 
-    `check` may raise Refusal for a site.
+    `check` may raise Refusal for a site. `tune` may give a site another `impl` argument; what it said of each region is
+    kept in `tuned`.
     """
 
-    def __init__(self, trace: Trace, check: Check | None = None) -> None:
+    def __init__(self, trace: Trace, check: Check | None = None, tune: Tuner | None = None) -> None:
         self.trace = trace
-        self._check = check
+        self._check, self._tune = check, tune
+        self.tuned: dict[Region, Tuned] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
         self._regions: list[Region] = []
         self._examples: dict[Any, Any] = {}
@@ -129,30 +132,22 @@ class Rewriter:
         seed = None
         if spec.dropout_p:
             seed = builder.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=builder.device)
-        call = builder.call(
-            ops.attention,
-            q,
-            k,
-            v,
-            bias,
-            masks.attn_mask,
-            masks.key_mask,
-            masks.kv_start,
-            kv_end,
-            masks.q_ids,
-            masks.kv_ids,
-            sinks,
-            seed,
-            softmax_scale=spec.softmax_scale,
-            logits_soft_cap=spec.logits_soft_cap,
-            band_lower=masks.band_lower,
-            band_upper=masks.band_upper,
-            dropout_p=spec.dropout_p,
-            empty_rows=spec.mask.empty_rows.value,
-            out_layout=layout,
-            impl=impl,
-            **cache,
-        )
+        tensors = {
+            "q": q, "k": k, "v": v, "attn_bias": bias, "attn_mask": masks.attn_mask, "key_mask": masks.key_mask,
+            "kv_start": masks.kv_start, "kv_end": kv_end, "q_ids": masks.q_ids, "kv_ids": masks.kv_ids,
+            "sinks": sinks, "dropout_seed": seed, "alibi_slopes": emit_slopes(builder, region),
+        }  # fmt: skip
+        settings = {
+            "softmax_scale": spec.softmax_scale, "logits_soft_cap": spec.logits_soft_cap,
+            "band_lower": masks.band_lower, "band_upper": masks.band_upper, "dropout_p": spec.dropout_p,
+            "empty_rows": spec.mask.empty_rows.value, "out_layout": layout,
+        }  # fmt: skip
+        if self._tune is not None and cache:
+            self.tuned[region] = Tuned(impl, ["max-autotune: the cache is read with the shipped configuration"])
+        elif self._tune is not None:
+            self.tuned[region] = self._tune(builder, impl, {**tensors, **settings}, spec.requires_grad)
+            impl = self.tuned[region].impl
+        call = builder.call(ops.attention, *tensors.values(), **settings, impl=impl, **cache)
         return builder.call(operator.getitem, call, 0)
 
     def _operand(self, builder: GraphBuilder, operand: Operand, groups: list, dtype: torch.dtype) -> fx.Node:
@@ -182,8 +177,10 @@ class Rewriter:
         roles, total = region.roles, None
         groups = [roles.batch, roles.heads, roles.query, roles.key]
         for bias in region.biases:
+            if isinstance(bias, Alibi):
+                continue
             if isinstance(bias, PositionBias):
-                total = self._add(builder, total, self._positions(builder, region, bias), torch.float32)
+                total = self._add(builder, total, emit_positions(builder, region, bias), torch.float32)
                 continue
             operand = bias.operand if isinstance(bias, MaskTerm) else bias
             node = to_layout(builder, builder.tensor(operand.value), operand.dims, groups, [False] * 4)
@@ -208,20 +205,6 @@ class Rewriter:
         if builder.look(total).dtype != dtype:
             total = builder.call(aten._to_copy.default, total, dtype=dtype)
         return builder.call(aten.add.Tensor, total, node)
-
-    def _positions(self, builder: GraphBuilder, region: Region, bias: PositionBias) -> fx.Node:
-        """`(1, 1, 1, N)` or, with slopes, up to `(B, H, 1, N)` in float32: the last key is at 0."""
-        roles = region.roles
-        first = builder.size(1 - to_expr(region.spec.kv_len))
-        node = builder.call(aten.arange.start, first, 1, dtype=torch.float32, device=builder.device)
-        node = builder.call(aten.mul.Tensor, node, bias.factor)
-        node = builder.call(aten.view.default, node, [1, 1, 1, -1])
-        if bias.slopes is None:
-            return node
-        groups: list = [roles.batch, roles.heads, [], []]
-        slopes = to_layout(builder, builder.tensor(bias.slopes.value), bias.slopes.dims, groups, [False] * 4)
-        slopes = builder.call(aten._to_copy.default, slopes, dtype=torch.float32)
-        return builder.call(aten.mul.Tensor, slopes, node)
 
     def _lowest(self, builder: GraphBuilder, bias: fx.Node) -> fx.Node:
         """float16's lowest number absorbs the scores in float16; the op adds in float32, where another one does."""

@@ -84,6 +84,7 @@ FEATURE_EXAMPLES = {
     "logits_soft_cap": with_spec(logits_soft_cap=30.0),
     "sinks": with_spec(has_sinks=True),
     "attn_bias": with_spec(has_bias=True),
+    "alibi": with_spec(has_alibi=True),
     "bias_gradient": with_spec(bias_requires_grad=True),
     "dropout": with_spec(dropout_p=0.1),
     "training": with_spec(requires_grad=True),

@@ -96,6 +96,7 @@ def test_a_backend_that_takes_everything_takes_all_at_once(backend):
         v_head_dim=8,
         logits_soft_cap=1.0,
         has_bias=True,
+        has_alibi=True,
         bias_requires_grad=True,
         has_sinks=True,
         dropout_p=0.5,

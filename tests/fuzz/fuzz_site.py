@@ -190,9 +190,18 @@ def positions(p: Program, s: Tensor) -> Tensor:
     heads = [x for x in letters_of(s) if x in "gr"]
     i = p.name("i")
     p.do(f"{i} = torch.arange({n})[None, :] - torch.arange({m})[:, None]")
-    if p.chance(0.5):
+    if p.chance(0.6):
         slopes = p.rand_input(tuple(heads), "slopes") if heads else p.let("torch.tensor(0.5)", (), "slopes")
+        if p.chance(0.7):  # else it may train
+            slopes = p.let(f"{slopes.name}.detach()", slopes.dims, "slopes")
+        if p.chance(0.7):  # the last query at the last key; else the first at the first
+            p.do(f"{i} = {i} - {n - m}")
+        i = p.pick(i, f"(-{i}.abs())", f"({i} + 1).abs()", f"({i} + torch.arange({m})[:, None])", f"{i}.clamp(min=-2)")
         b = p.let(f"{slopes.name}{'[..., None, None]' if heads else ''} * {i}", (*heads, "m", "n"), "bias")
+        if p.chance(0.6):
+            kept = p.pick(f"torch.arange({m})[:, None] + {n - m}", f"torch.arange({m})[:, None]")
+            drop = p.let(f"torch.arange({n})[None, :] > {kept}", ("m", "n"), "drop")
+            s = p.let(f"{s.name}.masked_fill({p.arrange(drop, s.dims).name}, {p.pick('-torch.inf', -1e30)})", s.dims)
     else:
         table = p.name("table")
         p.inputs.append((table, f"rand({m + n}, {p.size(''.join(heads))})"))

@@ -196,3 +196,32 @@ def test_131072_tokens_in_linear_memory():
     # The last key has one row, the last; what its gradient says is that row's alone.
     exact = (slope[:, -1:, -1:] * q[0, :, -1:].double()).sum(0) * size**-0.5
     assert ((dk[0, 0, -1:] - exact).norm() / exact.norm()).item() < 2e-2
+
+
+def test_max_autotune_measures_on_the_device_and_the_second_time_finds_it_stored(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROCM_ATTN_CACHE", str(tmp_path))
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(0)
+        return tuple(torch.randn(1, 4, 512, 64).bfloat16().to(dtype).requires_grad_() for _ in range(3))
+
+    exact = results_of(attend, inputs(torch.float64), True)
+    eager = results_of(attend, inputs(torch.bfloat16), True)
+    impls, texts = [], []
+    for _ in range(2):
+        torch._dynamo.reset()
+        rocm_attn_compile.reset_reports()
+        compiled = torch.compile(attend, backend="rocm_attn", mode="max-autotune-no-cudagraphs", fullgraph=True)
+        actual = results_of(compiled, inputs(torch.bfloat16), True)
+        assert_as_accurate_as_eager(actual, eager, exact, factor=FACTOR)
+        (report,) = rocm_attn_compile.reports()
+        impls.append(report.sites[0].impl)
+        texts.append(str(report))
+    assert impls[0] == impls[1] and "~forward=" in impls[0] and "backward_q=" in impls[0]
+    for text, word in zip(texts, ("measured: ", "found stored: ")):
+        assert text.count(f"max-autotune, {word}") == 3, text
+    assert list((tmp_path / "tuned").glob("*.json"))
+    assert "differs" not in texts[0] and "fails" not in texts[0], texts[0]

@@ -18,8 +18,8 @@ B, H, LENGTH, D = 4, 3, 4096, 64
 PAIRS = LENGTH * LENGTH
 
 
-def peaks(attention, extra) -> tuple[int, int]:
-    q, k, v = (torch.randn(B, H, LENGTH, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+def peaks(attention, extra, dtype=torch.bfloat16) -> tuple[int, int]:
+    q, k, v = (torch.randn(B, H, LENGTH, D, device="cuda", dtype=dtype) for _ in range(3))
     inputs = (q, k, v, None if extra is None else extra.cuda())
     pipeline = Pipeline("eager")
     compiled = torch.compile(attention, backend=pipeline, fullgraph=True)
@@ -42,14 +42,17 @@ def test_no_mask_of_all_pairs_is_in_memory(name):
     assert peak < PAIRS
 
 
-@pytest.mark.parametrize("name", ["alibi", "alibi_of_keys"])
-def test_alibi_is_one_number_per_head_and_key(name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["alibi", "alibi_of_keys", "alibi_in_both_directions"])
+def test_alibi_is_one_number_per_head(name, dtype):
     bias, make = BIASES[name]
 
     def attention(q, k, v, extra):
         scores = q @ k.mT * D**-0.5 + bias(q, k, extra)
-        return scores.masked_fill(~top_left(q, k, None), -math.inf).softmax(-1) @ v
+        if name != "alibi_in_both_directions":
+            scores = scores.masked_fill(~top_left(q, k, None), -math.inf)
+        return scores.softmax(-1) @ v
 
-    peak, eager = peaks(attention, make(LENGTH))
-    assert eager > B * H * PAIRS * 2
+    peak, eager = peaks(attention, make(LENGTH), dtype)
+    assert eager > B * H * PAIRS * dtype.itemsize
     assert peak < PAIRS

@@ -109,6 +109,50 @@ def backward(**arguments: Any) -> Any:
     return attention_backward(**arguments)
 
 
+def autotune(
+    store: dict[str, Any], times: dict[str, float], corrupt: str, failing: str, wants_grad: bool, **arguments: Any
+) -> Any:
+    """`(outcomes as dicts, store, timed configurations)` of tuning a call with a timer that reads from `times`.
+
+    A configuration not named there takes 100 us. The one in `corrupt` gives a wrong result, the one in `failing` none.
+    """
+    from rocm_attn_compile.kernels.triton import autotune as module
+    from rocm_attn_compile.kernels.triton import tuned
+    from rocm_attn_compile.kernels.triton.launch import Launch
+
+    def name_of(launch: Launch) -> str:
+        assert launch.config is not None
+        return f"{launch.direction}={tuned.encode_one(launch.config, launch.arguments['TMA'])}"
+
+    timed: list[str] = []
+
+    class Timer:
+        def compile(self, launches: Any) -> None:
+            pass
+
+        def microseconds(self, launches: Any) -> float:
+            timed.append(name_of(launches[0]))
+            return times.get(timed[-1], 100.0)
+
+    run = Launch.run
+
+    def faulty(launch: Launch) -> None:
+        if launch.direction and name_of(launch) == failing:
+            raise RuntimeError("out of resource: shared memory")
+        run(launch)
+        if launch.direction and name_of(launch) == corrupt:
+            launch.arguments["out" if "out" in launch.arguments else "grad_q"].mul_(1.05)
+
+    Launch.run = faulty  # type: ignore[method-assign]
+    try:
+        outcomes = module.tune([arguments], [wants_grad] * 3 + [False] * 2, store, Timer())
+    finally:
+        Launch.run = run  # type: ignore[method-assign]
+    text = module.text_of(outcomes)
+    rows = [{"direction": o.direction, "stored": o.stored, "text": str(o), **o.to_dict()} for o in outcomes]
+    return rows, store, timed, text
+
+
 def mla_decode(tuning: dict[str, Any] | None, **arguments: Any) -> Any:
     """`(out, lse)` of latent attention, absorbed; as `forward`."""
     from rocm_attn_compile.kernels.triton.launch import Tuning

@@ -181,6 +181,9 @@ def shift_cases() -> list[dict[str, Any]]:
         case("first-max-loud-causal", scale=40.0, M=70, N=70, band_upper=0, dropout_p=0.3, tuning=first),
         case("first-max-split", scale=40.0, N=90, H=2, sinks=True, tuning={"pack": 1, "num_splits": 3, **first}),
         case("first-max-bf16", dtype=torch.bfloat16, band_upper=12),
+        case("first-max-alibi", M=50, N=90, H=4, K=2, alibi=True, band_upper=40, sinks=True, tuning=first),
+        # Rows whose nearest keys are masked: the first maximum does not hold.
+        case("first-max-alibi-far", M=90, N=90, H=2, alibi=True, limits=(False, False), scale=5.0, tuning=first),
         *(
             case(f"first-max-empty-{mode}", mask=FULL, empty=("mask_rows",), empty_rows=mode, tuning=first)
             for mode in ("nan", "mean")

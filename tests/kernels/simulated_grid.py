@@ -55,9 +55,9 @@ CUT = (
         ci=ARCHS,
     ),
     Row(
-        "80: bias and its gradient, soft cap, mask with empty rows",
+        "80: bias and its gradient, soft cap, ALiBi, mask with empty rows",
         {"D": 80, "E": 80, "bias": FULL, "soft_cap": 2.0, "mask": FULL, "empty": ("mask_rows",),
-         "empty_rows": "mean_added", "layout": "packed", "N": 141, "K": 2, "out_layout": "bshd"},
+         "empty_rows": "mean_added", "layout": "packed", "N": 141, "K": 2, "out_layout": "bshd", "alibi": True},
         ci=ARCHS,
     ),
     Row(
@@ -67,8 +67,9 @@ CUT = (
         ci=ARCHS,
     ),
     Row(
-        "decode: bf16, 128, packed heads, split keys, sinks",
-        {**DECODE, "dtype": BF16, "D": 128, "E": 128, "M": 3, "band_upper": 590, "sinks": True, "soft_cap": 3.0},
+        "decode: bf16, 128, packed heads, split keys, sinks, ALiBi",
+        {**DECODE, "dtype": BF16, "D": 128, "E": 128, "M": 3, "band_upper": 590, "sinks": True, "soft_cap": 3.0,
+         "alibi": True},
         backward=False,
         ci=ARCHS,
     ),
@@ -83,6 +84,11 @@ CUT = (
         {"dtype": BF16, "band_upper": 9, "scale": 10.0, "sinks": True},
         backward=False,
         ci=("gfx942",),
+    ),
+    Row(
+        "bf16, 64: ALiBi",
+        {"dtype": BF16, "band_upper": 9, "alibi": "batch", "B": 2, "M": 77, "N": 90},
+        ci=("gfx942", "gfx1100"),
     ),
     Row(
         "bf16, 128: no maximum under a soft cap",
@@ -145,6 +151,11 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "half-precision bias": {"bias": FULL, "bias_dtype": FP16},
     "soft cap": {"soft_cap": 2.0, "band_upper": 9},
     "soft cap and bias": {"soft_cap": 1.5, "bias": FULL},
+    "alibi": {"alibi": True, "band_upper": 9},
+    "alibi, both directions": {"alibi": "batch", "B": 2, "H": 4, "K": 2},
+    "alibi, bias, window": {"alibi": True, "bias": FULL, "band_upper": 9, "band_lower": -40},
+    "alibi, soft cap": {"alibi": True, "soft_cap": 2.0, "limits": (True, True)},
+    "alibi, far keys, fp32": {"alibi": True, "key_mask": True, "band_upper": 9, "dtype": FP32, "M": 45, "N": 70},
     "sinks": {"sinks": True, "band_upper": 9},
     "sinks, empty rows": {"sinks": True, "mask": FULL, "empty": ("mask_rows",), "empty_rows": "nan"},
     "dropout": {"dropout_p": 0.3},

@@ -47,6 +47,13 @@ def test_main_kernels(arch: str, kernel: str) -> None:
     check(launches(arch, HALF, head_dim)[kernel], arch, HALF, head_dim)
 
 
+@pytest.mark.parametrize("arch", [pytest.param(a, marks=() if a == "gfx942" else pytest.mark.slow) for a in ARCHS])
+def test_alibi_fits_in_the_registers(arch: str) -> None:
+    for head_dim in (64, 128):
+        for launch in launches(arch, HALF, head_dim, alibi_slopes=True).values():
+            check(launch, arch, HALF, head_dim)
+
+
 def test_decode_kernels() -> None:
     """One query token, keys split between programs."""
     for launch in launches("gfx942", HALF, 128, q_len=1, kv_len=4096, causal=False, backward=False).values():
@@ -59,9 +66,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     "limits-ids": {"kv_start": True, "kv_end": True, "q_ids": True, "kv_ids": True, "empty_rows": "mean"},
     "cap-sinks": {"soft_cap": 30.0, "sinks": True},
     "dropout": {"dropout_p": 0.1},
+    "alibi": {"alibi_slopes": True},
     "everything": {
         "attn_bias": True, "attn_mask": True, "key_mask": True, "kv_start": True, "kv_end": True, "q_ids": True,
         "kv_ids": True, "soft_cap": 30.0, "dropout_p": 0.1, "band_lower": -256, "empty_rows": "mean_added",
+        "alibi_slopes": True,
     },
 }  # fmt: skip
 

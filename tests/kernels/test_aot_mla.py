@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -64,18 +65,28 @@ def test_every_prefill_configuration(arch: str, dtype: torch.dtype, sizes: tuple
     check(arch, dtype, num_heads=4, q_len=1, kv_len=1024, absorbed=False, **widths)
 
 
-@pytest.mark.parametrize(("heads", "block_size"), [(16, 0), (16, 16)])
-def test_hopper_decode(heads: int, block_size: int) -> None:
-    """16 rows: matrix instructions of a warp, no spills."""
-    for launch in launches("sm90", HALF, heads, block_size=block_size).values():
+@pytest.mark.parametrize("block_size", [0, 16])
+def test_hopper_decode(block_size: int) -> None:
+    """A latent that Hopper's own kernels do not take: matrix instructions of a warp."""
+    for launch in launches("sm90", HALF, 16, kv_lora_rank=256, block_size=block_size).values():
         ptx = aot.compile_launch(launch, "sm90").asm["ptx"]
         assert launch.kernel.__name__ in NO_MATRIX_WORK or "mma.sync" in ptx
 
 
-def test_hopper_decode_in_gluon() -> None:
-    """Many heads: the kernel with roles, and its products by warp groups. Gluon is experimental: changes show here."""
-    found = launches("sm90", HALF, 128, block_size=64, key_mask=True)
-    assert "mla_decode_hopper_kernel" in found
-    ptx = aot.compile_launch(found["mla_decode_hopper_kernel"], "sm90").asm["ptx"]
+@pytest.mark.parametrize(("heads", "block_size", "kernel"), [
+    (16, 0, "mla_decode_few_kernel"), (16, 16, "mla_decode_few_kernel"), (128, 64, "mla_decode_hopper_kernel"),
+])  # fmt: skip
+def test_hopper_decode_in_gluon(heads: int, block_size: int, kernel: str) -> None:
+    """The kernels with roles, and their products by warp groups. Gluon is experimental: changes show here."""
+    launch = launches("sm90", HALF, heads, block_size=block_size, key_mask=True)[kernel]
+    ptx = aot.compile_launch(launch, "sm90").asm["ptx"]
     assert ptx.count("wgmma.mma_async") > 50
     assert "setmaxnreg" in ptx
+
+
+def test_hopper_copies_pages() -> None:
+    """Every page of a block goes to its own rows of the tile: 36 copies for a block of four pages, to 36 places."""
+    launch = launches("sm90", HALF, 16, block_size=16)["mla_decode_few_kernel"]
+    text = aot.compile_launch(launch, "sm90").asm["ptx"]
+    copies = re.findall(r"cp\.async\.bulk\.tensor\.3d\S* \[(%r\d+)\]", text)
+    assert len(copies) == len(set(copies)) == 36

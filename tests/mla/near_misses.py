@@ -212,6 +212,12 @@ def absorbed_values_from_elsewhere(q_latent, q_pe, c, k_pe, v):
     return torch.einsum("bhmn,bnc->bhmc", (scores * SCALE).softmax(-1), v)
 
 
+@near_miss("latent_not_linear", two_caches)
+def absorbed_values_scaled_after_they_are_repeated(q_latent, q_pe, c, k_pe):
+    scores = torch.einsum("bhmc,bnc->bhmn", q_latent, c) + torch.einsum("bhmr,bnr->bhmn", q_pe, k_pe)
+    return (scores * SCALE).softmax(-1) @ (c[:, None].expand(-1, H, -1, -1) * 0.5)
+
+
 @near_miss(None, two_caches)
 def absorbed_values_of_other_rows(q_latent, q_pe, c, k_pe):
     scores = torch.einsum("bhmc,bnc->bhmn", q_latent, c) + torch.einsum("bhmr,bnr->bhmn", q_pe, k_pe)

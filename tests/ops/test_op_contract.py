@@ -96,18 +96,18 @@ def test_only_the_part_before_the_hash_selects():
 
 
 def test_kernel_modules_are_found_lazily(monkeypatch):
-    """A GPU call imports the module of its backend, once, and passes the op's arguments without impl."""
+    """A GPU call imports the module of its backend, once, and passes the op's arguments and what tuning chose."""
     calls = []
 
     class Kernel:
         @staticmethod
         def attention_forward(*args, **kwargs):
-            calls.append((len(args), sorted(kwargs)))
+            calls.append((len(args), kwargs))
             return q, q
 
         @staticmethod
         def attention_backward(**kwargs):
-            calls.append(list(kwargs))
+            calls.append(kwargs)
             return (q,) * 5
 
     imported = []
@@ -116,14 +116,17 @@ def test_kernel_modules_are_found_lazily(monkeypatch):
     dispatch.run_gpu((q, k, k), {"softmax_scale": 0.3, "impl": "TRITON_ATTN@12"})
     dispatch.run_gpu((q, k, k), {"softmax_scale": 0.3, "impl": "TRITON_ATTN@12"})
     assert imported == ["rocm_attn_compile.kernels.triton.attention"]
-    assert calls[0] == (3, ["softmax_scale"])
+    assert calls[0] == (3, {"softmax_scale": 0.3, "tuned": "", "opaque": True})
+    dispatch.run_gpu((q, k, k), {"softmax_scale": 0.3, "impl": "TRITON_ATTN@12~forward=1+inline"})
+    assert calls[-1] == (3, {"softmax_scale": 0.3, "tuned": "forward=1", "opaque": True})
     dispatch.run_backward_gpu(
         *[q] * 4, *[None] * 10, q, q, 0.3, None, None, None, 0.0, "nan", "TRITON_ATTN@12", [True] * 5
     )
-    assert calls[-1] == [
+    assert calls[-1].pop("tuned") == "" and calls[-1].pop("opaque") is True
+    assert list(calls[-1]) == [
         "grad_out", "q", "k", "v", "attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids",
-        "sinks", "dropout_seed", "alibi_slopes", "out", "lse", "softmax_scale", "logits_soft_cap", "band_lower", "band_upper",
-        "dropout_p", "empty_rows", "output_mask",
+        "sinks", "dropout_seed", "alibi_slopes", "out", "lse", "softmax_scale", "logits_soft_cap", "band_lower",
+        "band_upper", "dropout_p", "empty_rows", "output_mask",
     ]  # fmt: skip
 
 

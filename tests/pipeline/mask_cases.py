@@ -125,9 +125,15 @@ def alibi(q, k, slopes):
 
 
 def alibi_of_keys(q, k, slopes):
-    """As Bloom, Falcon and MPT write it."""
+    """As MPT writes it; Bloom and Falcon count the keys that are no padding."""
     _, j = positions(q, k)
     return (slopes[:, None, None] * j).to(q.dtype)
+
+
+def alibi_in_both_directions(q, k, slopes):
+    """As encoders and x-transformers write it."""
+    i, j = positions(q, k)
+    return (slopes[:, None, None] * -(j - i).abs()).to(q.dtype)
 
 
 def t5(q, k, table):
@@ -154,6 +160,7 @@ def table(rows):
 BIASES = {
     "alibi": (alibi, slopes),
     "alibi_of_keys": (alibi_of_keys, slopes),
+    "alibi_in_both_directions": (alibi_in_both_directions, slopes),
     "t5": (t5, table(17)),
     "swin": (swin, table(17)),
 }

@@ -1,4 +1,4 @@
-"""ALiBi is recognised however it is written, and is handed on as one number per head and key where that is exact."""
+"""ALiBi is recognised however it is written, and is handed on as slopes, or as one number per head and key."""
 
 from __future__ import annotations
 
@@ -56,6 +56,51 @@ def one_slope(q, k, v, slopes):
     return (q @ k.mT * SCALE + ((j - i) * 0.25).to(q.dtype)).masked_fill(~causal(q, k), -math.inf).softmax(-1) @ v
 
 
+def of_keys(q, k, v, slopes):
+    """As MPT and JAIS write it."""
+    bias = (slopes[:, None] * torch.arange(1 - k.shape[-2], 1))[:, None].to(q.dtype)
+    return (q @ k.mT * SCALE + bias).masked_fill(~causal(q, k), -math.inf).softmax(-1) @ v
+
+
+def of_both_directions(q, k, v, slopes):
+    """As an encoder has it."""
+    i, j = positions(q, k)
+    bias = -(j - i).abs()[None].to(q.dtype) * slopes.to(q.dtype)[:, None, None]
+    return (q @ k.mT * SCALE + bias).softmax(-1) @ v
+
+
+def of_both_directions_in_a_window(q, k, v, slopes):
+    i, j = positions(q, k)
+    bias = (i - j).to(q.dtype).abs() * -slopes.to(q.dtype).view(-1, 1, 1) + 3.0
+    near = (i - j).abs() < 9
+    return (q @ k.mT * SCALE + bias).masked_fill(~near, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+def slopes_of_a_sequence(q, k, v, slopes):
+    i, j = positions(q, k)
+    slopes = slopes * torch.arange(1, 1 + q.shape[0])[:, None] / 2
+    scores = q @ k.mT * SCALE + (slopes[:, :, None, None] * (j - i)).to(q.dtype)
+    return scores.masked_fill(~causal(q, k), -math.inf).softmax(-1) @ v
+
+
+def beside_another_bias(q, k, v, slopes):
+    i, j = positions(q, k)
+    scores = q @ k.mT * SCALE + (slopes[:, None, None] * (j - i)).to(q.dtype) + (i * j % 5).to(q.dtype)
+    return scores.masked_fill(~causal(q, k), -math.inf).softmax(-1) @ v
+
+
+def last_query(q, k, v, slopes):
+    return distance(q[:, :, -1:], k, v, slopes)
+
+
+def before_sinks(q, k, v, slopes):
+    i, j = positions(q, k)
+    scores = q @ k.mT * SCALE + (slopes[:, None, None] * (j - i)).to(q.dtype)
+    scores = scores.masked_fill(~causal(q, k), -math.inf)
+    sinks = slopes.to(q.dtype).view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+    return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
+
+
 def without_a_mask(q, k, v, slopes):
     i, j = positions(q, k)
     return (q @ k.mT * SCALE + slopes.neg()[:, None, None].to(q.dtype) * (i * 2 - j + 3)).softmax(-1) @ v
@@ -74,13 +119,19 @@ def sdpa_with_the_mask_added(q, k, v, slopes):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(q.shape[0], -1, -1, -1), scale=0.2)
 
 
-KEPT = [
+ALIBI = [
     distance,
     absolute_distance_under_a_causal_mask,
     in_one_tensor_with_the_mask,
     slopes_of_a_formula,
     one_slope,
-    without_a_mask,
+    of_keys,
+    of_both_directions,
+    of_both_directions_in_a_window,
+    slopes_of_a_sequence,
+    beside_another_bias,
+    last_query,
+    before_sinks,
     sdpa_with_the_mask_in_the_bias,
     sdpa_with_the_mask_added,
 ]
@@ -115,24 +166,56 @@ def run(function, dtype, dynamic=None, slopes_train=False):
     assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact))
     (site,) = [site for report in rocm_attn_compile.reports() for site in report.sites]
     (node,) = [n for g in recorder.graphs for n in g.graph.nodes if n.target is torch.ops.rocm_attn.attention.default]
-    return site, node.args[3].meta["example_value"]
+    return site, *(None if a is None else a.meta["example_value"] for a in (node.args[3], node.args[12]))
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("function", KEPT)
-def test_one_number_per_head_and_key(function, dynamic):
-    site, bias = run(function, torch.bfloat16, dynamic)
+@pytest.mark.parametrize("function", ALIBI)
+def test_slopes(function, dynamic):
+    site, bias, slopes = run(function, torch.float32, dynamic)
+    check_slopes(function, site, bias, slopes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("function", [distance, of_keys, of_both_directions_in_a_window])
+def test_slopes_in_half_precision(function, dtype):
+    site, bias, slopes = run(function, dtype)
+    check_slopes(function, site, bias, slopes)
+
+
+def check_slopes(function, site, bias, slopes):
     assert site.data["has_alibi"]
-    assert "ALiBi bias" in site.spec
+    assert "ALiBi" in site.spec
+    assert (bias is None) == (function is not beside_another_bias) == (not site.data["has_bias"])
+    assert slopes.dtype == torch.float32
+    assert slopes.shape == ((B, H) if function is slopes_of_a_sequence else (H,))
+
+
+def from_the_first_key(q, k, v, slopes):
+    """Aligned top-left: the op's distance is longer by N - M, which a softmax does not see."""
+    i, j = torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])[None, :]
+    scores = q @ k.mT * SCALE + (slopes[:, None, None] * (j - i)).to(q.dtype)
+    return scores.masked_fill(j > i, -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_longer_distance_costs_digits_only_in_half_precision(dtype):
+    site, bias, slopes = run(from_the_first_key, dtype)
+    assert site.data["has_alibi"] == (slopes is not None) == (bias is None) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_one_number_per_head_and_key(dynamic):
+    """In both directions, but with a sign."""
+    site, bias, slopes = run(without_a_mask, torch.bfloat16, dynamic)
+    assert not site.data["has_alibi"] and slopes is None
     assert (bias.shape[2], bias.dtype) == (1, torch.float32)
 
 
-@pytest.mark.parametrize("function", [distance, without_a_mask])
-def test_float32_keeps_the_distance(function):
+def test_float32_keeps_the_distance_in_both_directions():
     """slope * (k - c) is large beside the query, where eager's slope * (k - q) is small and exact."""
-    site, bias = run(function, torch.float32)
-    assert site.data["has_alibi"]
-    assert bias.shape[2] == M
+    _, bias, slopes = run(without_a_mask, torch.float32)
+    assert slopes is None and bias.shape[2] == M
 
 
 def learned(q, k, v, slopes):
@@ -140,35 +223,82 @@ def learned(q, k, v, slopes):
 
 
 def test_slopes_that_are_learned_keep_the_tensor():
-    site, bias = run(learned, torch.bfloat16, slopes_train=True)
-    assert not site.data["has_alibi"]
+    site, bias, slopes = run(learned, torch.bfloat16, slopes_train=True)
+    assert not site.data["has_alibi"] and slopes is None
     assert bias.shape[2] == M
+    assert "alibi_learned" in [note.code for note in site.notes]
 
 
-def absolute_distance(q, k, v, slopes):
+def with_bias(q, k, v, bias):
+    return (q @ k.mT * SCALE + bias.to(q.dtype)).masked_fill(~causal(q, k), -math.inf).softmax(-1) @ v
+
+
+def squared(q, k, v, slopes):
     i, j = positions(q, k)
-    return (q @ k.mT * SCALE - slopes[:, None, None].to(q.dtype) * (i - j).abs()).softmax(-1) @ v
+    return with_bias(q, k, v, -slopes[:, None, None] * (i - j) * (i - j))
 
 
-def squared_distance(q, k, v, slopes):
+def clipped(q, k, v, slopes):
     i, j = positions(q, k)
-    return (q @ k.mT * SCALE - slopes[:, None, None].to(q.dtype) * (i - j) * (i - j)).softmax(-1) @ v
+    return with_bias(q, k, v, slopes[:, None, None] * (j - i).clamp(min=-7))
+
+
+def shifted_in_both_directions(q, k, v, slopes):
+    i, j = positions(q, k)
+    return (q @ k.mT * SCALE - slopes[:, None, None].to(q.dtype) * (i - j + 1).abs()).softmax(-1) @ v
 
 
 def slope_of_the_query(q, k, v, slopes):
     i, j = positions(q, k)
-    return (q @ k.mT * SCALE + (q.mean(-1, keepdim=True).detach() * (j - i)).to(q.dtype)).softmax(-1) @ v
+    return with_bias(q, k, v, q.mean(-1, keepdim=True).detach() * (j - i))
 
 
-def distance_before_sinks(q, k, v, slopes):
+def slope_of_the_key(q, k, v, slopes):
+    i, j = positions(q, k)
+    return with_bias(q, k, v, k.mean(-1)[:, :, None].detach() * (j - i))
+
+
+def distance_scaled_by_the_batch(q, k, v, slopes):
+    i, j = positions(q, k)
+    return with_bias(q, k, v, slopes[:, None, None] * (j - i) * q.mean((1, 2, 3), keepdim=True).detach())
+
+
+def looked_up_positions(q, k, v, slopes):
+    places = (k[0, 0, :, 0] > -1).cumsum(0)
+    return with_bias(q, k, v, slopes[:, None, None] * (places[None, :] - places[-q.shape[-2] :, None]))
+
+
+def shifted_before_sinks(q, k, v, slopes):
+    """Sinks see what is added to a whole row."""
+    i, j = positions(q, k)
+    scores = q @ k.mT * SCALE + (slopes[:, None, None] * (j - i - 1)).to(q.dtype)
+    scores = scores.masked_fill(~causal(q, k), -math.inf)
+    sinks = slopes.to(q.dtype).view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+    return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
+
+
+def both_signs_before_sinks(q, k, v, slopes):
     i, j = positions(q, k)
     scores = q @ k.mT * SCALE + (slopes[:, None, None] * (j - i)).to(q.dtype)
     sinks = slopes.to(q.dtype).view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
     return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
 
 
-@pytest.mark.parametrize("function", [absolute_distance, squared_distance, slope_of_the_query, distance_before_sinks])
-def test_what_is_no_number_per_key_stays_a_tensor(function):
-    site, bias = run(function, torch.bfloat16)
-    assert not site.data["has_alibi"]
+NEAR_MISSES = [
+    squared,
+    clipped,
+    shifted_in_both_directions,
+    slope_of_the_query,
+    slope_of_the_key,
+    distance_scaled_by_the_batch,
+    looked_up_positions,
+    shifted_before_sinks,
+    both_signs_before_sinks,
+]
+
+
+@pytest.mark.parametrize("function", NEAR_MISSES)
+def test_what_is_no_slope_times_distance_stays_a_tensor(function):
+    site, bias, slopes = run(function, torch.bfloat16)
+    assert not site.data["has_alibi"] and slopes is None
     assert bias.shape[2] == M

@@ -1,0 +1,125 @@
+"""What the two Hopper kernels of latent attention share: rows and their limits, and the copies of blocks of tokens.
+
+A block has 64 tokens and comes in two halves of 256 columns, each with a barrier of its own. A page of fewer tokens, or
+of no multiple of 64, is copied BOX tokens at a time; BOX divides both.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+BLOCK_N = gl.constexpr(64)
+"""Tokens of a block."""
+HALF = gl.constexpr(256)
+"""Columns of half a block."""
+NEVER = gl.constexpr(float("-inf"))
+# Its name differs between Triton 3.6 and 3.7.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.jit
+def row_of(tile, num_heads, rows_len, ROWS: gl.constexpr, layout: gl.constexpr):
+    """`(exists, query position, head)` of the ROWS of a tile; rows past the end repeat the last one."""
+    row_store = tile * ROWS + gl.arange(0, ROWS, layout=layout)
+    row = gl.minimum(row_store, rows_len - 1)
+    return row_store < rows_len, row // num_heads, (row % num_heads).to(gl.int64)
+
+
+@gluon.jit
+def row_limits(
+    q_pos, kv_len, kv_start, kv_end, stride_start_m, stride_end_m, band_lower, band_upper, HAS_START: gl.constexpr,
+    HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr,
+):  # fmt: skip
+    """The keys [lower, upper) of each row; the pointers already point at the batch entry."""
+    lower = q_pos * 0
+    upper = lower + kv_len
+    at = q_pos.to(gl.int64)
+    if HAS_START:
+        lower = gl.minimum(gl.maximum(gl.load(kv_start + at * stride_start_m), 0), kv_len).to(gl.int32)
+    if HAS_END:
+        upper = gl.minimum(gl.maximum(gl.load(kv_end + at * stride_end_m), 0), kv_len).to(gl.int32)
+    if HAS_LOWER:
+        lower = gl.maximum(lower, q_pos + band_lower)
+    if HAS_UPPER:
+        upper = gl.minimum(upper, q_pos + band_upper + 1)
+    return lower, upper
+
+
+@gluon.jit
+def load_queries(
+    q, tile, num_heads, q_len, stride_h, stride_m, ROWS: gl.constexpr, COLUMN: gl.constexpr, COUNT: gl.constexpr,
+    WIDTH: gl.constexpr, target,
+):  # fmt: skip
+    """Copy COUNT columns of a batch entry's queries from COLUMN on into shared memory, 0 from WIDTH on."""
+    lanes: gl.constexpr = min(COUNT // 8, 32)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
+    _ok, q_pos, head = row_of(tile, num_heads, q_len * num_heads, ROWS, gl.SliceLayout(1, layout))
+    offset = head * stride_h + q_pos.to(gl.int64) * stride_m
+    columns = COLUMN + gl.arange(0, COUNT, layout=gl.SliceLayout(0, layout))
+    target.store(gl.load(q + offset[:, None] + columns[None, :], mask=(columns < WIDTH)[None, :], other=0.0))
+
+
+@gluon.jit
+def clear_rows(tile, first, last):
+    """Put 0 into the rows of a shared (BLOCK_N, HALF) tile outside [first, last)."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
+    for column in gl.static_range(0, 256, 64):
+        part = tile.slice(column, 64, dim=1)
+        kept = part.load(layout)
+        part.store(gl.where(((row >= first) & (row < last))[:, None], kept, 0.0))
+
+
+@gluon.jit
+def finite(m):
+    """The maximum to subtract: 0 for a row that has seen no key, where -inf would give NaN."""
+    return gl.where(m == NEVER, 0.0, m)
+
+
+@gluon.jit
+def signal(bar):
+    """Arrive once for the calling warps, after all of them."""
+    barrier()
+    mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
+def place(block_table, token, batch, used_start, used_end, BOX: gl.constexpr, PAGE: gl.constexpr):
+    """Where BOX tokens lie: page or batch entry, and the token in it."""
+    slab = batch
+    if PAGE > 0:
+        # A block table may hold anything outside of what is used.
+        token = gl.minimum(gl.maximum(token, used_start // BOX * BOX), gl.maximum(used_end - 1, 0) // BOX * BOX)
+        slab = gl.load(block_table + token // PAGE)
+        token = token % PAGE
+    return slab, token
+
+
+@gluon.jit
+def places(block_table, block, batch, used_start, used_end, BOX: gl.constexpr, PAGE: gl.constexpr):
+    """place() of 16 tokens each of a block, in one tuple: as many as there are boxes, the others are never used."""
+    first = block * BLOCK_N
+    slab0, at0 = place(block_table, first, batch, used_start, used_end, BOX, PAGE)
+    slab1, at1, slab2, at2, slab3, at3 = slab0, at0, slab0, at0, slab0, at0
+    if BOX < 64:
+        slab2, at2 = place(block_table, first + 32, batch, used_start, used_end, BOX, PAGE)
+    if BOX < 32:
+        slab1, at1 = place(block_table, first + 16, batch, used_start, used_end, BOX, PAGE)
+        slab3, at3 = place(block_table, first + 48, batch, used_start, used_end, BOX, PAGE)
+    return slab0, at0, slab1, at1, slab2, at2, slab3, at3
+
+
+@gluon.jit
+def copy_half(
+    kv, k_pe, found, target, pe_target, full, RIGHT: gl.constexpr, BOX: gl.constexpr, BLOCK_R: gl.constexpr
+):  # fmt: skip
+    """Start the copies of half of a block whose places are `found`. With the right half (RIGHT is 1) comes k_pe."""
+    mbarrier.expect(full, BLOCK_N * (HALF + RIGHT * BLOCK_R) * 2)
+    for part in gl.static_range(64 // BOX):
+        slab = found[part * BOX // 16 * 2]
+        at = found[part * BOX // 16 * 2 + 1]
+        tma.async_copy_global_to_shared(kv, [slab, at, RIGHT * 256], full, target.slice(part * BOX, BOX, dim=0))
+        if RIGHT * BLOCK_R > 0:
+            tma.async_copy_global_to_shared(k_pe, [slab, at, 0], full, pe_target.slice(part * BOX, BOX, dim=0))
