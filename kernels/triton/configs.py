@@ -60,7 +60,12 @@ C = KernelConfig
 Table = dict[tuple[int, int], KernelConfig | None]
 
 # Float8 takes registers until it is widened: smaller tiles where the usual ones would spill.
-_CDNA_FLOAT8: Table = {(64, 2): None, (128, 2): C(64, 32, 4, 2), (192, 2): None, (256, 2): C(64, 16, 8, 1)}
+_CDNA_FLOAT8: Table = {
+    (64, 2): C(128, 64, 4, 2, 2),
+    (128, 2): C(64, 32, 4, 2),
+    (192, 2): None,
+    (256, 2): C(64, 16, 8, 1),
+}
 
 # CDNA: two waves a SIMD (256 VGPRs each), 32 x 32 MFMA where a wave owns 32 rows; see docs/kernels.md for the counts.
 # A pipeline of two stages loads the next K and V into registers while the matrix units work. Triton's waves_per_eu is
@@ -131,7 +136,11 @@ _GFX950: dict[str, Table] = {
 
 # A wave has 32 lanes of at most 256 VGPRs, and gfx11 keeps matrix operands twice: with head sizes from 128 on the
 # backward operands of even the smallest tile do not fit, and float32 has no matrix instruction at all.
+_RDNA_FLOAT8: Table = {(64, 2): None, (128, 2): C(32, 16, 4, 1)}
+
 _RDNA: dict[str, Table] = {
+    "forward_float8": _RDNA_FLOAT8,
+    "forward_float8_pages": _RDNA_FLOAT8,
     "forward": {
         (64, 2): C(64, 32, 4, 1),
         (128, 2): C(64, 16, 4, 1),
