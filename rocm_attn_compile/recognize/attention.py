@@ -23,6 +23,7 @@ from .axes import Atom, atoms_of, resolve
 from .compose import Logits, compose, sink_atoms
 from .empty_rows import score_dtype
 from .kinship import stands_between_products
+from .kv_cache import add_cache
 from .labels import scaled_source_of, source_of
 from .latent import add_latent
 from .live import LiveUsers
@@ -53,6 +54,7 @@ def recognize(trace: Trace) -> tuple[list[Region], list[LookAlike]]:
         try:
             region = recognize_site(anchor, live)
             add_latent(region, live)
+            add_cache(region)
             regions.append(region)
         except Refusal as refusal:
             others.append(LookAlike(value, refusal.reason, _is_kin(anchor), refusal.needs_numbers))
