@@ -37,7 +37,7 @@ def rewritten(model, **kwargs):
     return torch.compile(model, backend=lambda gm, inputs: compile_graph(gm, inputs, lowering="eager"), **kwargs)
 
 
-@pytest.mark.parametrize("make", [mpt, bloom])
+@pytest.mark.parametrize("make", [mpt, bloom, falcon])
 def test_forward(make):
     """Positions are numbers in MPT; Bloom and Falcon count the tokens that are no padding."""
     model = build(make)
