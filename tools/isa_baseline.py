@@ -193,7 +193,7 @@ def bank_conflicts() -> list[str]:
 @functools.cache
 def _conflicts(arch: str, head_dim: int) -> dict[str, str]:
     q, k, v = (torch.randn((1, 2, length, head_dim)).bfloat16() for length in (141, 150, 150))
-    none = [None] * 9
+    none = [None] * 10
     scalars = (head_dim**-0.5, None, None, 9, 0.0, "zero")
     with simulated_device(arch, banks=True, races=False) as device:
         out, lse = attention_forward(q, k, v, *none, *scalars)

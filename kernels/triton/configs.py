@@ -132,6 +132,16 @@ _GFX950: dict[str, Table] = {
         (64, 2): C(128, 64, 4, 2, 2, first_max=True),
         (128, 2): C(128, 32, 4, 2, 2, first_max=True),
     },
+    # A wave owns 32 rows of keys or queries: LDS, which bounds these, is read half as often. For that, one wave a SIMD.
+    "backward_kv": {
+        (64, 2): C(32, 128, 4, 1, 2),
+        (128, 2): C(32, 128, 4, 2, 0, 16),
+        (192, 2): C(32, 128, 4, 1, 0, 16),
+        (256, 2): C(16, 64, 8, 1),
+        (128, 4): C(16, 32, 4, 1),
+        (256, 4): C(16, 16, 4, 1),
+    },
+    "backward_q": {**_CDNA["backward_q"], (256, 2): C(128, 32, 4, 1, 0, 32)},
 }
 
 # A wave has 32 lanes of at most 256 VGPRs, and gfx11 keeps matrix operands twice: with head sizes from 128 on the

@@ -152,7 +152,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "soft cap": {"soft_cap": 2.0, "band_upper": 9},
     "soft cap and bias": {"soft_cap": 1.5, "bias": FULL},
     "alibi": {"alibi": True, "band_upper": 9},
-    "alibi, both directions": {"alibi": "batch", "B": 2, "H": 4, "K": 2},
+    "alibi, both directions": {"alibi": "batch", "B": 2, "H": 4, "K": 2, "D": 128, "E": 128},
     "alibi, bias, window": {"alibi": True, "bias": FULL, "band_upper": 9, "band_lower": -40},
     "alibi, soft cap": {"alibi": True, "soft_cap": 2.0, "limits": (True, True)},
     "alibi, far keys, fp32": {"alibi": True, "key_mask": True, "band_upper": 9, "dtype": FP32, "M": 45, "N": 70},
