@@ -38,7 +38,6 @@ def takes_hopper_kernel(case: dict[str, Any]) -> bool:
         and case["dtype"] != torch.float32
         and case.get("scale", 1) > 0
         and not case.get("empty_rows", "").startswith("mean")
-        and case.get("page", 0) % 64 == 0
     )
 
 

@@ -79,8 +79,12 @@ def reference(arguments: dict[str, Any]) -> torch.Tensor:
     return torch.stack(results)[:, :, None]
 
 
-def graph_us(calls: list[Callable[[], Any]], replays: int = 10) -> float:
-    """Median time of one call in us, in a graph of all of them."""
+def graph_us(calls: list[Callable[[], Any]], replays: int = 10, at_least: int = 16) -> float:
+    """Median time of one call in us, in a graph of all of them, again and again until these are `at_least` so many.
+
+    To start a graph takes some 6 us, which would otherwise be charged to a few calls.
+    """
+    calls = calls * math.ceil(at_least / len(calls))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:

@@ -40,18 +40,21 @@ def attention_combine_kernel(
     partial, partial_stats, v, out, lse, sinks, block_table, v_scale,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_ob, stride_oh, stride_om, stride_oe,
     stride_tb, stride_tn, stride_v_scale, num_heads, gqa_group_size, q_len, kv_len, num_blocks, num_splits,
-    V_HEAD_DIM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAGE: tl.constexpr, HAS_V_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr,
-    EMPTY_ROWS: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr, BLOCK_E: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, BLOCK_S: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, EMPTY_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Combine the splits of one row, in a fixed order, to out and lse; partial and partial_stats as in forward.py."""
+    """Combine the splits of one row, in a fixed order, to out and lse; partial and partial_stats as in forward.py.
+
+    COLUMN_BLOCKS programs share a row's columns, BLOCK_E each; all of them write its lse.
+    """
     # Divided in 32 bits: a division in 64 takes a hundred instructions.
-    pid = tl.program_id(0)
-    q_pos = (pid % q_len).to(tl.int64)
-    head = (pid // q_len % num_heads).to(tl.int64)
-    batch = (pid // q_len // num_heads).to(tl.int64)
-    row_flat = pid.to(tl.int64)
-    offs_e = tl.arange(0, BLOCK_E)
+    row = tl.program_id(0) // COLUMN_BLOCKS
+    q_pos = (row % q_len).to(tl.int64)
+    head = (row // q_len % num_heads).to(tl.int64)
+    batch = (row // q_len // num_heads).to(tl.int64)
+    row_flat = row.to(tl.int64)
+    offs_e = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
     e_ok = offs_e < V_HEAD_DIM
     partial += row_flat * num_splits * V_HEAD_DIM
     partial_stats += row_flat * num_splits * 2
@@ -85,12 +88,12 @@ def attention_combine_kernel(
             for start_n in range(0, kv_len, BLOCK_N):
                 kv_pos = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
                 entry = batch
-                row = kv_pos
+                token = kv_pos
                 if PAGE > 0:  # a multiple of BLOCK_N
                     table = block_table + batch * stride_tb
                     entry = page_number(table, start_n // PAGE, start_n // PAGE, num_blocks, stride_tn)
-                    row = kv_pos % PAGE
-                v_row = v + entry * stride_vb + kv_head * stride_vh + row * stride_vn
+                    token = kv_pos % PAGE
+                v_row = v + entry * stride_vb + kv_head * stride_vh + token * stride_vn
                 v_ptrs = v_row[:, None] + offs_e[None, :].to(tl.int64) * stride_ve
                 v_tile = tl.load(v_ptrs, mask=(kv_pos < kv_len)[:, None] & e_ok[None, :], other=0.0)
                 acc += tl.sum(v_tile.to(tl.float32), 0)

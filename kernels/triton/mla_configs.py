@@ -123,3 +123,18 @@ def choose_splits(arch: str, tiles: int, kv_len: int, num_units: int, block_n: i
     """How many programs share the keys of one tile, so that they fill the device once, each with a block at least."""
     splits = num_units // tiles if arch.startswith("sm") else 2 * num_units // tiles
     return max(1, min(splits, kv_len // max(MIN_SPLIT_KEYS, block_n), MAX_SPLITS))
+
+
+COMBINED_COLUMNS, COMBINED_ELEMENTS = 128, 8192
+"""Of the sum of the shares: the least columns of a program, and how many elements it loads at once."""
+
+
+def combine_blocks(rows: int, block_c: int, num_splits: int, num_units: int) -> tuple[int, int]:
+    """Columns of a program of the combine kernel, and splits that it loads at once.
+
+    Few rows are shared by several programs, as long as these fill the device no more than twice.
+    """
+    columns = block_c
+    while columns > COMBINED_COLUMNS and rows * (block_c // columns) < 2 * num_units:
+        columns //= 2
+    return columns, min(max(16, COMBINED_ELEMENTS // columns), power_of_two(num_splits))

@@ -4,10 +4,10 @@
 columns of the latent: s^T = k q^T, and out^T = v^T p^T, both with 16 columns. So a block of tokens is an operand as it
 lies in shared memory, for both products, and no tile of registers is larger than the result.
 
-A warp of its own copies blocks of 64 tokens in, half by half; two and a half fit. Pages of fewer than 64 tokens are
-copied one by one. It starts before the queries are there.
+A warp of its own copies blocks of 64 tokens in, half by half; two and a half fit. Programs that share the keys of a
+tile take blocks in turn.
 
-Letters as in mla_decode.py; conditions as of mla_decode_hopper.py, but pages may be of any multiple of 16 tokens.
+Letters as in mla_decode.py; conditions as of mla_decode_hopper.py.
 """
 
 from triton.experimental import gluon
@@ -52,14 +52,12 @@ def next_slot(slot, phase):
 @gluon.jit
 def copy_blocks(
     kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, step, used_start, used_end,
-    BOX: gl.constexpr, BLOCK_R: gl.constexpr, PAGE: gl.constexpr, BEGUN: gl.constexpr,
+    BOX: gl.constexpr, BLOCK_R: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp: blocks of tokens, BOX tokens at once. BEGUN: The first block is on its way."""
-    slot = 2 if BEGUN else 0
+    """The copying warp: blocks of tokens, BOX tokens at once."""
+    slot = 0
     phase = 1
-    pe_slot = 1 if BEGUN else 0
-    if BEGUN:
-        begin += step
+    pe_slot = 0
     ahead = places(block_table, begin, batch, used_start, used_end, BOX, PAGE)
     for block in range(begin, end, step):
         # Read while this block waits for room.
@@ -81,7 +79,7 @@ def attend(
     band_lower, band_upper, begin, end, step, full_begin, full_end, used_start, used_end,
     LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, SPLIT: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr,
-    HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr, BEGUN: gl.constexpr,
+    HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
 ):  # fmt: skip
     """The warp group that computes."""
     dtype: gl.constexpr = q_smem.dtype
@@ -156,10 +154,6 @@ def attend(
         slot, phase = next_slot(other, other_phase)
         pe_slot = gl.where(pe_slot == PE_SLOTS - 1, 0, pe_slot + 1)
 
-    if BEGUN and begin >= end:
-        # Nothing may still be on its way when the program ends.
-        mbarrier.wait(full.index(0), 0)
-        mbarrier.wait(full.index(1), 0)
     l_i = gl.sum(sums, 0)
     row_flat = (batch_long * num_heads + head) * q_len + q_row
     columns = gl.arange(0, HALF, layout=by_token)
@@ -227,12 +221,6 @@ def mla_decode_few_kernel(
         key_mask += batch_long * stride_key_b
     if PAGE > 0:
         block_table += batch_long * stride_tb
-    BEGUN: gl.constexpr = PAGE == 0 and not HAS_START and not HAS_LOWER
-    if BEGUN:
-        barrier()
-        first = places(block_table, split, batch, 0, 0, BOX, PAGE)
-        for half in gl.static_range(2):
-            copy_half(kv, k_pe, first, kv_smem.index(half), pe_smem.index(0), full.index(half), half, BOX, BLOCK_R)
 
     _ok, q_pos, _head = row_of(tile, num_heads, rows_len, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0]))
     lower, upper = row_limits(q_pos, kv_len, kv_start, kv_end, stride_start_m, stride_end_m, band_lower, band_upper,
@@ -253,11 +241,11 @@ def mla_decode_few_kernel(
                 stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch,
                 num_heads, q_len, kv_len, num_splits, softmax_scale * LOG2E, band_lower, band_upper, begin, end,
                 num_splits, full_begin, full_end, used_start, used_end, LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK,
-                HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS, BEGUN,
+                HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
             )),
             (copy_blocks, (
                 kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, num_splits, used_start,
-                used_end, BOX, BLOCK_R, PAGE, BEGUN,
+                used_end, BOX, BLOCK_R, PAGE,
             )),
         ],
         [1],

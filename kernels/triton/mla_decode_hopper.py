@@ -10,8 +10,7 @@ computes exponentials, the other keeps the matrix units busy, and a block of tok
 
 Triton itself waits for a product where its result is first used, and has no roles for warps on Hopper.
 
-Programs that share the keys of a tile take pairs of blocks in turn. So a program knows its first pair before it knows
-how many keys there are, and has it copied at once, where neither pages nor a lower limit forbid.
+Programs that share the keys of a tile take pairs of blocks in turn.
 
 Letters as in mla_decode.py. kv_lora_rank is 257 to 512: what is missing is read as 0. The scale is positive.
 """
@@ -48,16 +47,10 @@ BLOCK_M = gl.constexpr(64)
 @gluon.jit
 def copy_blocks(
     kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, step, used_start, used_end,
-    BOX: gl.constexpr, BLOCK_R: gl.constexpr, PAGE: gl.constexpr, BEGUN: gl.constexpr,
+    BOX: gl.constexpr, BLOCK_R: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp: two blocks at a time, each half when its group has let go of the one before.
-
-    BEGUN: The first two blocks are on their way.
-    """
+    """The copying warp: two blocks at a time, each half when its group has let go of the one before."""
     phase = 1
-    if BEGUN:
-        phase = 0
-        begin += step
     for first in range(begin, end, step):
         for side in gl.static_range(2):
             # Past the end the last block again; its scores are masked.
@@ -76,7 +69,7 @@ def attend(
     full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_ob,
     stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch, num_heads, q_len, kv_len,
     num_splits, scale_log2, band_lower, band_upper, begin, end, step, full_begin, full_end, used_start, used_end,
-    SIDE: gl.constexpr, BEGUN: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr,
+    SIDE: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr,
     SPLIT: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr,
     HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
 ):  # fmt: skip
@@ -186,10 +179,6 @@ def attend(
             signal(free.index(3))
         phase ^= 1
 
-    if BEGUN and begin >= end:
-        # Nothing may still be on its way when the program ends.
-        mbarrier.wait(full.index(2 * SIDE), 0)
-        mbarrier.wait(full.index(2 * SIDE + 1), 0)
     row_smem.index(2 + SIDE).store(l_i)
     signal(done.index(1))
     mbarrier.wait(done.index(1), 0)
@@ -275,13 +264,6 @@ def mla_decode_hopper_kernel(
         key_mask += batch_long * stride_key_b
     if PAGE > 0:
         block_table += batch_long * stride_tb
-    BEGUN: gl.constexpr = PAGE == 0 and not HAS_START and not HAS_LOWER
-    if BEGUN:
-        barrier()
-        for i in gl.static_range(4):
-            found = places(block_table, 2 * split + i // 2, batch, 0, 0, BOX, PAGE)
-            copy_half(kv, k_pe, found, kv_smem.index(i), pe_smem.index(i // 2), full.index(i), i % 2, BOX, BLOCK_R)
-
     # All rows in each warp: what follows needs no exchange between warps.
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     _ok, q_pos, _head = row_of(tile, num_heads, rows_len, BLOCK_M, layout)
@@ -304,7 +286,7 @@ def mla_decode_hopper_kernel(
                 row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
                 stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split,
                 batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end,
-                2 * num_splits, full_begin, full_end, used_start, used_end, 0, BEGUN, LATENT, ROPE, BLOCK_R, SPLIT,
+                2 * num_splits, full_begin, full_end, used_start, used_end, 0, LATENT, ROPE, BLOCK_R, SPLIT,
                 HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
             )),
             (attend, (
@@ -312,12 +294,12 @@ def mla_decode_hopper_kernel(
                 row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
                 stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split,
                 batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end,
-                2 * num_splits, full_begin, full_end, used_start, used_end, 1, BEGUN, LATENT, ROPE, BLOCK_R, SPLIT,
+                2 * num_splits, full_begin, full_end, used_start, used_end, 1, LATENT, ROPE, BLOCK_R, SPLIT,
                 HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
             )),
             (copy_blocks, (
                 kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, 2 * num_splits, used_start,
-                used_end, BOX, BLOCK_R, PAGE, BEGUN,
+                used_end, BOX, BLOCK_R, PAGE,
             )),
         ],
         [4, 1],

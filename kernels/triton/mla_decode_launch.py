@@ -172,7 +172,10 @@ def mla_decode_launches(
         }  # fmt: skip
         launches.append(
             Launch(
-                attention_combine_kernel, lse.numel(), {**plan.combine, **combined}, {"num_warps": 4, "num_stages": 1}
+                attention_combine_kernel,
+                lse.numel() * plan.combine["COLUMN_BLOCKS"],
+                {**plan.combine, **combined},
+                {"num_warps": 4, "num_stages": 1},
             )
         )
     return launches, out, lse
@@ -326,13 +329,14 @@ def mla_decode_plan(
         HAS_START=kv_start is not None, HAS_END=kv_end is not None, HAS_LOWER=band_lower is not None,
         HAS_UPPER=band_upper is not None, EMPTY_ROWS=EMPTY_ROWS[empty_rows], PRECISION=precision,
     )  # fmt: skip
-    slots = triton.next_power_of_2(num_splits)
+    columns, chunk = mla_configs.combine_blocks(batch * rows, block_c, num_splits, num_units)
     combine = {
         "stride_vb": kv[1][0], "stride_vh": 0, "stride_vn": kv[1][1], "stride_ve": 1,
         "stride_ob": out_strides[0], "stride_oh": out_strides[1], "stride_om": out_strides[2], "stride_oe": 1,
         "num_heads": num_heads, "gqa_group_size": num_heads, "q_len": q_len, "kv_len": kv_len, "num_splits": num_splits,
-        "V_HEAD_DIM": latent, "BLOCK_E": block_c, "HAS_BIAS": False, "HAS_SINKS": False,
-        "EMPTY_ROWS": EMPTY_ROWS[empty_rows], "BLOCK_S": slots, "CHUNK": min(16, slots), "BLOCK_N": 16,
+        "V_HEAD_DIM": latent, "BLOCK_E": columns, "COLUMN_BLOCKS": block_c // columns, "HAS_BIAS": False,
+        "HAS_SINKS": False, "EMPTY_ROWS": EMPTY_ROWS[empty_rows], "BLOCK_S": triton.next_power_of_2(num_splits),
+        "CHUNK": chunk, "BLOCK_N": 16,
     }  # fmt: skip
     # Not paged: with pages the mean, the only thing for which the kernel reads values, is refused.
     plain = NO_CACHE.arguments(kv)

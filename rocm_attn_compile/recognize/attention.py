@@ -89,6 +89,8 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
     """Roles, composition, masks and spec of a labelled proof; raises Refusal."""
     roles, has_row_sinks = _assign_roles(proof)
     logits = compose(proof, roles)
+    for bias in logits.biases:
+        bias.factor = float(bias.factor)  # as the scale is, in the end: a dynamic one is specialised
     row_sinks = take_row_sinks(logits) if has_row_sinks else None
     dtype = _op_dtype(proof)
     q, k, v = (_operand(factor) for factor in (proof.q, proof.k, proof.v))

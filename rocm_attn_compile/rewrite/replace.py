@@ -187,12 +187,15 @@ class Rewriter:
             if isinstance(bias, MaskTerm):
                 total = self._fill(builder, region, total, node, bias)
                 continue
+            scores = region.anchor.args[:1]  # SDPA has none: terms of a mask are added as they are
+            added_in = bias.added_in or (scores[0].dtype if scores else builder.look(node).dtype)
             if bias.factor != 1:
+                wide = torch.promote_types(builder.look(node).dtype, added_in)  # eager scales the sum
+                if builder.look(node).dtype != wide:
+                    node = builder.call(aten._to_copy.default, node, dtype=wide)
                 node = builder.call(aten.mul.Tensor, node, bias.factor)
             if bias.rounded_to is not None:
                 node = builder.call(aten._to_copy.default, node, dtype=bias.rounded_to)
-            scores = region.anchor.args[:1]  # SDPA has none: terms of a mask are added as they are
-            added_in = bias.added_in or (scores[0].dtype if scores else builder.look(node).dtype)
             total = self._add(builder, total, node, added_in)
         in_half = any(isinstance(bias, MaskTerm) or _is_added_in_half(bias) for bias in region.biases)
         return self._lowest(builder, total) if in_half and total is not None else total

@@ -33,7 +33,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 QUICK = (
     "several tokens, causal", "pages, causal", "empty rows, mean", "two buffers, queries of another order",
-    "3 splits, starts and ends", "causal", "too wide for pieces",
+    "3 splits, starts and ends", "3 splits, columns in two programs", "causal", "too wide for pieces",
 )  # fmt: skip
 """What the interpreter runs by default; the simulated grid and the tests on a GPU run the rest too."""
 
@@ -52,6 +52,7 @@ def interpreter_cases() -> list[dict[str, Any]]:
     """Small sizes that cross the interpreter's 16 x 16 tiles; float32, and bfloat16 once."""
     cases = [case(name, **fields) for name, fields in FEATURES.items()]
     cases += [case(f"3 splits, {name}", **fields, splits=3) for name, fields in list(FEATURES.items())[:9]]
+    cases.append(case("3 splits, columns in two programs", B=1, H=1, C=250, splits=3))
     return [*cases, case("widths of no power of two", C=20, R=8, dtype=HALF), case("many rows", H=7, M=9, causal=True)]
 
 
@@ -66,7 +67,7 @@ def device_cases() -> list[dict[str, Any]]:
         other = {"H": 5, "C": small[0], "R": small[1], "N": 600, "dtype": (HALF, torch.float32)[index % 2]}
         cases.append(case(f"{small}, {name}", **{**sizes, **other, **fields}))
     for heads, tokens in ((1, 1), (1, 16), (16, 16), (20, 3), (128, 2), (64, 33), (100, 1)):
-        for page in (0, 64, 128):
+        for page in (0, 48, 64, 128):
             cases.append(
                 case(f"{heads} heads, {tokens} tokens, page {page}", B=2, H=heads, M=tokens, N=3000, C=512, R=64,
                      page=page, dtype=HALF, causal=True)

@@ -26,6 +26,7 @@ DECODE = (
          {"page": 16, "M": 1, "limits": "batch", "empty_rows": "nan"}, ci=ARCHS),
     _row("20 heads, 3 tokens, causal, key mask, two buffers",
          {"H": 20, "M": 3, "causal": True, "key_mask": True, "joint": False, "B": 1}, ci=("gfx942", "gfx950")),
+    _row("1 head, columns of the sum in four programs", {"H": 1, "B": 1, "N": 150, "limits": "batch"}, ci=("gfx942",)),
     _row("32 heads", {"H": 32, "B": 1}),
     _row("128 heads", {"H": 128, "B": 1}),
     *(_row(f"{heads} heads, {name}", {"H": heads, "dtype": dtype, "B": 1})
