@@ -88,12 +88,12 @@ def attention_combine_kernel(
             for start_n in range(0, kv_len, BLOCK_N):
                 kv_pos = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
                 entry = batch
-                kv_row = kv_pos
+                token = kv_pos
                 if PAGE > 0:  # a multiple of BLOCK_N
                     table = block_table + batch * stride_tb
                     entry = page_number(table, start_n // PAGE, start_n // PAGE, num_blocks, stride_tn)
-                    kv_row = kv_pos % PAGE
-                v_row = v + entry * stride_vb + kv_head * stride_vh + kv_row * stride_vn
+                    token = kv_pos % PAGE
+                v_row = v + entry * stride_vb + kv_head * stride_vh + token * stride_vn
                 v_ptrs = v_row[:, None] + offs_e[None, :].to(tl.int64) * stride_ve
                 v_tile = tl.load(v_ptrs, mask=(kv_pos < kv_len)[:, None] & e_ok[None, :], other=0.0)
                 acc += tl.sum(v_tile.to(tl.float32), 0)
