@@ -42,6 +42,8 @@ class Case:
         valid: Keys that hold data, from a device tensor (kv_end), None for all.
         documents: Length of packed documents, None for one.
         bias: Whether a (1, H, M, N) bias is added, as in T5.
+        page: Block size of a paged cache, whose blocks lie in random order; None is a contiguous one.
+        float8: Whether the cache holds float8_e4m3fn with a scale per head.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Case:
     valid: int | None = None
     documents: int | None = None
     bias: bool = False
+    page: int | None = None
+    float8: bool = False
     flex: bool = False
     plain: str = ""
 
@@ -107,6 +111,24 @@ CASES = [
     decoding("decode 5", 8, 64, 8, 16384, 128),
     decoding("decode 6", 32, 32, 32, 4096, 64),
     decoding("decode 7", 16, 8, 1, 8192, 256),
+    *(
+        decoding(f"decode {row}, {words}", *sizes, **how, plain=f"decode {row}")
+        for row, sizes in (
+            (1, (1, 32, 8, 2048, 128)),
+            (2, (1, 32, 8, 32768, 128)),
+            (3, (16, 32, 8, 4096, 128)),
+            (4, (64, 32, 8, 8192, 128)),
+            (5, (8, 64, 8, 16384, 128)),
+            (6, (32, 32, 32, 4096, 64)),
+            (7, (16, 8, 1, 8192, 256)),
+        )
+        for words, how in (
+            ("pages of 16", {"page": 16}),
+            ("pages of 64", {"page": 64}),
+            ("float8", {"float8": True}),
+            ("float8, pages of 16", {"page": 16, "float8": True}),
+        )
+    ),
     prefill("Llama 3 8B prefill 4k", 1, 32, 8, 4096, 128),
     prefill("Llama 3 70B prefill 8k", 1, 64, 8, 8192, 128),
     decoding("Llama 3 8B decode, batch 16", 16, 32, 8, 8192, 128),
@@ -154,7 +176,26 @@ def make_inputs(case: Case) -> dict[str, Any]:
         arguments["kv_start"] = at.expand(case.B, -1).contiguous()
     if case.bias:
         arguments["attn_bias"] = random(1, case.H, case.M, case.N)
+    if case.float8:
+        arguments.update({name: arguments[name].to(torch.float8_e4m3fn) for name in "kv"})
+        arguments.update(
+            k_scale=torch.full((case.K,), 0.5, device="cuda"), v_scale=torch.full((1,), 2.0, device="cuda")
+        )
+    if case.page:
+        blocks = case.B * case.N // case.page
+        arguments["block_table"] = torch.randperm(blocks, device="cuda", dtype=torch.int32).view(case.B, -1)
+        arguments["kv_end"] = torch.full((case.B, 1), case.N, device="cuda", dtype=torch.int32)
+        for name in "kv":  # the same numbers in another order: tokens of a block, heads side by side
+            width = arguments[name].shape[3]
+            arguments[name] = arguments[name].reshape(blocks, case.page, case.K, width).transpose(1, 2)
     return arguments
+
+
+def rows_of_first(a: dict[str, Any], name: str) -> torch.Tensor:
+    """Keys or values of the first key/value head of the first batch entry, `(N, D)` float32."""
+    cache, table, scale = a[name], a.get("block_table"), a.get(f"{name}_scale")
+    rows = cache[0, 0] if table is None else cache.float()[table[0].long(), 0].flatten(0, 1)
+    return rows.float() if scale is None else rows.float() * scale[0]
 
 
 def keep_mask(case: Case, rows: torch.Tensor) -> torch.Tensor | None:
@@ -175,7 +216,7 @@ def keep_mask(case: Case, rows: torch.Tensor) -> torch.Tensor | None:
 def reference(case: Case, a: dict[str, Any], grad_out: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """out (and dq, dk, dv with `grad_out`) of the first key/value head's group of the first batch entry, in float32."""
     group = case.H // case.K
-    q, k, v = a["q"][0, :group].float(), a["k"][0, 0].float(), a["v"][0, 0].float()
+    q, k, v = a["q"][0, :group].float(), rows_of_first(a, "k"), rows_of_first(a, "v")
     found: dict[str, torch.Tensor] = {"out": torch.empty(group, case.M, case.E, device="cuda")}
     if grad_out is not None:
         found["q"] = torch.empty_like(q)
@@ -311,6 +352,8 @@ def peers(case: Case, a: dict[str, Any], with_flex: bool, with_tuned: bool = Fal
     from torch.nn.attention import SDPBackend
 
     found: dict[str, Callable[[], Pass]] = {"ours": lambda: ours(case, a)}
+    if case.page or case.float8:
+        return found
     if with_tuned:
         found["tuned"] = lambda: tuned(case, a)
     if not (case.soft_cap or case.sinks or case.valid or case.documents):
@@ -343,7 +386,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     grad_out = random(case.B, case.H, case.M, case.E)
     wants_backward = not case.decode and not options.no_backward
     want = reference(case, a, grad_out if wants_backward else None)
-    cache_bytes = 2 * case.B * case.K * (case.valid or case.N) * (case.D + case.E)
+    cache_bytes = (1 if case.float8 else 2) * case.B * case.K * (case.valid or case.N) * (case.D + case.E)
     copies = max(2, min(48, int(1.2e9 / cache_bytes))) if case.decode else 1
     others = [make_inputs(case) for _ in range(copies - 1)]
     flops = 2 * case.B * case.H * case.pairs

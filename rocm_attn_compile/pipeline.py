@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import torch.fx as fx
 
 from . import _torch_private
+from .backends import by_name
 from .backends.select import Choice, Rejected, StrictError, select
 from .capture import capture, expand
 from .capture.trace import Trace, Value
@@ -30,6 +32,7 @@ from .lower import lower
 from .options import Options, follow_mode, guard_environment, split_options
 from .reasons import INTERNAL_ERROR, Reason, Refusal
 from .recognize import recognize
+from .recognize.kv_cache import forget_cache
 from .recognize.latent import forget_latent
 from .recognize.region import LookAlike, Region
 from .report import Report, Site, publish, source_of, withdraw
@@ -91,7 +94,7 @@ def replace_attention(
         with _timed(report, "recognize"):
             found = _recognize_all(list(_with_nested(trace)))
     # Outside: a choice that breaks the documented rules is the user's to repair.
-    choices = {region: select(region.spec, env, options) for f in found for region in f.regions}
+    choices = {region: _choose(region, env, options) for f in found for region in f.regions}
     tune = Tuner() if options.autotune else None
     with _undone_on_error(backup, options, env, report), _timed(report, "rewrite"):
         for f in found:
@@ -137,6 +140,16 @@ def _recognize_all(traces: list[Trace]) -> list[_Found]:
     return [_Found(trace, *recognize(trace)) for trace in traces]
 
 
+def _choose(region: Region, env: Environment, options: Options) -> Choice | Rejected:
+    """The choice for a site. A cache that the backend cannot read is gathered, and is no reason against a backend."""
+    choice = select(replace(region.spec, cache=None), env, options)
+    if region.cache is not None and isinstance(choice, Choice):
+        reasons = by_name(choice.backend).reasons(region.spec, env)
+        if reasons:
+            forget_cache(region, f"{choice.backend} {'; '.join(reason.text for reason in reasons)}")
+    return choice
+
+
 def _replace_site(
     rewriter: Rewriter,
     region: Region,
@@ -146,7 +159,8 @@ def _replace_site(
     report: Report,
 ) -> Site:
     """Rewrite one site as chosen; the returned entry says what happened."""
-    notes = [note for note in (region.latent_note, region.alibi_note) if note is not None]
+    possible = (region.latent_note, region.alibi_note, region.cache_note)
+    notes = [note for note in possible if note is not None]
     site = Site.recognized(region.spec, choice, notes=notes, **_place(region.anchor))
     if not isinstance(choice, Choice):
         return site
@@ -155,8 +169,9 @@ def _replace_site(
     try:
         rewriter.apply(region, choice.impl)
     except Refusal as refusal:
-        if refusal.reason.code in LATENTS_GONE and forget_latent(region, refusal.reason):
-            return _replace_site(rewriter, region, select(region.spec, env, options), options, env, report)
+        gone = refusal.reason.code in LATENTS_GONE
+        if gone and (forget_latent(region, refusal.reason) or forget_cache(region, str(refusal.reason))):
+            return _replace_site(rewriter, region, _choose(region, env, options), options, env, report)
         return _not_replaced(site, refusal.reason)
     except Exception as error:  # a defect of ours must not stop the user's program; the graph is as it was
         _warn_internal(env, f"while rewriting {site.source}, left as it is", error)

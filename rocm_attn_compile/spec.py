@@ -94,6 +94,21 @@ class LatentSpec:
 
 
 @dataclass(frozen=True)
+class CacheSpec:
+    """Keys and values are read from a cache as it lies, instead of from what the graph makes of it.
+
+    Attributes:
+        block_size: Rows of a block, if a table says which blocks a sequence has; None is a contiguous cache.
+        dtype: What it holds: the attention's dtype or a float8.
+        has_scale: Keys or values are multiplied with a number, or one per head.
+    """
+
+    block_size: int | None
+    dtype: torch.dtype
+    has_scale: bool
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """One softmax attention as the canonical op computes it.
 
@@ -139,6 +154,8 @@ class AttentionSpec:
     """"attention" or "mla": which family of backends may take it."""
     latent: LatentSpec | None = None
     """Of kind "mla": its latent. The sizes above are those of the attention as it is written."""
+    cache: CacheSpec | None = None
+    """The cache that keys and values are read from, if the op reads it itself."""
 
     @property
     def is_decode(self) -> bool:

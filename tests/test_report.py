@@ -22,7 +22,7 @@ from rocm_attn_compile.explain import Explanation
 from rocm_attn_compile.options import Options
 from rocm_attn_compile.reasons import Reason
 from rocm_attn_compile.report import Report, Site, collect_reports, publish
-from rocm_attn_compile.spec import AttentionSpec, EmptyRows, LatentSpec, MaskSpec
+from rocm_attn_compile.spec import AttentionSpec, CacheSpec, EmptyRows, LatentSpec, MaskSpec
 
 # The module's name is shadowed by the function of that name in the package.
 explain_module = importlib.import_module("rocm_attn_compile.explain")
@@ -62,6 +62,11 @@ SPEC = AttentionSpec(1, 32, 8, 512, 512, 128, 128, torch.bfloat16, "cpu", 128**-
             {"requires_grad": True, "dropout_p": 0.1, "has_bias": True, "bias_requires_grad": True, "kind": "mla"},
             "causal latent attention (MLA), 32 query heads on 8 kv heads of 128, q_len 512, kv_len 512, bf16, "
             "scale 0.0884, bias with gradient, dropout 0.1, training",
+        ),
+        (
+            {"cache": CacheSpec(16, torch.float8_e4m3fn, True)},
+            "causal GQA attention, 32 query heads on 8 kv heads of 128, q_len 512, kv_len 512, bf16, scale 0.0884, "
+            "keys and values read from a cache in float8_e4m3fn in blocks of 16",
         ),
         (
             {"mask": MaskSpec(band_upper=3), "softmax_scale": 1.0},

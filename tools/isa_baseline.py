@@ -51,15 +51,24 @@ def measure(arch: str, dtype: str, head_dim: int | str) -> dict[str, KernelMetri
     if head_dim == LATENT:
         return measure_latent(arch, dtype)
     assert isinstance(head_dim, int)
-    calls = (
+    decode: dict[str, Any] = {"q_len": 1, "kv_len": 4096, "causal": False, "backward": False, "num_splits": 4}
+    calls: list[tuple[str, dict[str, Any]]] = [
         ("", {"attn_bias": False}),
         ("bias ", {"attn_bias": True}),
-        ("decode ", {"q_len": 1, "kv_len": 4096, "causal": False, "backward": False, "num_splits": 4}),
-    )
+        ("decode ", decode),
+    ]
+    if dtype != "fp32":
+        float8 = {"kv_dtype": torch.float8_e4m3fn, "scale": True}
+        calls += [
+            ("decode, pages of 16 ", {**decode, "page": 16, "kv_end": True}),
+            ("decode, float8 ", {**decode, **float8}),
+        ]
     found: dict[str, KernelMetrics] = {}
     for prefix, options in calls:
         for kernel, launch in launches(arch, DTYPES[dtype], head_dim, **options).items():
             if prefix == "bias " and kernel != "backward_bias_kernel":
+                continue
+            if "decode, " in prefix and kernel == "attention_combine_kernel":  # as of any decode step
                 continue
             name = kernel if prefix == "bias " else prefix + kernel
             found[f"{arch} {dtype} {head_dim} {name}"] = _compiled(launch, arch)
@@ -184,7 +193,7 @@ def bank_conflicts() -> list[str]:
 @functools.cache
 def _conflicts(arch: str, head_dim: int) -> dict[str, str]:
     q, k, v = (torch.randn((1, 2, length, head_dim)).bfloat16() for length in (141, 150, 150))
-    none = [None] * 9
+    none = [None] * 10
     scalars = (head_dim**-0.5, None, None, 9, 0.0, "zero")
     with simulated_device(arch, banks=True, races=False) as device:
         out, lse = attention_forward(q, k, v, *none, *scalars)

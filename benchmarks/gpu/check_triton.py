@@ -81,6 +81,13 @@ def realistic_cases() -> list[dict[str, Any]]:
         {"scale": 8.0, "band_upper": 184},
         {"scale": 8.0, "key_mask": True, "sinks": True, "dropout_p": 0.2},
         {"sinks": True, "band_upper": 184},
+        *({"alibi": True, "band_upper": 184, "D": d, "E": d} for d in (64, 96, 128, 256)),
+        *({"alibi": True, "band_upper": 184, "D": d, "E": d, "N": 520} for d in (64, 128)),
+        {"alibi": "batch", "M": 517, "band_lower": -100, "band_upper": 100, "sinks": True},
+        {"alibi": "batch", "bias": FULL, "N": 520, "soft_cap": 3.0},
+        {"alibi": True, "key_mask": True, "band_upper": 184},
+        {"alibi": True, "limits": (False, True), "scale": 3.0},
+        {"alibi": True, "B": 3, "H": 16, "K": 2, "M": 2, "N": 4099, "band_upper": 4097},
         {"dropout_p": 0.2, "band_upper": 184},
         {"layout": "packed", "M": 333, "N": 333, "out_layout": "bshd", "band_upper": 0},
         {"layout": "k_transposed"},
@@ -91,6 +98,16 @@ def realistic_cases() -> list[dict[str, Any]]:
         {"B": 1, "H": 8, "K": 8, "M": 16, "N": 9001, "key_mask": True},
         {"B": 1, "H": 32, "K": 1, "M": 2, "N": 2049, "sinks": True, "soft_cap": 5.0, "D": 256, "E": 256},
     ]
+    cache = {"B": 3, "H": 16, "K": 2, "M": 1, "N": 4128, "limits": (False, False), "dtype": half}
+    for fields in (
+        {"page": 16}, {"page": 48, "M": 5}, {"page": 32, "M": 200, "key_mask": True}, {"page": 96, "D": 256, "E": 256},
+        {"page": 16, "sinks": True, "D": 64, "E": 64}, {"kv_dtype": torch.float8_e4m3fn},
+        {"kv_dtype": torch.float8_e4m3fn, "page": 16, "M": 3, "scale_sign": -1.0},
+        {"kv_dtype": torch.float8_e5m2, "page": 32, "M": 200}, {"kv_dtype": torch.float8_e5m2, "D": 256, "E": 256},
+        {"kv_dtype": torch.float8_e4m3fn, "D": 80, "E": 96, "page": 16},
+        {"kv_dtype": torch.float8_e4m3fn, "M": 300, "soft_cap": 5.0, "D": 64, "E": 64},
+    ):  # fmt: skip
+        features.append({**cache, **fields})
     for mode in ("nan", "nan_added", "zero", "mean", "mean_added"):
         features += [
             {"mask": FULL, "empty": ("mask_rows",), "empty_rows": mode},
@@ -111,16 +128,21 @@ def realistic_cases() -> list[dict[str, Any]]:
 def check(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Relative error and limit of out, lse and every gradient of one case, on the GPU."""
     tensors, scalars = kernel_oracle.make_inputs(case, "cuda")
+    tuning = dict(case.get("tuning") or {})
+    if "config" in tuning:
+        tuning["config"] = launch.configs.KernelConfig(*tuning["config"])
     launches, out, lse = forward_launch.forward_launches(
         **tensors,
         **scalars,
         out_layout=case.get("out_layout", "bhsd"),
-        tuning=launch.Tuning(**case["tuning"]) if case.get("tuning") else None,
+        tuning=launch.Tuning(**tuning) if tuning else None,
     )
     out.fill_(float("nan"))
     lse.fill_(float("nan"))
     for one in launches:
         one.run()
+    if case.get("page") or case.get("kv_dtype"):  # a cache has no gradient
+        return kernel_oracle.compare(tensors, scalars, {"out": out, "lse": lse})
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype).cuda()
     arguments = {"grad_out": grad_out, **tensors, "out": out, "lse": lse, **scalars, "output_mask": [True] * 5}
     grads = attention.attention_backward(**arguments)

@@ -24,7 +24,7 @@ passes, whose matcher is the peer. Neither generates code here: what is compared
 {states}
 
 *Right* means that no result and no gradient is further from float64 than {factor:g} times what eager is, or what one
-more rounding of the result or of the parameters would make.
+more rounding of the result, of the parameters or of everything that eager computes would make.
 *Inductor* counts the sites of softmax that its matcher makes SDPA. *Graphs* are those that Dynamo makes of a model:
 one, and one more per graph break.
 
@@ -195,7 +195,7 @@ def _peers_wrong(rows: list[Row]) -> Iterator[str]:
 
 
 def _is_far(accuracy: Row) -> bool:
-    return not accuracy["ok"] and accuracy.get("worst", 0) > _FAR
+    return not accuracy["ok"] and _FAR < accuracy.get("worst", 0) < 1e12  # beyond that eager's error is 0
 
 
 def _is_crash(row: Row) -> bool:

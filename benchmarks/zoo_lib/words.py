@@ -17,6 +17,7 @@ ANOTHER = {
 CUT_OFF = "no_contraction, graph break"
 NOT_SEEN = {
     CUT_OFF: "Dynamo breaks the graph between the scores and the softmax (`.item()`), for every backend.",
+    "not_in_a_graph": "The code runs outside of every graph: Dynamo does not trace it.",
     "not_compiled": "The model fails under `torch.compile`, also without us.",
 }
 """Sites that no backend of `torch.compile` gets to see."""
@@ -32,6 +33,10 @@ LEFT = {
     "softmax.",
     "score_op": "Scores of global and of local keys, two products, joined before one softmax (Pegasus-X), or scores "
     "that are clamped to a range (Grounding DINO).",
+    "scale_tensor": "The scores are multiplied by the mask, and -1e4 is added where it is 0 (OpenAI GPT): such a key "
+    "is not removed, it keeps a small weight.",
+    "sink_axis": "Sinks that vary with the query, beside a mask that writes into the scores: they would become one "
+    "more key, which the mask would have to leave out.",
     "bool_bias": "A bool mask is added to the scores, where it counts as 1 and masks nothing: most likely an error of "
     "the model, so it is said and not replaced.",
 }

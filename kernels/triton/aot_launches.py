@@ -40,18 +40,26 @@ def launches(
         num_splits, config: As in launch.Tuning.
         tuning: All of it, with `arch`.
         features: Names of the op's optional tensors, with a true value; `soft_cap`, `band_lower`, `dropout_p`,
-            `empty_rows`.
+            `empty_rows`; `page`, the block size of a paged cache, and `kv_dtype` and `scale` of narrower numbers.
     """
     sizes = {"B": batch, "H": num_heads, "M": q_len, "N": kv_len}
-    q, k, v = (
-        torch.empty(shape, dtype=dtype, device="meta")
-        for shape in (
-            (batch, num_heads, q_len, head_dim),
-            (batch, num_kv_heads, kv_len, head_dim),
-            (batch, num_kv_heads, kv_len, v_head_dim or head_dim),
-        )
+    page, kv_dtype = features.get("page"), features.get("kv_dtype", dtype)
+    entries, rows = (2 * batch * kv_len // page, page) if page else (batch, kv_len)
+    q = torch.empty((batch, num_heads, q_len, head_dim), dtype=dtype, device="meta")
+    # The heads of a token lie side by side.
+    k, v = (
+        torch.empty((entries, rows, num_kv_heads, width), dtype=kv_dtype, device="meta").transpose(1, 2)
+        if page
+        else torch.empty((batch, num_kv_heads, kv_len, width), dtype=kv_dtype, device="meta")
+        for width in (head_dim, v_head_dim or head_dim)
     )
     tensors: dict[str, Any] = {"q": q, "k": k, "v": v}
+    cache = {
+        "block_table": torch.empty((batch, kv_len // page), dtype=torch.int32, device="meta") if page else None,
+        **dict.fromkeys(
+            ("k_scale", "v_scale"), torch.empty(num_kv_heads, device="meta") if features.get("scale") else None
+        ),
+    }
     kinds = {
         "attn_bias": ("BHMN", dtype), "attn_mask": ("BHMN", torch.bool), "key_mask": ("BN", torch.bool),
         "kv_start": ("BM", torch.int32), "kv_end": ("BM", torch.int64), "q_ids": ("BM", torch.int32),
@@ -70,7 +78,7 @@ def launches(
         "empty_rows": features.get("empty_rows", "impossible"),
     }
     tuning = tuning or Tuning(arch=arch, num_splits=num_splits, config=config)
-    found, out, lse = forward_launches(**tensors, **scalars, out_layout="bhsd", tuning=tuning)
+    found, out, lse = forward_launches(**tensors, **scalars, out_layout="bhsd", tuning=tuning, **cache)
     if backward:
         found += backward_launches(
             torch.empty_like(out), **tensors, out=out, lse=lse, **scalars, output_mask=[True] * 5, tuning=tuning

@@ -43,6 +43,9 @@ def attention_forward(
     dropout_p: float = 0.0,
     empty_rows: str = "nan",
     out_layout: str = "bhsd",
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     tuned: str = "",
     opaque: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -57,12 +60,12 @@ def attention_forward(
         `lse` `(B, H, M)` float32, natural log, -inf for an empty row.
 
     Raises:
-        ValueError, NotImplementedError: See launch.check.
+        ValueError, NotImplementedError: See launch.check and cache_launch.check_cache.
     """
     launches, out, lse = forward_launches(
         q, k, v, attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes,
         softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, empty_rows, out_layout,
-        tuning=_tuning(tuned, opaque),
+        tuning=_tuning(tuned, opaque), block_table=block_table, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     run_all(launches, q.device)
     return out, lse

@@ -129,7 +129,10 @@ def tune(
             plan = _plan_forward(arguments, Tuning())
             plan.run()
             rest = {name: value for name, value in arguments.items() if name != "out_layout"}
-            grad_out = torch.randn_like(plan.results["out"], dtype=torch.float32).to(plan.results["out"].dtype)
+            out = plan.results["out"]
+            # A generator of its own: the program's random numbers stay what they are without tuning.
+            generator = torch.Generator(out.device).manual_seed(1)
+            grad_out = torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
             grads.append({**rest, **plan.results, "grad_out": grad_out, "output_mask": list(output_mask)})
         outcomes += _tune_pass(_plan_backward, grads, store, device)
     return outcomes

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .common import EMPTY_MEAN, EMPTY_MEAN_ADDED, EMPTY_NAN, EMPTY_NAN_ADDED, LN2, LOG2E
+from .pages import page_number
 
 
 @triton.jit
@@ -34,13 +35,13 @@ def finish_rows(acc, m, total, sink, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.const
     return out, lse
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "num_splits"])
+@triton.jit(do_not_specialize=["q_len", "kv_len", "num_blocks", "num_splits"])
 def attention_combine_kernel(
-    partial, partial_stats, v, out, lse, sinks,
+    partial, partial_stats, v, out, lse, sinks, block_table, v_scale,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_ob, stride_oh, stride_om, stride_oe,
-    num_heads, gqa_group_size, q_len, kv_len, num_splits,
+    stride_tb, stride_tn, stride_v_scale, num_heads, gqa_group_size, q_len, kv_len, num_blocks, num_splits,
     V_HEAD_DIM: tl.constexpr, BLOCK_E: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, BLOCK_S: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, EMPTY_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one row, in a fixed order, to out and lse; partial and partial_stats as in forward.py.
@@ -83,13 +84,22 @@ def attention_combine_kernel(
         acc += tl.sum(tl.load(ptrs, mask=ok[:, None] & e_ok[None, :], other=0.0) * weight[:, None], 0)
     if EMPTY_ROWS == EMPTY_MEAN or EMPTY_ROWS == EMPTY_MEAN_ADDED:
         if total == 0.0:
-            v += batch * stride_vb + (head // gqa_group_size) * stride_vh
+            kv_head = head // gqa_group_size
             for start_n in range(0, kv_len, BLOCK_N):
                 kv_pos = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
-                v_ptrs = v + kv_pos[:, None] * stride_vn + offs_e[None, :].to(tl.int64) * stride_ve
+                entry = batch
+                token = kv_pos
+                if PAGE > 0:  # a multiple of BLOCK_N
+                    table = block_table + batch * stride_tb
+                    entry = page_number(table, start_n // PAGE, start_n // PAGE, num_blocks, stride_tn)
+                    token = kv_pos % PAGE
+                v_row = v + entry * stride_vb + kv_head * stride_vh + token * stride_vn
+                v_ptrs = v_row[:, None] + offs_e[None, :].to(tl.int64) * stride_ve
                 v_tile = tl.load(v_ptrs, mask=(kv_pos < kv_len)[:, None] & e_ok[None, :], other=0.0)
                 acc += tl.sum(v_tile.to(tl.float32), 0)
             acc = acc / kv_len
+            if HAS_V_SCALE:
+                acc = acc * tl.load(v_scale + kv_head * stride_v_scale).to(tl.float32)
     sink = 0.0
     if HAS_SINKS:
         sink = tl.load(sinks + head).to(tl.float32)

@@ -59,6 +59,14 @@ C = KernelConfig
 # (padded head size up to, bytes per element) -> configuration, first match wins.
 Table = dict[tuple[int, int], KernelConfig | None]
 
+# Float8 takes registers until it is widened: smaller tiles where the usual ones would spill.
+_CDNA_FLOAT8: Table = {
+    (64, 2): C(128, 64, 4, 2, 2),
+    (128, 2): C(64, 32, 4, 2),
+    (192, 2): None,
+    (256, 2): C(64, 16, 8, 1),
+}
+
 # CDNA: two waves a SIMD (256 VGPRs each), 32 x 32 MFMA where a wave owns 32 rows; see docs/kernels.md for the counts.
 # A pipeline of two stages loads the next K and V into registers while the matrix units work. Triton's waves_per_eu is
 # an upper bound, too: LLVM then reserves registers that keep more waves out. It is given only where two waves need it.
@@ -72,6 +80,8 @@ _CDNA: dict[str, Table] = {
         (128, 4): C(64, 16, 4, 1),
         (256, 4): C(32, 16, 4, 1),
     },
+    "forward_float8": _CDNA_FLOAT8,
+    "forward_float8_pages": _CDNA_FLOAT8,
     "forward_alibi": {(64, 2): C(128, 32, 4, 2, 2)},
     "decode": {
         (128, 2): C(16, 64, 4, 2),
@@ -122,11 +132,25 @@ _GFX950: dict[str, Table] = {
         (64, 2): C(128, 64, 4, 2, 2, first_max=True),
         (128, 2): C(128, 32, 4, 2, 2, first_max=True),
     },
+    # A wave owns 32 rows of keys or queries: LDS, which bounds these, is read half as often. For that, one wave a SIMD.
+    "backward_kv": {
+        (64, 2): C(32, 128, 4, 1, 2),
+        (128, 2): C(32, 128, 4, 2, 0, 16),
+        (192, 2): C(32, 128, 4, 1, 0, 16),
+        (256, 2): C(16, 64, 8, 1),
+        (128, 4): C(16, 32, 4, 1),
+        (256, 4): C(16, 16, 4, 1),
+    },
+    "backward_q": {**_CDNA["backward_q"], (256, 2): C(128, 32, 4, 1, 0, 32)},
 }
 
 # A wave has 32 lanes of at most 256 VGPRs, and gfx11 keeps matrix operands twice: with head sizes from 128 on the
 # backward operands of even the smallest tile do not fit, and float32 has no matrix instruction at all.
+_RDNA_FLOAT8: Table = {(64, 2): None, (128, 2): C(32, 16, 4, 1)}
+
 _RDNA: dict[str, Table] = {
+    "forward_float8": _RDNA_FLOAT8,
+    "forward_float8_pages": _RDNA_FLOAT8,
     "forward": {
         (64, 2): C(64, 32, 4, 1),
         (128, 2): C(64, 16, 4, 1),
@@ -185,6 +209,10 @@ _HOPPER: dict[str, Table] = {
         (128, 4): C(16, 32, 4, 2),
         (256, 4): C(16, 16, 4, 2),
     },
+    # Where the address of a load waits for the block table, Triton gives it half of the stages.
+    "decode_pages": {(64, 2): None, (128, 2): C(16, 128, 4, 5), (256, 2): C(16, 64, 4, 5)},
+    "decode_float8_pages": {(64, 2): C(16, 128, 4, 5), (128, 2): C(16, 128, 4, 5), (256, 2): C(16, 64, 8, 5)},
+    "decode_float8": {(64, 2): C(16, 128, 2, 3), (128, 2): C(16, 128, 8, 3), (256, 2): C(16, 64, 8, 3)},
     "decode_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
     "decode_two": {(64, 2): None, (128, 2): C(16, 64, 4, 3)},
     "forward_tma_first": {(96, 2): C(128, 64, 4, 3, merged=True, first_max=True)},
@@ -269,9 +297,10 @@ TABLES: dict[str, dict[str, Table]] = {
 Directions: forward, decode, backward_kv, backward_q, backward_bias. Where tensor descriptors exist and the tensors'
 strides and size allow them, also forward_tma, backward_q_tma and backward_kv_tma, or instead of the last backward_k_tma
 and backward_v_tma: two launches. A suffix "_bias" or "_cap" is for calls with a bias or mask tensor or a soft cap,
-which need more registers, as "_alibi" for ALiBi on AMD, "_first" for forward calls that may take first_max. Where such
-a table has no row, the one without a suffix counts. "decode_one" and "decode_two" are for splits of up to 128 and 256
-keys, for which a deep pipeline only takes longer to start.
+which need more registers, as "_alibi" for ALiBi on AMD, "_first" for forward calls that may take first_max, "_pages",
+"_float8" and "_float8_pages" for those that read a KV cache as it lies. Where such a table has no row, the one without
+a suffix counts. "decode_one" and "decode_two" are for splits of up to 128 and 256 keys, for which a deep pipeline only
+takes longer to start.
 """
 
 
@@ -294,7 +323,7 @@ def select(arch: str, direction: str, head_block: int, itemsize: int, feature: s
         direction: "forward", "decode", "backward_kv", "backward_q" or "backward_bias".
         head_block: From head_size, at most 256.
         itemsize: Bytes of one element of q: 2 or 4.
-        feature: "" or a suffix that a table's name may have: "first", "bias", "cap" or "alibi", "one" or "two".
+        feature: "" or a suffix that a table's name may have: "first", "bias", "cap", "alibi", "pages", "one", ...
     """
     config = select_tma(arch, direction, head_block, itemsize, feature)
     assert config, f"no {direction} configuration for {arch}, head size {head_block}, {itemsize} bytes"
@@ -371,6 +400,11 @@ def transposes_keys(arch: str) -> bool:
     swizzle. Reading it back there has 16-way bank conflicts in the simulator (docs/amd.md).
     """
     return arch.startswith("gfx")
+
+
+def converts_in_place(arch: str) -> bool:
+    """Whether float8 is converted by float8.py's assembly: NVIDIA GPUs that have float8 in Triton, from sm89 on."""
+    return arch.startswith("sm") and int(arch[2:]) >= 89
 
 
 def programs_per_unit(arch: str) -> int:

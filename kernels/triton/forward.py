@@ -47,28 +47,33 @@ from .common import (
     score_offset,
     score_tile,
 )
+from .float8 import widen
+from .pages import pages_of_tile, place_tile
 from .tiles import load_head_tile, q_k_product
 
 # These change from call to call (lengths grow while decoding); specialising on them would recompile.
-_RUNTIME_SIZES = ["q_len", "kv_len", "num_splits", "heads_at_once", "band_lower", "band_upper"]
+_RUNTIME_SIZES = ["q_len", "kv_len", "num_blocks", "num_splits", "heads_at_once", "band_lower", "band_upper"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
 def attention_forward_kernel(
     q, k, v, q_rest, k_rest, out, lse, partial, partial_stats,
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes,
+    block_table, k_scale, v_scale,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_ob, stride_oh, stride_om, stride_oe,
     stride_qpb, stride_qph, stride_qpm, stride_kpb, stride_kpn,
     stride_bb, stride_bh, stride_bm, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n, stride_slopes_b, stride_slopes_h,
-    batch_size, num_heads, gqa_group_size, q_len, kv_len, num_splits, heads_at_once,
+    stride_tb, stride_tn, stride_k_scale, stride_v_scale,
+    batch_size, num_heads, gqa_group_size, q_len, kv_len, num_blocks, num_splits, heads_at_once,
     softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
-    WIDE: tl.constexpr, TMA: tl.constexpr, MERGED: tl.constexpr, SHIFT: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr, MERGED: tl.constexpr, SHIFT: tl.constexpr, PAGE: tl.constexpr,
+    HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr, FLOAT8_ASM: tl.constexpr,
     BIAS: tl.constexpr,
     ROUND_BITS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr,
     RAW: tl.constexpr, SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
@@ -83,6 +88,10 @@ def attention_forward_kernel(
 
     With TMA (never with PACK > 1) q, k, v, q_rest, k_rest are tensor descriptors, see tiles.py; q_rest and k_rest
     differ from q and k in the width of their block only. Without TMA they are not used.
+
+    With PAGE > 0 (never with TMA or ROPE) the keys are in a paged cache, see pages.py; stride_kb and stride_vb are
+    those of its blocks. k and v may be of a narrower dtype than q, and have a factor per key/value head, or one for
+    all: these are given to the scores and to the result.
 
     With ROPE > 0 the second piece of the head dimension lies elsewhere: q_rest is `(B, H, M, ROPE)`, k_rest
     `(B, N, ROPE)`, shared by all heads (descriptors of 4-D tensors with one head); last strides are 1. See mla_prefill.
@@ -154,8 +163,11 @@ def attention_forward_kernel(
             )  # fmt: skip
     else:
         q += batch * stride_qb + head_long * stride_qh + q_first_long * stride_qm
-        k += batch * stride_kb + kv_head * stride_kh
-        v += batch * stride_vb + kv_head * stride_vh
+        k += kv_head * stride_kh
+        v += kv_head * stride_vh
+        if PAGE == 0:
+            k += batch * stride_kb
+            v += batch * stride_vb
         if ROPE > 0:
             k_rest += batch * stride_kpb
             q_rest += batch * stride_qpb + head_long * stride_qph + q_first_long * stride_qpm
@@ -215,6 +227,16 @@ def attention_forward_kernel(
         full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
         full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
 
+    last_page = 0
+    used_end = kv_len
+    if PAGE > 0:
+        block_table += batch * stride_tb
+        if HAS_END:
+            used_end = tl.max(ends)
+        last_page = tl.maximum(used_end - 1, 0) // PAGE
+    if HAS_K_SCALE:
+        softmax_scale *= tl.load(k_scale + kv_head * stride_k_scale).to(tl.float32)
+    SCATTERED: tl.constexpr = PAGE > 0 and PAGE % BLOCK_N != 0
     scale_log2 = score_factor(softmax_scale, logits_soft_cap, SOFT_CAP) * LOG2E
     offset = score_offset(logits_soft_cap, SOFT_CAP, HAS_BIAS)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -271,10 +293,20 @@ def attention_forward_kernel(
                 key_keep, kv_id = load_key_masks(
                     key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
                 )
+                page = start_n
+                if PAGE > 0:
+                    page = pages_of_tile(block_table, start_n, last_page, num_blocks, stride_tn, PAGE, BLOCK_N)
+                k_source, k_at, k_first, k_end = place_tile(
+                    k, page, start_n, used_end, stride_kb, stride_kn, PAGE, BLOCK_N
+                )
+                rest_source = k_rest
+                if not TMA and ROPE == 0:
+                    rest_source = k_source
                 qk = q_k_product(
-                    q_tile, q_rest_tile, k, k_rest, batch, kv_head, rest_head, start_n, stride_kn, stride_kd,
-                    stride_rest_n, stride_rest_d, kv_len, HEAD_DIM, REST_COL, REST_SIZE, BLOCK_N, BLOCK_D, BLOCK_REST,
-                    phase > 0, WIDE, TMA, TRANSPOSE_KEYS, PRECISION,
+                    q_tile, q_rest_tile, k_source, rest_source, batch, kv_head, rest_head,
+                    k_first, stride_kn, stride_kd, stride_rest_n, stride_rest_d, k_end, HEAD_DIM, REST_COL,
+                    REST_SIZE, BLOCK_N, BLOCK_D, BLOCK_REST, phase > 0, WIDE, TMA, TRANSPOSE_KEYS, PRECISION, k_at,
+                    SCATTERED, FLOAT8_ASM,
                 )  # fmt: skip
                 s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
                 s = add_alibi(s, alibi, q_pos[:, None], kv_pos[None, :], q_len, kv_len, HAS_ALIBI)
@@ -301,16 +333,25 @@ def attention_forward_kernel(
                 l_i += tl.sum(p, 1)
                 if HAS_DROPOUT:
                     p = tl.where(dropout_keep(seed, row_index[:, None], kv_pos[None, :], kv_len, dropout_p), p, 0.0)
+                v_source, v_at, v_first, v_end = place_tile(
+                    v, page, start_n, used_end, stride_vb, stride_vn, PAGE, BLOCK_N
+                )
                 v_tile = load_head_tile(
-                    v, batch, kv_head, start_n, stride_vn, stride_ve, kv_len, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E,
-                    phase > 0, WIDE, TMA,
+                    v_source, batch, kv_head, v_first, stride_vn, stride_ve, v_end, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E,
+                    phase > 0, WIDE, TMA, v_at, SCATTERED,
                 )  # fmt: skip
+                v_tile = widen(v_tile, q_tile.dtype, FLOAT8_ASM)
                 acc = tl.dot(narrow(p, v_tile.dtype, ROUND_BITS), v_tile, acc, input_precision=PRECISION)
 
     m_i += offset
     row_flat = (batch * num_heads + head + (row % PACK)) * q_len + q_pos
+    v_factor = 1.0
+    if HAS_V_SCALE:
+        v_factor *= tl.load(v_scale + kv_head * stride_v_scale).to(tl.float32)
     if SPLIT:
         share_flat = row_flat * num_splits + split
+        if HAS_V_SCALE:
+            acc = acc * v_factor
         tl.store(
             (partial + share_flat * V_HEAD_DIM)[:, None] + offs_e[None, :], acc, mask=row_ok[:, None] & e_ok[None, :]
         )
@@ -325,15 +366,25 @@ def attention_forward_kernel(
                 for i in range(tl.cdiv(kv_len, BLOCK_N)):
                     start_n = i * BLOCK_N
                     kv_pos = start_n + tl.arange(0, BLOCK_N)
+                    page = start_n
+                    if PAGE > 0:
+                        last_page = kv_len // PAGE - 1
+                        page = pages_of_tile(block_table, start_n, last_page, num_blocks, stride_tn, PAGE, BLOCK_N)
+                    v_source, v_at, v_first, v_end = place_tile(
+                        v, page, start_n, kv_len, stride_vb, stride_vn, PAGE, BLOCK_N
+                    )
                     v_tile = load_head_tile(
-                        v, batch, kv_head, start_n, stride_vn, stride_ve, kv_len, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E, True,
-                        WIDE, TMA,
+                        v_source, batch, kv_head, v_first, stride_vn, stride_ve, v_end, 0, V_HEAD_DIM, BLOCK_N,
+                        BLOCK_E, True, WIDE, TMA, v_at, SCATTERED,
                     )  # fmt: skip
+                    v_tile = widen(v_tile, q_tile.dtype, FLOAT8_ASM)
                     one = (hole[:, None] != 0.0) & (kv_pos < kv_len)[None, :]
                     if HAS_DROPOUT:
                         one &= dropout_keep(seed, row_index[:, None], kv_pos[None, :], kv_len, dropout_p)
                     acc = tl.dot(tl.where(one, 1.0, 0.0).to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
                 acc = tl.where(hole[:, None] != 0.0, acc / kv_len, acc)
+        if HAS_V_SCALE:
+            acc = acc * v_factor
         sink = m_i
         if HAS_SINKS:
             sink = tl.load(sinks + head + (row % PACK)).to(tl.float32)

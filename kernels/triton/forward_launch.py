@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import common, configs
 from .bias import BIAS_TILES
+from .cache_launch import COMBINE_NAMES, FP8, NO_CACHE, CacheLayout, cache_layout, check_cache, is_cache
 from .combine import attention_combine_kernel
 from .forward import attention_forward_kernel
 from .launch import (
@@ -91,6 +92,9 @@ def forward_launches(
     out_layout: str,
     tuning: Tuning | None = None,
     rope: Rope = None,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """Allocate the outputs and describe the launches that fill them. Arguments as attention.attention_forward.
 
@@ -99,9 +103,17 @@ def forward_launches(
     Returns:
         The launches in order, `out` and `lse`.
     """
-    check(q, k, v, empty_rows, out_layout)
+    arch, num_units = device_arch(q.device)
+    if tuning is not None and tuning.arch is not None:
+        arch = tuning.arch
+    cache = NO_CACHE
+    if is_cache(q, k, block_table, k_scale, v_scale):
+        check_cache(q, k, v, kv_end, block_table, k_scale, v_scale, dropout_p, empty_rows, out_layout, arch)
+        cache = cache_layout(k, block_table, k_scale, v_scale)
+    else:
+        check(q, k, v, empty_rows, out_layout)
     batch, num_heads, q_len, _ = q.shape
-    _, _, kv_len, v_head_dim = v.shape
+    kv_len, v_head_dim = v.shape[2] * (1 if block_table is None else block_table.shape[1]), v.shape[3]
     if out_layout == "bhsd":
         out = torch.empty((batch, num_heads, q_len, v_head_dim), dtype=q.dtype, device=q.device)
     else:
@@ -119,9 +131,6 @@ def forward_launches(
 
     if dropout_p > 0.0 and dropout_seed is None:
         raise ValueError("dropout_p > 0 needs dropout_seed, an int64 tensor of one element on the same device")
-    arch, num_units = device_arch(q.device)
-    if tuning is not None and tuning.arch is not None:
-        arch = tuning.arch
     traced = bool(tuning and tuning.traced)
     plan = forward_plan(
         (layout(q), layout(k), layout(v), layout(attn_bias), layout(attn_mask), layout(key_mask), layout(kv_start),
@@ -129,13 +138,14 @@ def forward_launches(
         (softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p),
         out.stride(), arch, num_units, q.dtype, dot_precision(q.dtype, arch), sinks is not None, empty_rows,
         aligned(q, k, v, *(rope or ()), traced=traced), tuning, *bias_storage(attn_bias, traced),
-        (layout(rope[0]), layout(rope[1])) if rope else (None, None),
+        (layout(rope[0]), layout(rope[1])) if rope else (None, None), cache,
     )  # fmt: skip
     tensors = {
         "q": q, "k": k, "v": v, "q_rest": None, "k_rest": None, "out": out, "lse": lse, "partial": None,
         "partial_stats": None, "attn_bias": attn_bias, "attn_mask": attn_mask, "key_mask": key_mask,
         "kv_start": kv_start, "kv_end": kv_end, "q_ids": q_ids, "kv_ids": kv_ids, "sinks": sinks,
         "dropout_seed": dropout_seed if dropout_p > 0.0 else None, "alibi_slopes": alibi_slopes,
+        "block_table": block_table, "k_scale": k_scale, "v_scale": v_scale,
     }  # fmt: skip
     if rope:
         tensors["q_rest"], tensors["k_rest"] = rope
@@ -148,7 +158,8 @@ def forward_launches(
         arguments.update(forward_descriptors(q, k, v, attn_bias, plan.arguments, rope))
     launches = [Launch(attention_forward_kernel, plan.grid, arguments, plan.options, plan.direction, plan.config)]
     if plan.num_splits > 1:
-        combined = {name: tensors[name] for name in ("partial", "partial_stats", "v", "out", "lse", "sinks")}
+        names = ("partial", "partial_stats", "v", "out", "lse", "sinks", "block_table", "v_scale")
+        combined = {name: tensors[name] for name in names}
         launches.append(
             Launch(attention_combine_kernel, lse.numel(), {**plan.combine, **combined}, plan.combine_options)
         )
@@ -232,6 +243,7 @@ def forward_plan(
     bias_itemsize: int,
     bias_is_aligned: bool,
     rope: tuple[Layout, Layout] = (None, None),
+    cache: CacheLayout = NO_CACHE,
 ) -> ForwardPlan:
     """Choose tiles, packing and splits. Remembered per shapes and strides: planning costs more than launching.
 
@@ -247,8 +259,11 @@ def forward_plan(
         tuning: Overrides, or None.
         bias_itemsize, bias_is_aligned: From launch.bias_storage.
         rope: Of q_pe and k_pe, or None.
+        cache: From cache_launch.cache_layout.
     """
     tuning = tuning or Tuning()
+    stored, batch = layouts[1], layouts[0][0][0]
+    layouts = (layouts[0], *(cache.sequences(where, batch) for where in layouts[1:3]), *layouts[3:])
     (batch, num_heads, q_len, head_dim), (_, kv_heads, kv_len, v_head_dim) = layouts[0][0], layouts[2][0]
     itemsize = dtype.itemsize
     if rope[1]:
@@ -257,15 +272,19 @@ def forward_plan(
         blocks = configs.head_blocks(arch, itemsize, head_dim, v_head_dim)
     arguments = dict(static_arguments(*layouts, *scalars, blocks))
     arguments.update(rope_arguments(*rope))
+    arguments.update(cache.arguments(stored))
+    # A factor on the keys may be negative: then the largest product is not the largest score.
+    arguments["RAW"] = arguments["RAW"] and not arguments["HAS_K_SCALE"]
     group = num_heads // kv_heads
     pack = tuning.pack or (group if q_len * group <= PACK_ROWS else 1)
     rows = q_len * pack
     decode = rows <= PACK_ROWS
     head_block = configs.head_size(blocks, v_head_dim)
-    special = feature(arguments, dtype, arch)
+    special = cache.feature or feature(arguments, dtype, arch)
     can_tma = (
         tuning.tma is not False
         and not decode
+        and cache == NO_CACHE
         and batch * num_heads * q_len * kv_len >= min_tma_scores(tuning)
         and is_aligned
         and all(takes_tma(where, itemsize) for where in layouts[:3])
@@ -281,9 +300,10 @@ def forward_plan(
     programs = num_units * configs.programs_per_unit(arch)
     num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, programs, decode) if scalars[-1] == 0.0 else 1)
     if decode:
-        special = configs.decode_feature(kv_len, num_splits)
+        special = configs.decode_feature(kv_len, num_splits) or cache.feature
         config, _ = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
-    shift = RUNNING_MAX if decode else score_shift(arguments, dtype, special, config.first_max)
+    is_cache = cache != NO_CACHE
+    shift = RUNNING_MAX if decode or is_cache else score_shift(arguments, dtype, special, config.first_max)
     if tuning.shift is not None:
         shift = tuning.shift
     arguments.update(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out_strides))
@@ -302,6 +322,7 @@ def forward_plan(
         MERGED=config.merged,
         BIAS=bias_kind(layouts[3], bias_itemsize, tma and bias_is_aligned, pack),
         SHIFT=shift,
+        FLOAT8_ASM=cache.dtype in FP8 and configs.converts_in_place(arch),
         ROUND_BITS=configs.rounds_bits(arch),
         TRANSPOSE_KEYS=configs.transposes_keys(arch),
         HAS_SINKS=has_sinks,
@@ -314,7 +335,7 @@ def forward_plan(
         for name in (
             "stride_vb", "stride_vh", "stride_vn", "stride_ve", "stride_ob", "stride_oh", "stride_om", "stride_oe",
             "num_heads", "gqa_group_size", "q_len", "kv_len", "num_splits", "V_HEAD_DIM", "BLOCK_E",
-            "HAS_BIAS", "HAS_SINKS", "EMPTY_ROWS",
+            "HAS_BIAS", "HAS_SINKS", "EMPTY_ROWS", *COMBINE_NAMES,
         )
     }  # fmt: skip
     combine.update(COLUMN_BLOCKS=1, BLOCK_S=triton.next_power_of_2(num_splits), CHUNK=16, BLOCK_N=16)

@@ -285,9 +285,14 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty_rows: str, ou
         raise NotImplementedError(
             f"q, k, v must share one dtype of float16, bfloat16, float32; got {q.dtype}, {k.dtype}, {v.dtype}"
         )
-    if not (1 <= head_dim <= MAX_HEAD_DIM and 1 <= v.shape[3] <= MAX_HEAD_DIM):
+    check_modes(head_dim, v.shape[3], empty_rows, out_layout)
+
+
+def check_modes(head_dim: int, v_head_dim: int, empty_rows: str, out_layout: str) -> None:
+    """The part of `check` that says nothing of where keys and values are."""
+    if not (1 <= head_dim <= MAX_HEAD_DIM and 1 <= v_head_dim <= MAX_HEAD_DIM):
         raise NotImplementedError(
-            f"head_dim and v_head_dim must be 1 to {MAX_HEAD_DIM}; got {head_dim} and {v.shape[3]}"
+            f"head_dim and v_head_dim must be 1 to {MAX_HEAD_DIM}; got {head_dim} and {v_head_dim}"
         )
     if empty_rows not in EMPTY_ROWS:
         raise ValueError(f"empty_rows must be one of {sorted(EMPTY_ROWS)}; got {empty_rows!r}")

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from . import configs, mla_configs
+from .cache_launch import COMBINE_NAMES, NO_CACHE
 from .combine import attention_combine_kernel
 from .launch import (
     DTYPES,
@@ -167,7 +168,7 @@ def mla_decode_launches(
     if plan.num_splits > 1:
         combined = {
             "partial": tensors["partial"], "partial_stats": tensors["partial_stats"], "v": kv_c, "out": out, "lse": lse,
-            "sinks": None,
+            "sinks": None, "block_table": None, "v_scale": None,
         }  # fmt: skip
         launches.append(
             Launch(
@@ -338,5 +339,8 @@ def mla_decode_plan(
         "HAS_SINKS": False, "EMPTY_ROWS": EMPTY_ROWS[empty_rows], "BLOCK_S": triton.next_power_of_2(num_splits),
         "CHUNK": chunk, "BLOCK_N": 16,
     }  # fmt: skip
+    # Not paged: with pages the mean, the only thing for which the kernel reads values, is refused.
+    plain = NO_CACHE.arguments(kv)
+    combine.update({name: plain[name] for name in COMBINE_NAMES})
     options = config.options(arch.startswith("gfx"))
     return DecodePlan(arguments, options, tiles * num_splits, num_splits, in_flight, combine)

@@ -9,7 +9,7 @@ gate for choosing it, but AITER has no kernels for gfx90a, so there the choice f
 import torch
 
 from .base import AttentionBackend, Dims
-from .limits import SOFT_CAP_FORWARD_ONLY, WINDOW_BOTTOM_RIGHT
+from .limits import BLOCK_SIZE_16, SOFT_CAP_FORWARD_ONLY, WINDOW_BOTTOM_RIGHT
 
 HEAD_DIMS = Dims(listed=(64, 128, 256))
 
@@ -31,9 +31,12 @@ BACKEND = AttentionBackend(
             "band_lower",
             "empty_rows_zero",
             "decode",
+            "paged_kv",
+            "float8_kv",
+            "kv_scale",
             "symbolic_lengths",
         }
     ),
-    limits=(WINDOW_BOTTOM_RIGHT, SOFT_CAP_FORWARD_ONLY),
+    limits=(WINDOW_BOTTOM_RIGHT, SOFT_CAP_FORWARD_ONLY, BLOCK_SIZE_16),
     package="aiter",
 )

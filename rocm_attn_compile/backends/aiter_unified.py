@@ -7,7 +7,7 @@ but where it counts the distance from is not documented, and beside sinks that m
 import torch
 
 from .base import AttentionBackend
-from .limits import CAUSAL_BOTTOM_RIGHT, WINDOW_BOTTOM_RIGHT
+from .limits import BLOCK_SIZE_16, CAUSAL_BOTTOM_RIGHT, WINDOW_BOTTOM_RIGHT
 from .rocm_attn import HEAD_DIMS
 
 BACKEND = AttentionBackend(
@@ -19,7 +19,20 @@ BACKEND = AttentionBackend(
     dtypes=(torch.float16, torch.bfloat16),
     head_dims=HEAD_DIMS,
     v_head_dims=HEAD_DIMS,
-    takes=frozenset({"gqa", "logits_soft_cap", "sinks", "band_upper", "band_lower", "decode", "symbolic_lengths"}),
-    limits=(CAUSAL_BOTTOM_RIGHT, WINDOW_BOTTOM_RIGHT),
+    takes=frozenset(
+        {
+            "gqa",
+            "logits_soft_cap",
+            "sinks",
+            "band_upper",
+            "band_lower",
+            "decode",
+            "paged_kv",
+            "float8_kv",
+            "kv_scale",
+            "symbolic_lengths",
+        }
+    ),
+    limits=(CAUSAL_BOTTOM_RIGHT, WINDOW_BOTTOM_RIGHT, BLOCK_SIZE_16),
     package="aiter",
 )

@@ -135,6 +135,24 @@ FEATURES: tuple[Feature, ...] = (
     _empty_rows(EmptyRows.MEAN, "rows without a key give the mean of v"),
     _empty_rows(EmptyRows.MEAN_ADDED, "rows without a key give the mean of v, their scores keep a gradient"),
     Feature(
+        "paged_kv",
+        "keys and values in blocks, by a block table",
+        ("cache",),
+        lambda s: None if s.cache is None or s.cache.block_size is None else f"block_size={s.cache.block_size}",
+    ),
+    Feature(
+        "float8_kv",
+        "keys and values in float8",
+        ("cache",),
+        lambda s: None if s.cache is None or s.cache.dtype == s.dtype else str(s.cache.dtype).removeprefix("torch."),
+    ),
+    Feature(
+        "kv_scale",
+        "a scale of the keys and values of a cache",
+        ("cache",),
+        lambda s: "a scale of a cache" if s.cache is not None and s.cache.has_scale else None,
+    ),
+    Feature(
         "symbolic_heads",
         "a dynamic number of heads",
         ("num_heads", "num_kv_heads"),

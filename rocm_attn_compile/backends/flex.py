@@ -1,7 +1,8 @@
 """FLEX_ATTENTION: PyTorch's FlexAttention, compiled by Inductor; the last resort for masks nothing else takes.
 
-A row without a key is 0 in FlexAttention, so the other meanings of such a row are refused. ALiBi would be a score_mod;
-vLLM's backend of that name refuses it, and it is not declared here until it is written.
+A row without a key is 0 in FlexAttention, so the other meanings of such a row are refused. Of a paged cache it wants a
+mask of pages made on the host's side, and it reads no float8: a cache is gathered before it. ALiBi would be a
+score_mod; vLLM's backend of that name refuses it, and it is not declared here until it is written.
 """
 
 import torch

@@ -7,6 +7,7 @@ Serving kernels (AITER, paged attention) align their masks bottom-right: query r
 from __future__ import annotations
 
 import sympy
+import torch
 
 from ..env import Environment
 from ..spec import AttentionSpec
@@ -117,6 +118,32 @@ def block_size_of(spec: AttentionSpec, env: Environment) -> int | None:
     paged = None if spec.latent is None or spec.latent.block_size is None else static(spec.latent.block_size)
     return env.block_size if paged is None else paged
 
+
+BLOCK_SIZE_16 = Limit(
+    "kv_block_size",
+    "blocks of 16, 32, ... rows",
+    lambda spec, env: (
+        f"a cache in blocks of {spec.cache.block_size}; takes multiples of 16"
+        if spec.cache is not None
+        and spec.cache.block_size is not None
+        and spec.cache.block_size % 16
+        # On the CPU, without an explicit architecture, ATen reads what was gathered.
+        and not (spec.device == "cpu" and not env.arch_is_explicit)
+        else None
+    ),
+)
+
+
+def _float8(spec: AttentionSpec, env: Environment) -> str | None:
+    if spec.cache is None or spec.cache.dtype == spec.dtype or (spec.device == "cpu" and not env.arch_is_explicit):
+        return None
+    arch = env.arch_for(spec.device) or env.device_arch
+    if spec.cache.dtype == torch.float8_e4m3fnuz and arch != "gfx942":
+        return f"float8_e4m3fnuz on {arch}; only gfx942 converts it, others take float8_e4m3fn and float8_e5m2"
+    return None
+
+
+FLOAT8 = Limit("float8", "float8_e4m3fn and float8_e5m2, on gfx942 also float8_e4m3fnuz", _float8)
 
 BLOCK_SIZE_NOT_1 = Limit(
     "block_size",

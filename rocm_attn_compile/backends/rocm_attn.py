@@ -7,7 +7,7 @@ on a slower path, are refused, and that a window of W keeps exactly W keys.
 import torch
 
 from .base import AttentionBackend, Dims
-from .limits import CAUSAL_BOTTOM_RIGHT, WINDOW_BOTTOM_RIGHT
+from .limits import BLOCK_SIZE_16, CAUSAL_BOTTOM_RIGHT, WINDOW_BOTTOM_RIGHT
 
 HEAD_DIMS = Dims(listed=(32, 64, 96, 128, 160, 192, 224, 256))
 
@@ -20,6 +20,8 @@ BACKEND = AttentionBackend(
     dtypes=(torch.float16, torch.bfloat16),
     head_dims=HEAD_DIMS,
     v_head_dims=HEAD_DIMS,
-    takes=frozenset({"gqa", "band_upper", "band_lower", "decode", "symbolic_lengths"}),
-    limits=(CAUSAL_BOTTOM_RIGHT, WINDOW_BOTTOM_RIGHT),
+    takes=frozenset(
+        {"gqa", "band_upper", "band_lower", "decode", "paged_kv", "float8_kv", "kv_scale", "symbolic_lengths"}
+    ),
+    limits=(CAUSAL_BOTTOM_RIGHT, WINDOW_BOTTOM_RIGHT, BLOCK_SIZE_16),
 )

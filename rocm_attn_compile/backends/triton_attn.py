@@ -3,6 +3,7 @@
 import torch
 
 from .base import AttentionBackend, Dims
+from .limits import BLOCK_SIZE_16, FLOAT8
 
 BACKEND = AttentionBackend(
     name="TRITON_ATTN",
@@ -40,10 +41,14 @@ BACKEND = AttentionBackend(
             "empty_rows_zero",
             "empty_rows_mean",
             "empty_rows_mean_added",
+            "paged_kv",
+            "float8_kv",
+            "kv_scale",
             "symbolic_heads",
             "symbolic_lengths",
         }
     ),
+    limits=(BLOCK_SIZE_16, FLOAT8),
     package="triton",
     # On CPU tensors the op runs ATen, for which none of the kernel's limits holds.
     package_on_cpu=False,

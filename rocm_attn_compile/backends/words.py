@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..spec import AttentionSpec, EmptyRows, LatentSpec, MaskSpec
+from ..spec import AttentionSpec, CacheSpec, EmptyRows, LatentSpec, MaskSpec
 from ..symbolic import Size, is_one, same_size, to_expr
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -25,6 +25,8 @@ def words(spec: AttentionSpec) -> str:
     if not is_one(spec.batch):
         parts.append(f"batch {spec.batch}")
     parts += [f"q_len {spec.q_len}", f"kv_len {spec.kv_len}", dtype_name(spec.dtype), f"scale {spec.softmax_scale:.3g}"]
+    if spec.cache is not None:
+        parts.append(_cache(spec.cache, spec.dtype))
     if spec.logits_soft_cap is not None:
         parts.append(f"soft cap {spec.logits_soft_cap:g}")
     if spec.has_bias:
@@ -62,6 +64,12 @@ def _heads(spec: AttentionSpec) -> str:
         return f"{spec.num_heads} {'head' if is_one(spec.num_heads) else 'heads'} of {dims}"
     plural = "head" if is_one(spec.num_kv_heads) else "heads"
     return f"{spec.num_heads} query heads on {spec.num_kv_heads} kv {plural} of {dims}"
+
+
+def _cache(cache: CacheSpec, dtype: torch.dtype) -> str:
+    parts = [] if cache.dtype == dtype else [f" in {str(cache.dtype).removeprefix('torch.')}"]
+    parts += [] if cache.block_size is None else [f" in blocks of {cache.block_size}"]
+    return "keys and values read from a cache" + "".join(parts)
 
 
 def _latent(latent: LatentSpec) -> str:
@@ -132,6 +140,7 @@ def spec_data(spec: AttentionSpec) -> dict[str, Any]:
         "has_sinks": spec.has_sinks,
         "dropout_p": spec.dropout_p,
         "requires_grad": spec.requires_grad,
+        "cache": None if spec.cache is None else _cache_data(spec.cache),
         "latent": None if spec.latent is None else _latent_data(spec.latent),
         "mask": {
             "band_lower": _plain(mask.band_lower),
@@ -145,6 +154,10 @@ def spec_data(spec: AttentionSpec) -> dict[str, Any]:
             "text": mask.text,
         },
     }
+
+
+def _cache_data(cache: CacheSpec) -> dict[str, Any]:
+    return {"block_size": cache.block_size, "dtype": dtype_name(cache.dtype), "has_scale": cache.has_scale}
 
 
 def _latent_data(latent: LatentSpec) -> dict[str, Any]:

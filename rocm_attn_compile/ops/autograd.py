@@ -21,6 +21,7 @@ from torch import Tensor
 from rocm_attn_compile import _torch_private as private
 from rocm_attn_compile.ops import reference
 from rocm_attn_compile.ops.dispatch import run_backward_cpu, run_backward_gpu, run_cpu, run_gpu
+from rocm_attn_compile.ops.kv_cache import resolved
 from rocm_attn_compile.ops.schemas import LIBRARY, NAMESPACE, attention, attention_backward, dropout_keep_mask
 
 _NUM_TENSORS = 13  # q, k, v and the ten optional ones: the positional arguments of the op `attention`
@@ -48,6 +49,9 @@ def _attention_autograd(keyset: Any, *tensors: Tensor | None, **settings: Any) -
     # None where a mode, a transform or a subclass has to see the op. Tangents are then looked for in the tensors, which
     # is slow, else at the level that eager code has entered.
     run = _DIRECT.get(private.bits_below_autograd(keyset))
+    if len(tensors) > _NUM_TENSORS and _is_differentiated(run, tensors):
+        # Gradients are those of the plain keys and values, and flow on to the cache and its scales.
+        tensors = resolved(tensors, _NUM_TENSORS)
     if private.in_forward_ad() if run is not None else private.any_tangent(tensors):
         return _composite_forward(*tensors, **settings)
     if torch.is_grad_enabled() and private.any_requires_grad(*tensors):
@@ -64,6 +68,13 @@ def _attention_autograd(keyset: Any, *tensors: Tensor | None, **settings: Any) -
         return run(tensors, settings)
     with private.below_autograd():
         return attention(*tensors, **settings)
+
+
+def _is_differentiated(run: Any, tensors: tuple) -> bool:
+    """Whether a call has gradients or tangents."""
+    if private.in_forward_ad() if run is not None else private.any_tangent(tensors):
+        return True
+    return torch.is_grad_enabled() and private.any_requires_grad(*tensors)
 
 
 def _backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -194,12 +205,17 @@ def _register_fallback() -> None:
     """For a torch without the private names: first-order gradients only, and none under torch.func."""
 
     def setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, *output)
+        ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
+        ctx.num_cache = len(inputs) - _NUM_TENSORS
+        ctx.reads_cache = any(tensor is not None for tensor in inputs[_NUM_TENSORS:])
         ctx.settings = (keyword_only_inputs["softmax_scale"], *(keyword_only_inputs[name] for name in _SETTINGS))
         ctx.mark_non_differentiable(output[1])
 
     def backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple:
-        return _backward_of(ctx.saved_tensors, ctx.settings, ctx.needs_input_grad, grad_out)
+        if ctx.reads_cache:
+            raise NotImplementedError("no gradient of attention on a KV cache with this torch: gather it before")
+        grads = _backward_of(ctx.saved_tensors, ctx.settings, ctx.needs_input_grad, grad_out)
+        return (*grads, *([None] * ctx.num_cache))
 
     torch.library.register_autograd(f"{NAMESPACE}::attention", backward, setup_context=setup_context, lib=LIBRARY)
 

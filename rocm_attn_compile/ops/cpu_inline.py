@@ -18,12 +18,17 @@ from torch import Tensor
 
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import cpu, cpu_backward
+from rocm_attn_compile.ops.kv_cache import CACHE_TENSORS
 
 
 def forward(_name: str, _tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     """The forward to trace with the op's arguments by name, or None if the call must stay opaque."""
     if _torch_private.is_recomputed() or not _is_traced_right(arguments["q"]):
         return None
+    cache = [arguments[name] for name in CACHE_TENSORS]
+    if any(tensor is not None for tensor in cache):
+        return None
+    arguments = {name: value for name, value in arguments.items() if name not in CACHE_TENSORS}
     q, k, v = (arguments[name] for name in ("q", "k", "v"))
     is_decode = q.shape[2] == 1
     is_fused = cpu.takes_fused(q, k, v, arguments["logits_soft_cap"], arguments["dropout_p"])

@@ -15,7 +15,8 @@ from torch import Tensor
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import cpu, cpu_backward, reference_impl
 from rocm_attn_compile.ops.impl import parse
-from rocm_attn_compile.ops.schemas import LIBRARY
+from rocm_attn_compile.ops.kv_cache import CACHE_TENSORS, resolved
+from rocm_attn_compile.ops.schemas import LIBRARY, NUM_TENSORS
 
 DEFAULT = "TRITON_ATTN"
 REFERENCE = "REFERENCE"
@@ -76,6 +77,9 @@ def _find(name: str, tuned: str, device_type: str) -> Implementation:
 def run_cpu(tensors: tuple, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """CPU kernel of the op `attention`; takes its positional and keyword arguments packed, to unpack them just once."""
     impl = settings.pop("impl", "")
+    if len(tensors) > NUM_TENSORS:
+        with _torch_private.below_autograd_and_views():
+            tensors = resolved(tensors, NUM_TENSORS)
     return implementation(impl, "cpu").forward(*tensors, **settings)
 
 
@@ -84,7 +88,12 @@ def run_gpu(tensors: tuple, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     impl = settings.pop("impl", "")
     # A view made by the kernel's host code must not be tracked as one: see cpu.forward.
     with _torch_private.below_autograd_and_views():
-        return implementation(impl, "cuda").forward(*tensors, **settings)
+        found = implementation(impl, "cuda")
+        if found.name == REFERENCE:
+            tensors = resolved(tensors, NUM_TENSORS)
+        # By name: a kernel's launcher may order its arguments as it likes.
+        cache = dict(zip(CACHE_TENSORS, tensors[NUM_TENSORS:]))
+        return found.forward(*tensors[:NUM_TENSORS], **cache, **settings)
 
 
 def run_backward_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from rocm_attn_compile.ops import cpu_inline, gpu_inline
 from rocm_attn_compile.ops.checks import EMPTY_ROWS
 from rocm_attn_compile.ops.dispatch import DEFAULT, REFERENCE
 from rocm_attn_compile.ops.impl import parse
+from rocm_attn_compile.ops.kv_cache import CACHE_TENSORS
 from rocm_attn_compile.ops.schemas import (
     LIBRARY,
     OPTIONAL_TENSORS,
@@ -44,7 +45,8 @@ def _body(rules: dict[str, Rule], op: Any, args: tuple, kwargs: dict[str, Any]) 
 
 def _is_static(arguments: dict[str, Any]) -> bool:
     """Every size is a number and none is 0; what is wrong with the arguments is left to the op to say."""
-    tensors: list[Tensor] = [t for name in ("q", "k", "v", *OPTIONAL_TENSORS) if (t := arguments[name]) is not None]
+    names = ("q", "k", "v", *OPTIONAL_TENSORS, *CACHE_TENSORS)
+    tensors: list[Tensor] = [t for name in names if (t := arguments.get(name)) is not None]
     numbers = [arguments["band_lower"], arguments["band_upper"]]
     numbers += [number for t in tensors for number in (*t.shape, *t.stride())]
     return (

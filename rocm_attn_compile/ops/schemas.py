@@ -20,6 +20,7 @@ from rocm_attn_compile.ops.checks import (
     check_shape,
     check_words,
 )
+from rocm_attn_compile.ops.kv_cache import CACHE_TENSORS, resolved
 
 NAMESPACE = "rocm_attn"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -38,12 +39,16 @@ OPTIONAL_TENSORS = (
 )
 """The optional tensor arguments, in schema order, after q, k, v."""
 
+NUM_TENSORS = 3 + len(OPTIONAL_TENSORS)
+"""q, k, v and the optional ones. Those of a cache come after them, see kv_cache.py."""
+
 _OPTIONALS = ", ".join(f"Tensor? {name}=None" for name in OPTIONAL_TENSORS)
+_CACHE = ", ".join(f"Tensor? {name}=None" for name in CACHE_TENSORS)
 
 LIBRARY.define(
-    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONALS}, *, float softmax_scale, float? logits_soft_cap=None, "
-    'SymInt? band_lower=None, SymInt? band_upper=None, float dropout_p=0.0, str empty_rows="nan", '
-    'str out_layout="bhsd", str impl="") -> (Tensor, Tensor)',
+    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONALS}, {_CACHE}, *, float softmax_scale, "
+    "float? logits_soft_cap=None, SymInt? band_lower=None, SymInt? band_upper=None, float dropout_p=0.0, "
+    'str empty_rows="nan", str out_layout="bhsd", str impl="") -> (Tensor, Tensor)',
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
@@ -180,6 +185,9 @@ def _attention_fake(
     sinks: Tensor | None = None,
     dropout_seed: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     *,
     softmax_scale: float,
     logits_soft_cap: float | None = None,
@@ -190,6 +198,7 @@ def _attention_fake(
     out_layout: str = "bhsd",
     impl: str = "",
 ) -> tuple[Tensor, Tensor]:
+    q, k, v, *_ = resolved((q, k, v, *[None] * 4, kv_end, block_table, k_scale, v_scale), 8)
     optionals = (attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes)
     check_inputs(q, k, v, *optionals, dropout_p, empty_rows, out_layout)
     return empty_out(q, v, out_layout), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))

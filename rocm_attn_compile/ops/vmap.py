@@ -117,6 +117,9 @@ def _in_front(tensors: Any, in_dims: Any) -> tuple[list[Tensor | None], list[boo
 
 
 def _attention_vmap(info: Any, in_dims: tuple, *args: Tensor | None, **settings: Any) -> tuple[tuple, tuple]:
+    if any(tensor is not None for tensor in args[_NUM_TENSORS:]):
+        raise NotImplementedError("vmap over attention that reads a KV cache: gather it, or dequantise it, before")
+    args, in_dims = args[:_NUM_TENSORS], in_dims[:_NUM_TENSORS]
     missing = _NUM_TENSORS - len(args)
     tensors, mapped = _in_front((*args, *([None] * missing)), (*in_dims, *([None] * missing)))
     fold = _Fold(info.batch_size, tensors, mapped, into_heads=mapped[_SINKS])

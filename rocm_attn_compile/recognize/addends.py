@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 
+from ..symbolic import is_one
 from . import mask as prover
 from .labels import number_of
 from .mask.evaluate import Evaluator
@@ -77,7 +78,14 @@ class Addends:
             number = number_of(x)
             if isinstance(number, (int, float)):
                 return [Term(float(number), None, sympy.Integer(1))]
-            return list(self.of(self._evaluator.operand(x, load.index), depth))
+            scalar = self._evaluator.operand(x, load.index)
+            if isinstance(scalar, If) and x.dtype.is_floating_point:
+                # A choice between heads, such as where their number is no power of 2: slopes, as a tensor.
+                index = load.index[len(load.index) - x.ndim :]
+                whole = FloatLoad(x, tuple(ZERO if is_one(size) else i for i, size in zip(index, x.shape)))
+                if not self._positions & symbols_of(whole, ZERO):
+                    return [Term(1.0, whole, sympy.Integer(1))]
+            return list(self.of(scalar, depth))
 
         if isinstance(value.op, str) or not self._positions & symbols_of(load, ZERO):
             yield Term(1.0, load, sympy.Integer(1))

@@ -23,6 +23,7 @@ from .axes import Atom, atoms_of, resolve
 from .compose import Logits, compose, sink_atoms
 from .empty_rows import score_dtype
 from .kinship import stands_between_products
+from .kv_cache import add_cache
 from .labels import scaled_source_of, source_of
 from .latent import add_latent
 from .live import LiveUsers
@@ -53,6 +54,7 @@ def recognize(trace: Trace) -> tuple[list[Region], list[LookAlike]]:
         try:
             region = recognize_site(anchor, live)
             add_latent(region, live)
+            add_cache(region)
             regions.append(region)
         except Refusal as refusal:
             others.append(LookAlike(value, refusal.reason, _is_kin(anchor), refusal.needs_numbers))
@@ -87,6 +89,8 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
     """Roles, composition, masks and spec of a labelled proof; raises Refusal."""
     roles, has_row_sinks = _assign_roles(proof)
     logits = compose(proof, roles)
+    for bias in logits.biases:
+        bias.factor = float(bias.factor)  # as the scale is, in the end: a dynamic one is specialised
     row_sinks = take_row_sinks(logits) if has_row_sinks else None
     dtype = _op_dtype(proof)
     q, k, v = (_operand(factor) for factor in (proof.q, proof.k, proof.v))

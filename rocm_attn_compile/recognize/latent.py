@@ -162,7 +162,7 @@ def _between(region: Region, latent: Latent) -> Iterator[Value]:
     """Everything that is computed from the leaves on the way to the attention."""
     inside = {value.id for value in region.values}
     stop = {value.id for value in latent.leaves} | inside
-    todo = [factor for value in region.values for factor in _factors(value) if factor.id not in inside]
+    todo = [factor for value in region.values for factor in factors_of(value) if factor.id not in inside]
     while todo:
         value = todo.pop()
         if value.id in stop:
@@ -172,7 +172,7 @@ def _between(region: Region, latent: Latent) -> Iterator[Value]:
         todo += _tensors((value.args, value.kwargs))
 
 
-def _factors(value: Value) -> Iterable[Value]:
+def factors_of(value: Value) -> Iterable[Value]:
     if value.op == "sdpa":
         return [value.kwargs[name] for name in ("query", "key", "value")]
     return operands_of(value) if is_contraction(value) else ()

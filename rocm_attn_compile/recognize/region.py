@@ -161,6 +161,41 @@ class Latent:
 
 
 @dataclass(eq=False)
+class CacheRead:
+    """Keys or values as they lie in a cache.
+
+    Attributes:
+        operand: The cache.
+        factors: Tensors over the heads, or of one element, that it is multiplied with: (Operand, divide) pairs.
+        number: A number that it is multiplied with, or 1.
+    """
+
+    operand: Operand
+    factors: list[tuple[Operand, bool]]
+    number: Any = 1
+
+
+@dataclass(eq=False)
+class KvCache:
+    """The cache that an attention's keys and values are read from. Axes are copies, see `latent_terms.Frame`.
+
+    Attributes:
+        roles: The axes of the attention.
+        k, v: What is read.
+        table: The block table over (batch, blocks), or None; then `block` has the axes (block, row of the block) of
+            the caches.
+        values: What only served the gathering, for dead-code removal.
+    """
+
+    roles: Roles
+    k: CacheRead
+    v: CacheRead
+    table: Operand | None
+    block: tuple[list[Atom], list[Atom]] | None
+    values: list[Value]
+
+
+@dataclass(eq=False)
 class Region:
     """One attention, proved.
 
@@ -181,6 +216,8 @@ class Region:
         notes: Facts for the report that are not reasons to refuse.
         latent: Its latent form, if `spec.kind` is "mla"; q, k, v are what the graph computes, all the same.
         latent_note: Why something near latent attention is a plain one.
+        cache: The cache that k and v are gathered or dequantised from, or None.
+        cache_note: Why what is near a cache is read after it was gathered or dequantised.
         alibi_note: Why ALiBi stays a tensor.
     """
 
@@ -203,6 +240,8 @@ class Region:
     notes: list[Reason] = field(default_factory=list)
     latent: Latent | None = None
     latent_note: Reason | None = None
+    cache: KvCache | None = None
+    cache_note: Reason | None = None
     alibi_note: Reason | None = None
 
 

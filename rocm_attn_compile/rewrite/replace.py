@@ -16,6 +16,7 @@ from ..recognize.labels import is_cast, is_view
 from ..recognize.region import Alibi, Bias, MaskTerm, Operand, PositionBias, Region
 from .alibi import emit_positions, emit_slopes
 from .builder import GraphBuilder
+from .cache import emit_cache
 from .canonical import from_layout, to_layout
 from .dead_code import remove_dead
 from .latent import Output, emit_latent, is_latent, output_of, take_cuts
@@ -114,8 +115,14 @@ class Rewriter:
         spec, roles = region.spec, region.roles
         heads = roles.heads
         q = self._operand(builder, region.q, [roles.batch, heads, roles.query, roles.depth], spec.dtype)
-        k = self._operand(builder, region.k, [roles.batch, roles.kv_heads, roles.key, roles.depth], spec.dtype)
-        v = self._operand(builder, region.v, [roles.batch, roles.kv_heads, roles.key, roles.value_depth], spec.dtype)
+        cache: dict[str, Any] = {}
+        kv_end = masks.kv_end
+        if region.cache is not None:
+            k, v, cache, kv_end = emit_cache(builder, region.cache, spec, kv_end)
+        else:
+            outer = [roles.batch, roles.kv_heads, roles.key]
+            k = self._operand(builder, region.k, [*outer, roles.depth], spec.dtype)
+            v = self._operand(builder, region.v, [*outer, roles.value_depth], spec.dtype)
         if region.second:
             q, k = self._concatenate(builder, region, q, k)
         bias = self._bias(builder, region)
@@ -127,7 +134,7 @@ class Rewriter:
             seed = builder.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=builder.device)
         tensors = {
             "q": q, "k": k, "v": v, "attn_bias": bias, "attn_mask": masks.attn_mask, "key_mask": masks.key_mask,
-            "kv_start": masks.kv_start, "kv_end": masks.kv_end, "q_ids": masks.q_ids, "kv_ids": masks.kv_ids,
+            "kv_start": masks.kv_start, "kv_end": kv_end, "q_ids": masks.q_ids, "kv_ids": masks.kv_ids,
             "sinks": sinks, "dropout_seed": seed, "alibi_slopes": emit_slopes(builder, region),
         }  # fmt: skip
         settings = {
@@ -135,10 +142,12 @@ class Rewriter:
             "band_lower": masks.band_lower, "band_upper": masks.band_upper, "dropout_p": spec.dropout_p,
             "empty_rows": spec.mask.empty_rows.value, "out_layout": layout,
         }  # fmt: skip
-        if self._tune is not None:
+        if self._tune is not None and cache:
+            self.tuned[region] = Tuned(impl, ["max-autotune: the cache is read with the shipped configuration"])
+        elif self._tune is not None:
             self.tuned[region] = self._tune(builder, impl, {**tensors, **settings}, spec.requires_grad)
             impl = self.tuned[region].impl
-        call = builder.call(ops.attention, *tensors.values(), **settings, impl=impl)
+        call = builder.call(ops.attention, *tensors.values(), **settings, impl=impl, **cache)
         return builder.call(operator.getitem, call, 0)
 
     def _operand(self, builder: GraphBuilder, operand: Operand, groups: list, dtype: torch.dtype) -> fx.Node:
@@ -178,12 +187,15 @@ class Rewriter:
             if isinstance(bias, MaskTerm):
                 total = self._fill(builder, region, total, node, bias)
                 continue
+            scores = region.anchor.args[:1]  # SDPA has none: terms of a mask are added as they are
+            added_in = bias.added_in or (scores[0].dtype if scores else builder.look(node).dtype)
             if bias.factor != 1:
+                wide = torch.promote_types(builder.look(node).dtype, added_in)  # eager scales the sum
+                if builder.look(node).dtype != wide:
+                    node = builder.call(aten._to_copy.default, node, dtype=wide)
                 node = builder.call(aten.mul.Tensor, node, bias.factor)
             if bias.rounded_to is not None:
                 node = builder.call(aten._to_copy.default, node, dtype=bias.rounded_to)
-            scores = region.anchor.args[:1]  # SDPA has none: terms of a mask are added as they are
-            added_in = bias.added_in or (scores[0].dtype if scores else builder.look(node).dtype)
             total = self._add(builder, total, node, added_in)
         in_half = any(isinstance(bias, MaskTerm) or _is_added_in_half(bias) for bias in region.biases)
         return self._lowest(builder, total) if in_half and total is not None else total
@@ -230,5 +242,8 @@ def _is_added_in_half(bias: Bias) -> bool:
 
 
 def _served(region: Region) -> list[Value]:
-    """What the site consists of, and what its latent form no longer needs."""
-    return [*region.values, *(region.latent.values if region.latent is not None else ())]
+    """What the site consists of, and what its latent form, or reading from its cache, no longer needs."""
+    values = list(region.values)
+    for inner in (region.latent, region.cache):
+        values += inner.values if inner is not None else ()
+    return values

@@ -19,6 +19,7 @@ from .. import _torch_private, ops
 from ..capture.replay import Replay
 from ..capture.trace import Value
 from ..reasons import Refusal
+from ..recognize.kv_cache import leaves as cache_leaves
 from ..recognize.region import Region
 from ..spec import EmptyRows
 from .builder import GraphBuilder
@@ -73,6 +74,9 @@ class _Leaves:
         operands += [sinks for sinks in (region.sinks, region.row_sinks) if sinks is not None]
         # A latent form may be computed from what lies before k and v, so both ways start there.
         starts = [operand.value for operand in operands] if region.latent is None else region.latent.leaves
+        if region.cache is not None:
+            starts = [value for value in starts if value not in (region.k.value, region.v.value)]
+            starts += cache_leaves(region.cache)
         self.cut = frozenset(value.id for value in starts if value.op != "constant")
         self.opened = frozenset(() if region.latent is None else (value.id for value in region.latent.opened))
         self._inputs, self._round = inputs, index

@@ -6,10 +6,11 @@ Made from the declarations, so a changed declaration is tested as changed.
 from dataclasses import replace
 
 import sympy
+import torch
 
 from rocm_attn_compile.backends.base import AttentionBackend
 from rocm_attn_compile.env import AiterPackage, Environment
-from rocm_attn_compile.spec import AttentionSpec, EmptyRows, LatentSpec, MaskSpec
+from rocm_attn_compile.spec import AttentionSpec, CacheSpec, EmptyRows, LatentSpec, MaskSpec
 
 Q_LEN, KV_LEN = 64, 96
 END = KV_LEN - Q_LEN
@@ -67,6 +68,10 @@ def with_latent(**changes):
     return lambda spec: replace(spec, latent=replace(spec.latent or LATENT, **changes))
 
 
+def with_cache(block_size=None, dtype=None, has_scale=False):
+    return lambda spec: replace(spec, cache=CacheSpec(block_size, dtype or spec.dtype, has_scale))
+
+
 def other_v_head_dim(spec):
     return replace(spec, v_head_dim=spec.head_dim // 2)
 
@@ -96,6 +101,9 @@ FEATURE_EXAMPLES = {
     "empty_rows_zero": with_mask(empty_rows=EmptyRows.ZERO),
     "empty_rows_mean": with_mask(empty_rows=EmptyRows.MEAN),
     "empty_rows_mean_added": with_mask(empty_rows=EmptyRows.MEAN_ADDED),
+    "paged_kv": with_cache(block_size=16),
+    "float8_kv": with_cache(dtype=torch.float8_e4m3fn),
+    "kv_scale": with_cache(has_scale=True),
     "symbolic_heads": with_spec(num_heads=SYMBOL, num_kv_heads=SYMBOL),
     "symbolic_lengths": lambda spec: replace(
         spec, batch=SYMBOL, q_len=SYMBOL, kv_len=SYMBOL + END, mask=replace(spec.mask, band_upper=END)
@@ -129,5 +137,7 @@ LIMIT_EXAMPLES = {
         (with_latent(v_head_dim=257, form="runtime"), {}),
         (with_latent(block_size=24, form="absorbed"), {}),
     ],
+    "kv_block_size": [(with_cache(block_size=size), {}) for size in (8, 24)],
+    "float8": [(with_cache(dtype=torch.float8_e4m3fnuz), {"arch": "gfx950", "device_arch": "gfx950"})],
     "block_size": [(with_spec(), {"block_size": 1}), (with_latent(block_size=1, form="absorbed"), {})],
 }

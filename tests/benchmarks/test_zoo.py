@@ -13,6 +13,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from zoo_lib.children import in_children
+from zoo_lib.judge import Case, _with_rounded_results, compare
 from zoo_lib.rows import compact, newest
 from zoo_lib.table import page
 from zoo_lib.watch import SiteWatch
@@ -158,3 +159,18 @@ def test_functions_run_in_processes_that_may_die():
 def test_what_does_not_come_in_time_has_no_result():
     tasks = {"never ends": partial(sum, range(10**12)), "never begun": partial(dict)}
     assert not list(in_children(tasks.items(), prepare=partial(int), jobs=1, timeout=60, seconds=2))
+
+
+def test_a_gradient_that_is_0_but_for_rounding_may_be_another_rounding_of_0():
+    eager, ours, exact = [torch.full((4,), 5e-7)], [torch.full((4,), 3e-6)], [torch.zeros(4, dtype=torch.float64)]
+    assert not compare(ours, eager, exact)["ok"]
+    assert compare(ours, eager, exact, rounded=[eager, [torch.full((4,), 2e-6)]])["ok"]
+    assert not compare([torch.full((4,), 1e-3)], eager, exact, rounded=[eager, [torch.full((4,), 2e-6)]])["ok"]
+
+
+def test_everything_is_rounded_once_more_forward_and_backward():
+    model = nn.Linear(8, 8)
+    case = Case(model, {"input": X}, gradients=True)
+    plain, rounded = case.run(model, model, case.arguments), _with_rounded_results(case)
+    for a, b in zip(plain, rounded):
+        assert 0 < float((a - b).abs().max()) < 1e-4 * float(a.abs().max())

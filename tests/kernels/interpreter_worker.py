@@ -1,7 +1,8 @@
 """Runs the launchers under Triton's interpreter, in a process of its own.
 
 TRITON_INTERPRET must be set before triton is first imported, and then holds for the whole process; the pytest process
-needs the compiler (test_aot.py). So the tests talk to this worker: requests and replies are pickled, length-prefixed.
+needs the compiler (test_aot.py). So the tests talk to this worker: requests and replies are written by torch.save,
+length-prefixed.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import pickle
 import struct
 import subprocess
 import sys
 import traceback
 from typing import Any
+
+import torch
 
 
 class InterpreterWorker:
@@ -49,7 +51,10 @@ class InterpreterWorker:
 
 def write_message(stream: Any, value: Any) -> None:
     """Send one value."""
-    data = pickle.dumps(value)
+    # Not pickle, which cannot restore tensors of float8.
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    data = buffer.getvalue()
     stream.write(struct.pack("<q", len(data)) + data)
     stream.flush()
 
@@ -59,7 +64,7 @@ def read_message(stream: Any) -> Any:
     header = stream.read(8)
     if len(header) < 8:
         raise EOFError
-    return pickle.loads(stream.read(struct.unpack("<q", header)[0]))
+    return torch.load(io.BytesIO(stream.read(struct.unpack("<q", header)[0])), weights_only=False)
 
 
 def add_bfloat16_dot() -> None:
@@ -82,9 +87,12 @@ def add_bfloat16_dot() -> None:
 
 def forward(tuning: dict[str, Any] | None, **arguments: Any) -> Any:
     """`(out, lse)`; `tuning` as keyword arguments of launch.Tuning. Outputs are filled with NaN before the launch."""
+    from rocm_attn_compile.kernels.triton.configs import KernelConfig
     from rocm_attn_compile.kernels.triton.forward_launch import forward_launches
     from rocm_attn_compile.kernels.triton.launch import Tuning
 
+    if tuning and "config" in tuning:
+        tuning = {**tuning, "config": KernelConfig(*tuning["config"])}
     launches, out, lse = forward_launches(**arguments, tuning=Tuning(**tuning) if tuning else None)
     if launches:
         out.fill_(float("nan"))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 FULL = (True, True, True, True)
+WIDE_TILE = (16, 64, 1, 1)  # of configs.KernelConfig: several pages in a tile
 
 # What the default run leaves out: variations whose code paths another case already takes.
 SLOW = (
@@ -194,6 +195,33 @@ def shift_cases() -> list[dict[str, Any]]:
     ]
 
 
+def cache_cases() -> list[dict[str, Any]]:
+    """Forward only: keys in pages, smaller and larger than the interpreter's tile of 16 keys, and in float8."""
+    shared = {"B": 2, "H": 8, "K": 2, "M": 1, "N": 96, "limits": (False, False), "D": 24, "E": 16}
+    fp8 = {"kv_dtype": torch.float8_e4m3fn, "dtype": torch.float16}
+    split, whole = {"num_splits": 3}, {"num_splits": 1}
+    return [
+        case("pages-16", **shared, page=16, tuning=split),
+        case("pages-48-causal", **{**shared, "M": 5}, page=48, tuning=split, band_upper=90, sinks=True),
+        case("pages-32-int64", **{**shared, "M": 3}, page=32, table_dtype=torch.int64, tuning=whole, soft_cap=3.0),
+        case("pages-16-prefill", **{**shared, "M": 45}, page=16, key_mask=True, bias=FULL),
+        case("pages-16-wide-tile", **shared, page=16, tuning={"config": WIDE_TILE, "num_splits": 2}),
+        case("pages-16-wide-tile-rows", **{**shared, "limits": (True, True), "M": 6}, page=16, empty=("limits",),
+             tuning={"config": WIDE_TILE, "num_splits": 1}, empty_rows="mean"),
+        case("pages-32-odd-tile", **{**shared, "N": 192}, page=96, tuning={"config": WIDE_TILE, "num_splits": 2}),
+        *(
+            case(f"pages-empty-{mode}-{splits}", **{**shared, "M": 6, "limits": (True, False)}, page=16,
+                 empty=("limits",), empty_rows=mode, tuning={"num_splits": splits}, **fields)
+            for mode, splits, fields in (("nan", 3, {}), ("mean", 1, fp8), ("mean_added", 3, fp8))
+        ),
+        case("float8", **shared, **fp8, tuning=split),
+        case("float8-negative-scale", **{**shared, "M": 4}, **fp8, scale_sign=-1.0, tuning=whole, soft_cap=2.0),
+        case("float8-e5m2-pages", **shared, page=16, kv_dtype=torch.float8_e5m2, dtype=torch.bfloat16, sinks=True,
+             tuning=split),
+        case("float8-prefill", **{**shared, "M": 45}, **fp8, mask=FULL, empty=("mask_rows",), empty_rows="mean"),
+    ]  # fmt: skip
+
+
 def decode_cases() -> list[dict[str, Any]]:
     """Forward only: query heads packed into one tile and the keys split between programs."""
     cases = []
@@ -215,5 +243,6 @@ def decode_cases() -> list[dict[str, Any]]:
             cases.append(
                 case(f"decode-empty-{mode}-{tag}", M=6, mask=FULL, empty=("mask_rows",), empty_rows=mode, **shared)
             )
+    cases += cache_cases()
     cases.append(case("decode-pack-dropout", H=8, K=2, M=3, dropout_p=0.4, tuning={"pack": 4}))
     return cases

@@ -25,7 +25,9 @@ def make_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, Te
         case: sizes B, H, K, M, N, D, E; dtype; seed; layout ("bhsd", "packed", "k_transposed", "expanded");
             bias, mask: shape as a 4-tuple of bools (True is the full size, False is 1); bias_kind ("normal", "holes",
             "finfo_min", "minus_1e9"); key_mask, limits, ids: bool; band_lower, band_upper; soft_cap; sinks;
-            alibi (True or "batch"); dropout_p; empty: kinds of rows to empty; empty_rows; out_layout; scale.
+            alibi (True or "batch"); dropout_p; empty: kinds of rows to empty; empty_rows; out_layout; scale;
+            page: block size of a paged cache, which divides N; kv_dtype: a float8, with a scale per head for k and one
+            for v.
         device: Where the tensors go. Values do not depend on it.
     """
     generator = torch.Generator().manual_seed(case.get("seed", 0))
@@ -102,6 +104,7 @@ def make_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, Te
     if case.get("dropout_p"):
         tensors["dropout_seed"] = torch.tensor([case.get("dropout_seed", 12345)])
     tensors = {"q": q, "k": k, "v": v, **{name: t if t is None else t.to(device) for name, t in tensors.items()}}
+    tensors.update(cached(tensors, case, generator))
     scalars = {
         "softmax_scale": case.get("scale", 1.0 / math.sqrt(D)),
         "logits_soft_cap": case.get("soft_cap"),
@@ -111,6 +114,44 @@ def make_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, Te
         "empty_rows": case.get("empty_rows", "zero"),
     }
     return tensors, scalars
+
+
+def cached(tensors: dict[str, Tensor | None], case: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+    """k and v as a cache, with what belongs to it; nothing if the case has none. Blocks not in use hold NaN."""
+    changed: dict[str, Tensor] = {}
+    k, v = tensors["k"], tensors["v"]
+    if kind := case.get("kv_dtype"):
+        k, v = k.to(kind), v.to(kind)
+        scale = torch.rand(k.shape[1], generator=generator) + 0.5
+        scale[::2] *= case.get("scale_sign", 1.0)
+        changed.update(k=k, v=v, k_scale=scale.to(k.device), v_scale=torch.tensor([0.7], device=k.device))
+    if page := case.get("page"):
+        B, K, N, _ = k.shape
+        count = B * N // page
+        order = torch.randperm(count + 3, generator=generator)[:count]
+        order -= (count + 3) * (torch.arange(count) % 3 == 0)  # some count from the end
+        table = order.view(B, N // page).to(k.device)
+        for name, rows in (("k", k), ("v", v)):
+            # float8 by its bits, since it cannot be indexed everywhere. 0xFF is NaN in every float there is.
+            bits = rows.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[rows.element_size()])
+            blocks = torch.full((count + 3, page, K, rows.shape[3]), -1, device=k.device).to(bits.dtype)
+            blocks[table] = bits.view(B, K, N // page, page, -1).permute(0, 2, 3, 1, 4)
+            changed[name] = blocks.view(rows.dtype).transpose(1, 2)
+        changed["block_table"] = table.to(case.get("table_dtype", torch.int32))
+    return changed
+
+
+def plain(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The tensors with keys and values `(B, K, N, X)` in the place of a cache, in float64 where they have a scale."""
+    found = dict(tensors)
+    table, k_scale, v_scale = (found.pop(name, None) for name in ("block_table", "k_scale", "v_scale"))
+    for name, scale in (("k", k_scale), ("v", v_scale)):
+        cache = found[name]
+        rows = cache if scale is None else cache.to(torch.float32).double() * scale.double().view(-1, 1, 1)
+        if table is not None:
+            rows = rows[table.long()].transpose(1, 2).flatten(2, 3)
+        found[name] = rows
+    return found
 
 
 def philox_uniform(seed: int, count: int) -> np.ndarray:
@@ -283,6 +324,7 @@ def compare(
         Per name `(relative error, limit)`. The limit is 3 times eager's own error in the dtype of q, and at least twice
         that dtype's epsilon: where eager happens to be exact (a single key), one rounding must still be allowed.
     """
+    tensors = plain(tensors)
     dtype = tensors["q"].dtype
     want = oracle(tensors, scalars, oracle_dtype, grad_out)
     eager = oracle(tensors, scalars, dtype, grad_out)

@@ -45,6 +45,9 @@ class Row:
 SIZES: dict[str, Any] = {"B": 1, "H": 2, "K": 1, "M": 141, "N": 150, "D": 64, "E": 64, "dtype": FP16}
 DECODE: dict[str, Any] = {"B": 1, "H": 8, "K": 2, "M": 1, "N": 600}
 
+CACHE: dict[str, Any] = {"B": 2, "N": 608, "limits": (False, False)}
+FP8, FNUZ, E5M2 = torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2
+
 CUT = (
     Row(
         "main: bf16, 128, causal window, grouped heads",
@@ -99,6 +102,19 @@ CUT = (
         backward=False,
         ci=("gfx950", "gfx1201"),
     ),
+    Row(
+        "decode: bf16, 128, pages of 16, causal, sinks",
+        {**DECODE, **CACHE, "dtype": BF16, "D": 128, "E": 128, "M": 3, "page": 16, "band_upper": 590, "sinks": True},
+        backward=False,
+        ci=("gfx942", "gfx1201"),
+    ),
+    Row(
+        "decode: float8, pages of 64, empty rows give the mean",
+        {**DECODE, **CACHE, "dtype": BF16, "N": 640, "page": 64, "kv_dtype": FP8, "empty": ("limits",),
+         "empty_rows": "mean", "limits": (True, False), "M": 6},
+        backward=False,
+        ci=("gfx942", "gfx950"),
+    ),
 )  # fmt: skip
 
 # Every class of launch configuration: head size x type, prefill with backward and bias gradient, and decode.
@@ -136,7 +152,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "soft cap": {"soft_cap": 2.0, "band_upper": 9},
     "soft cap and bias": {"soft_cap": 1.5, "bias": FULL},
     "alibi": {"alibi": True, "band_upper": 9},
-    "alibi, both directions": {"alibi": "batch", "B": 2, "H": 4, "K": 2},
+    "alibi, both directions": {"alibi": "batch", "B": 2, "H": 4, "K": 2, "D": 128, "E": 128},
     "alibi, bias, window": {"alibi": True, "bias": FULL, "band_upper": 9, "band_lower": -40},
     "alibi, soft cap": {"alibi": True, "soft_cap": 2.0, "limits": (True, True)},
     "alibi, far keys, fp32": {"alibi": True, "key_mask": True, "band_upper": 9, "dtype": FP32, "M": 45, "N": 70},
@@ -165,4 +181,40 @@ FEATURES = tuple(Row(f"feature {name}", fields) for name, fields in _FEATURES.it
     if not {"M", "N", "H", "layout", "dtype"} & set(fields)
 )
 
-GRID = CUT + CONFIGURATIONS + FEATURES
+# A KV cache in pages, of each relation to the tiles, and in float8, of each head size and on each architecture.
+_CACHES: dict[str, dict[str, Any]] = {
+    **{
+        f"pages of {page}, {d}": {"page": page, "N": 960, "D": d, "E": d}
+        for page in (16, 32, 96)
+        for d in (64, 128, 256)
+    },
+    "pages of 16, fp32": {"page": 16, "dtype": FP32, "D": 128, "E": 128},
+    "pages of 16, 80 and 96": {"page": 16, "D": 80, "E": 96, "bias": FULL, "soft_cap": 2.0},
+    "pages of 16, int64 table, key mask, window": {"page": 16, "table_dtype": torch.int64, "key_mask": True,
+                                                   "band_lower": 100},
+    "pages of 16, prefill": {"page": 16, "M": 141, "band_upper": 460, "D": 128, "E": 128, "dtype": BF16},
+    "pages of 128, prefill": {"page": 128, "N": 640, "M": 141, "sinks": True},
+    "pages of 16, prefill, 256": {"page": 16, "M": 141, "D": 256, "E": 256},
+    "pages of 16, empty rows give NaN": {"page": 16, "M": 6, "limits": (True, False), "empty": ("limits",),
+                                         "empty_rows": "nan"},
+    **{f"{name}, {d}": {"kv_dtype": kind, "D": d, "E": d, "dtype": dtype}
+       for kind, name in ((FP8, "float8"), (E5M2, "e5m2")) for d, dtype in ((64, FP16), (128, BF16), (256, BF16))},
+    **{f"float8, prefill, {d}": {"kv_dtype": FP8, "M": 141, "D": d, "E": d, "dtype": BF16} for d in (64, 128, 256)},
+    "float8, pages of 16, negative scale": {"kv_dtype": FP8, "page": 16, "scale_sign": -1.0, "dtype": BF16, "D": 128,
+                                            "E": 128},
+    "float8, pages of 16, 256": {"kv_dtype": FP8, "page": 16, "dtype": BF16, "D": 256, "E": 256},
+}  # fmt: skip
+CACHES = (
+    *(Row(f"cache {name}", {**DECODE, **CACHE, **fields}, backward=False) for name, fields in _CACHES.items()),
+    *(
+        Row(
+            f"cache e4m3fnuz, {d}",
+            {**DECODE, **CACHE, "kv_dtype": FNUZ, "D": d, "E": d},
+            backward=False,
+            archs=("gfx942",),
+        )
+        for d in (64, 128, 256)
+    ),
+)
+
+GRID = CUT + CONFIGURATIONS + FEATURES + CACHES

@@ -60,6 +60,33 @@ def test_decode_kernels() -> None:
         check(launch, "gfx942", HALF, 128)
 
 
+CACHES: dict[str, dict[str, Any]] = {
+    "pages": {"page": 16, "kv_end": True},
+    "pages of 64": {"page": 64, "kv_end": True},
+    "float8": {"kv_dtype": torch.float8_e5m2, "scale": True},
+    "float8 pages": {"page": 16, "kv_end": True, "kv_dtype": torch.float8_e4m3fn, "scale": True},
+}
+
+
+@pytest.mark.parametrize("q_len", [1, 1024])
+def test_cache_kernels(q_len: int) -> None:
+    """Decode and prefill of a float8 cache in pages."""
+    more = {"q_len": q_len, "kv_len": 4096, "causal": q_len > 1, "backward": False}
+    for launch in launches("gfx942", HALF, 128, **CACHES["float8 pages"], **more).values():
+        check(launch, "gfx942", HALF, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+def test_caches_of_every_size(arch: str, head_dim: int, cache: str) -> None:
+    for q_len in (1, 1024):
+        more = {"q_len": q_len, "kv_len": 4096, "causal": q_len > 1, "backward": False}
+        for launch in launches(arch, HALF, head_dim, **CACHES[cache], **more).values():
+            check(launch, arch, HALF, head_dim)
+
+
 FEATURES: dict[str, dict[str, Any]] = {
     "bias": {"attn_bias": True},
     "masks": {"attn_mask": True, "key_mask": True, "band_lower": -256, "empty_rows": "zero"},

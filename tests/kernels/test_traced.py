@@ -95,6 +95,21 @@ def test_split_decode(launches_for):
     assert found["attention_combine_kernel"] == WRITTEN["attention_combine_kernel"]
 
 
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("float8", [False, True], ids=["bf16", "float8"])
+def test_caches(launches_for, arch, float8):
+    cache = {"page": 16, "kv_end": True, "causal": False, "backward": False, "num_splits": 2}
+    if float8:
+        cache.update(kv_dtype=torch.float8_e4m3fn, scale=True)
+    launches = list(launches_for(arch, q_len=1, kv_len=512, **cache))
+    if float8 and arch == "sm90":  # assembly, of which PyTorch says that it writes everything
+        assert not traced._trace(launches, {}, SimpleNamespace())
+        return
+    found = {launch.kernel.__name__: read(launch) for launch in launches}
+    assert found["attention_forward_kernel"] == {"partial", "partial_stats"}
+    assert found["attention_combine_kernel"] == WRITTEN["attention_combine_kernel"]
+
+
 def test_a_kernel_that_pytorch_misreads_is_not_traced(launches_for, caplog):
     (launch,) = launches_for("gfx942", backward=False)
     kernel = traced._with_options(launch.kernel, tuple(sorted(launch.options.items())))

@@ -76,6 +76,15 @@ def of_both_directions_in_a_window(q, k, v, slopes):
     return (q @ k.mT * SCALE + bias).masked_fill(~near, torch.finfo(q.dtype).min).softmax(-1) @ v
 
 
+def slopes_of_heads_that_are_no_power_of_two(q, k, v, slopes):
+    """As the paper has them."""
+    i, j = positions(q, k)
+    slopes = 1.0 / torch.pow(2, torch.arange(1, 9).float()).view(1, 8, 1, 1)
+    slopes = torch.concat([slopes[:, 1::2], slopes[:, ::2]], dim=1)[:, : q.shape[1]]
+    scores = q @ k.mT * SCALE + slopes * (j - i)
+    return scores.masked_fill(~causal(q, k), torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
 def slopes_of_a_sequence(q, k, v, slopes):
     i, j = positions(q, k)
     slopes = slopes * torch.arange(1, 1 + q.shape[0])[:, None] / 2
@@ -128,6 +137,7 @@ ALIBI = [
     of_keys,
     of_both_directions,
     of_both_directions_in_a_window,
+    slopes_of_heads_that_are_no_power_of_two,
     slopes_of_a_sequence,
     beside_another_bias,
     last_query,
@@ -189,6 +199,31 @@ def check_slopes(function, site, bias, slopes):
     assert (bias is None) == (function is not beside_another_bias) == (not site.data["has_bias"])
     assert slopes.dtype == torch.float32
     assert slopes.shape == ((B, H) if function is slopes_of_a_sequence else (H,))
+
+
+def test_decoding():
+    """One query at the last of ever more keys, from one program."""
+
+    def step(q, k, v, slopes, keys, values):
+        keys, values = torch.cat([keys, k], -2), torch.cat([values, v], -2)
+        return distance(q, keys, values, slopes), keys, values
+
+    recorder = Recorder(lowering="eager")
+    compiled = torch.compile(step, backend=recorder, fullgraph=True, dynamic=True)
+    q, k, v, slopes = inputs(torch.float32)
+    exact_inputs = [t.double() for t in (q, k, v, slopes)]
+    keys, values = k[:, :, :11].contiguous(), v[:, :, :11].contiguous()
+    with torch.no_grad():
+        for i in range(11, 15):
+            new = slice(i, i + 1)
+            out, keys, values = compiled(q[:, :, new], k[:, :, new], v[:, :, new], slopes, keys, values)
+            eager, exact = (
+                distance(a[:, :, new], b[:, :, : i + 1], c[:, :, : i + 1], d)
+                for a, b, c, d in ((q, k, v, slopes), exact_inputs)
+            )
+            assert_as_accurate_as_eager(out, eager, exact)
+    (site,) = [site for report in rocm_attn_compile.reports() for site in report.sites]
+    assert (recorder.calls, site.data["has_alibi"], site.data["has_bias"]) == (1, True, False)
 
 
 def from_the_first_key(q, k, v, slopes):
