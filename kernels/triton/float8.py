@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 def _assembly(text: str) -> tl.constexpr:
-    """On one line: Inductor writes it into its program as a quoted string inside of another, where a newline ends it."""
+    """On one line: Inductor writes it into its program as a string inside of another, where a newline ends it."""
     return tl.constexpr(" ".join(text.split()))
 
 
