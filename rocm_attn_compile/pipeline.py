@@ -235,10 +235,12 @@ def _fix_head_dims(regions: Sequence[Region], others: Sequence[LookAlike]) -> bo
 
 
 def _kernel_sizes(spec: AttentionSpec) -> list[Any]:
-    """What kernels are chosen by: head sizes and the latent's."""
+    """What kernels are chosen by: head sizes, the latent's, and the block size of a cache."""
     sizes = [spec.head_dim, spec.v_head_dim]
     if spec.latent is not None:
         sizes += [spec.latent.kv_lora_rank, spec.latent.qk_rope_head_dim]
+    if spec.cache is not None and spec.cache.block_size is not None:
+        sizes.append(spec.cache.block_size)
     return sizes
 
 

@@ -103,7 +103,7 @@ class CacheSpec:
         has_scale: Keys or values are multiplied with a number, or one per head.
     """
 
-    block_size: int | None
+    block_size: int | sympy.Expr | None
     dtype: torch.dtype
     has_scale: bool
 

@@ -114,6 +114,15 @@ def blocks(arch: str, itemsize: int, latent: int, rope: int) -> tuple[int, int]:
     return max(smallest, power_of_two(latent)), max(16, power_of_two(rope)) if rope else 0
 
 
+def score_columns(arch: str, block_c: int, has_key_mask: bool) -> int:
+    """Columns that the scores are added up from at once.
+
+    Radeon's 256 registers do not hold 512 columns of queries; with a key mask pieces of them spill more than the whole.
+    """
+    in_pieces = family(arch) == "rdna" and block_c > 256 and not has_key_mask
+    return 64 if in_pieces else block_c
+
+
 def step_tokens(config: KernelConfig, in_flight: bool) -> int:
     """Tokens that a program takes at once: mla_decode_hopper.py's kernel two blocks."""
     return 2 * config.block_n if in_flight and config.block_m > FEW_ROWS else config.block_n

@@ -21,18 +21,23 @@ _RUNTIME_SIZES = ["batch_size", "q_len", "kv_len", "num_splits", "band_lower", "
 
 
 @triton.jit
-def load_rows(source, offset, row_ok, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr):
-    """Rows of SIZE adjacent elements that start at the offsets, BLOCK wide, 0 outside; CHECK: obey `row_ok`."""
+def load_rows(
+    source, offset, row_ok, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr, AGAIN: tl.constexpr = False
+):
+    """Rows of SIZE adjacent elements that start at the offsets, BLOCK wide, 0 outside; CHECK: obey `row_ok`.
+
+    AGAIN: In each round of a loop, although they stay the same.
+    """
     offs = tl.arange(0, BLOCK)
     ptrs = source + offset[:, None] + offs[None, :]
     if CHECK and BLOCK > SIZE:
-        tile = tl.load(ptrs, mask=row_ok[:, None] & (offs < SIZE)[None, :], other=0.0)
+        tile = tl.load(ptrs, mask=row_ok[:, None] & (offs < SIZE)[None, :], other=0.0, volatile=AGAIN)
     elif CHECK:
-        tile = tl.load(ptrs, mask=row_ok[:, None], other=0.0)
+        tile = tl.load(ptrs, mask=row_ok[:, None], other=0.0, volatile=AGAIN)
     elif BLOCK > SIZE:
-        tile = tl.load(ptrs, mask=(offs < SIZE)[None, :], other=0.0)
+        tile = tl.load(ptrs, mask=(offs < SIZE)[None, :], other=0.0, volatile=AGAIN)
     else:
-        tile = tl.load(ptrs)
+        tile = tl.load(ptrs, volatile=AGAIN)
     return tile
 
 
@@ -48,6 +53,7 @@ def mla_decode_kernel(
     MERGED: tl.constexpr, TILES_LAST: tl.constexpr, ROUND_BITS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_LOWER: tl.constexpr,
     HAS_UPPER: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    PIECE: tl.constexpr,
 ):  # fmt: skip
     """Absorbed latent attention; see the module docstring and the op `rocm_attn::mla_decode` for the arguments.
 
@@ -57,6 +63,9 @@ def mla_decode_kernel(
     descriptors of kv and k_pe, in blocks of one page or batch entry and BLOCK_N tokens, and BLOCK_N divides PAGE. Then
     MERGED is False for pages: a descriptor has no mask, and what lies behind the last token of a page may be not a
     number, so blocks that are cut are read through pointers.
+
+    With PIECE < BLOCK_C (without TMA) the scores are added up from pieces of so many columns. Queries and keys of each
+    are loaded for it: the registers do not hold all of the queries.
     """
     softmax_scale = tl.full((), softmax_scale, tl.float32)
     rows_len = q_len * num_heads
@@ -90,11 +99,13 @@ def mla_decode_kernel(
     starts, ends, _ids = load_row_masks(
         kv_start, kv_end, kv_end, stride_start_m, stride_end_m, stride_end_m, q_pos, kv_len, HAS_START, HAS_END, False
     )
-    q_tile = load_rows(q, batch * stride_qb + head * stride_qh + q_row * stride_qm, row_ok, LATENT, BLOCK_C, False)
+    q_at = batch * stride_qb + head * stride_qh + q_row * stride_qm
+    if PIECE == BLOCK_C:
+        q_tile = load_rows(q, q_at, row_ok, LATENT, BLOCK_C, False)
     if BLOCK_R > 0:
-        q_pe_tile = load_rows(
-            q_pe, batch * stride_pb + head * stride_ph + q_row * stride_pm, row_ok, ROPE, BLOCK_R, False
-        )
+        pe_at = batch * stride_pb + head * stride_ph + q_row * stride_pm
+        if PIECE == BLOCK_C:
+            q_pe_tile = load_rows(q_pe, pe_at, row_ok, ROPE, BLOCK_R, False)
     begin, full_begin, full_end, end = kv_block_range(
         q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END
     )
@@ -168,8 +179,20 @@ def mla_decode_kernel(
                     )
             # In units of log2. Scaled before they are added: Triton would make one chain of the two products, and give
             # the first of a chain warps along the rows only, so that on Hopper both warp groups compute the same rows.
-            s = tl.dot(q_tile, tl.trans(kv_tile), input_precision=PRECISION) * scale_log2
+            if PIECE == BLOCK_C:
+                s = tl.dot(q_tile, tl.trans(kv_tile), input_precision=PRECISION) * scale_log2
+            else:
+                s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                for column in tl.static_range(0, BLOCK_C, PIECE):
+                    q_piece = load_rows(q + column, q_at, row_ok, LATENT - column, PIECE, False, True)
+                    k_piece = load_rows(
+                        kv + column, owner * stride_cb + token * stride_cn, used, LATENT - column, PIECE,
+                        MERGED or phase > 0,
+                    )  # fmt: skip
+                    s += tl.dot(q_piece, tl.trans(k_piece), input_precision=PRECISION) * scale_log2
             if BLOCK_R > 0:
+                if PIECE < BLOCK_C:
+                    q_pe_tile = load_rows(q_pe, pe_at, row_ok, ROPE, BLOCK_R, False, True)
                 s += tl.dot(q_pe_tile, tl.trans(pe_tile), input_precision=PRECISION) * scale_log2
             key_keep, _id = load_key_masks(key_mask, key_mask, stride_key_n, stride_key_n, kv_pos, kv_len,
                                            HAS_KEY_MASK, False)  # fmt: skip

@@ -193,8 +193,8 @@ def mla_decode_few_kernel(
     """
     dtype: gl.constexpr = q.dtype.element_ty
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    shared_pe: gl.constexpr = gl.NVMMASharedLayout(min(2 * BLOCK_R, 128) if BLOCK_R > 0 else 128, 16, rank=2)
     WIDTH_R: gl.constexpr = BLOCK_R if BLOCK_R > 0 else 16
+    shared_pe: gl.constexpr = gl.NVMMASharedLayout(min(2 * WIDTH_R, 128), 16, rank=2)
     q_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M, HALF], shared)
     q_pe_smem = gl.allocate_shared_memory(dtype, [BLOCK_M, WIDTH_R], shared_pe)
     kv_smem = gl.allocate_shared_memory(dtype, [HALVES, BLOCK_N, HALF], shared)

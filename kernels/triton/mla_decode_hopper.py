@@ -231,11 +231,12 @@ def mla_decode_hopper_kernel(
     """
     dtype: gl.constexpr = q.dtype.element_ty
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    shared_pe: gl.constexpr = gl.NVMMASharedLayout(min(2 * BLOCK_R, 128) if BLOCK_R > 0 else 128, 16, rank=2)
+    WIDTH_R: gl.constexpr = BLOCK_R if BLOCK_R > 0 else 16
+    shared_pe: gl.constexpr = gl.NVMMASharedLayout(min(2 * WIDTH_R, 128), 16, rank=2)
     simple: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M, HALF], shared)
     kv_smem = gl.allocate_shared_memory(dtype, [4, BLOCK_N, HALF], shared)
-    pe_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_R if BLOCK_R > 0 else 16], shared_pe)
+    pe_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_N, WIDTH_R], shared_pe)
     p_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M, BLOCK_N], shared)
     row_smem = gl.allocate_shared_memory(gl.float32, [4, BLOCK_M], simple)
     full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())

@@ -119,19 +119,16 @@ def block_size_of(spec: AttentionSpec, env: Environment) -> int | None:
     return env.block_size if paged is None else paged
 
 
-BLOCK_SIZE_16 = Limit(
-    "kv_block_size",
-    "blocks of 16, 32, ... rows",
-    lambda spec, env: (
-        f"a cache in blocks of {spec.cache.block_size}; takes multiples of 16"
-        if spec.cache is not None
-        and spec.cache.block_size is not None
-        and spec.cache.block_size % 16
-        # On the CPU, without an explicit architecture, ATen reads what was gathered.
-        and not (spec.device == "cpu" and not env.arch_is_explicit)
-        else None
-    ),
-)
+def _block_size(spec: AttentionSpec, env: Environment) -> str | None:
+    size = None if spec.cache is None else spec.cache.block_size
+    # On the CPU, without an explicit architecture, ATen reads what was gathered.
+    if size is None or (spec.device == "cpu" and not env.arch_is_explicit):
+        return None
+    number = static(size)
+    return f"a cache in blocks of {size}; takes multiples of 16" if number is None or number % 16 else None
+
+
+BLOCK_SIZE_16 = Limit("kv_block_size", "blocks of 16, 32, ... rows", _block_size)
 
 
 def _float8(spec: AttentionSpec, env: Environment) -> str | None:

@@ -157,7 +157,7 @@ def spec_data(spec: AttentionSpec) -> dict[str, Any]:
 
 
 def _cache_data(cache: CacheSpec) -> dict[str, Any]:
-    return {"block_size": cache.block_size, "dtype": dtype_name(cache.dtype), "has_scale": cache.has_scale}
+    return {"block_size": _plain(cache.block_size), "dtype": dtype_name(cache.dtype), "has_scale": cache.has_scale}
 
 
 def _latent_data(latent: LatentSpec) -> dict[str, Any]:

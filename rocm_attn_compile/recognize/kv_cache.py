@@ -20,7 +20,7 @@ from dataclasses import replace
 from ..capture.trace import Value
 from ..reasons import INTERNAL_ERROR, Reason, Refusal
 from ..spec import CacheSpec
-from ..symbolic import product, same_size, static
+from ..symbolic import product, same_size
 from .axes import Atom, Dim, atoms_of, resolve, unify
 from .cache_walk import FP8, Walk, walk
 from .descent import is_same_tensor
@@ -124,9 +124,8 @@ def _blocks(k: Walk, v: Walk, roles: Roles) -> tuple[list[Atom], list[Atom]]:
     if not blocks or key[: len(blocks)] != blocks:
         raise Refusal("cache_order", "the keys are not the rows of the table's blocks in their order")
     rows = key[len(blocks) :]
-    size = static(product(atom.size for atom in rows))
-    if size is None or not rows:
-        raise Refusal("cache_block_size", "the number of rows in a block is not constant")
+    if not rows:
+        raise Refusal("cache_layout", "the blocks have no rows")
     unify((k.blocks[0],), (v.blocks[0],))
     return list(resolve(k.blocks)), rows
 
@@ -164,9 +163,9 @@ def _has_run(dim: Dim, group: list[Atom]) -> bool:
 
 
 def _spec(cache: KvCache) -> CacheSpec:
-    size = None if cache.block is None else static(product(atom.size for atom in cache.block[1]))
+    size = None if cache.block is None else product(atom.size for atom in cache.block[1])
     return CacheSpec(
-        block_size=size,
+        block_size=size if size is None or not size.is_number else int(size),
         dtype=cache.k.operand.value.dtype,
         has_scale=any(read.factors or read.number != 1 for read in (cache.k, cache.v)),
     )

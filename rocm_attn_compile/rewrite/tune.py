@@ -106,15 +106,11 @@ def _numbers_of(example: Any) -> Any:
 def _problems(look: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The call's arguments, as often as it takes to read K and V from memory."""
     generator = torch.Generator(look["q"].device).manual_seed(0)
-    table = look.get("block_table")
-    kv_len = look["k"].shape[2] * (1 if table is None else table.shape[1])
+    kv_len = look["k"].shape[2]
     first = {
         name: _tensor(name, value, kv_len, generator) if isinstance(value, _Look) else value
         for name, value in {**dict.fromkeys(OPTIONAL_TENSORS), **look}.items()
     }
-    if table is not None:  # other blocks for every sequence, as far as there are
-        entries = torch.arange(first["block_table"].numel(), device=look["q"].device) % look["k"].shape[0]
-        first["block_table"].copy_(entries.view(table.shape))
     problems = [first]
     if look["q"].shape[2] <= DECODE_QUERIES and look["q"].device.type == "cuda":
         cache = torch.cuda.get_device_properties(look["q"].device).L2_cache_size

@@ -137,7 +137,7 @@ LIMIT_EXAMPLES = {
         (with_latent(v_head_dim=257, form="runtime"), {}),
         (with_latent(block_size=24, form="absorbed"), {}),
     ],
-    "kv_block_size": [(with_cache(block_size=size), {}) for size in (8, 24)],
+    "kv_block_size": [(with_cache(block_size=size), {}) for size in (8, 24, SYMBOL)],
     "float8": [(with_cache(dtype=torch.float8_e4m3fnuz), {"arch": "gfx950", "device_arch": "gfx950"})],
     "block_size": [(with_spec(), {"block_size": 1}), (with_latent(block_size=1, form="absorbed"), {})],
 }

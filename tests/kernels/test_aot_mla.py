@@ -16,10 +16,14 @@ from rocm_attn_compile.kernels.triton import aot, configs
 from rocm_attn_compile.kernels.triton.aot_mla import launches
 
 CDNA = ARCHS[:3]
+RADEON_SPILLS = {"gfx1100": 32, "gfx1201": 0}
 
 
 def check(arch: str, dtype: torch.dtype, heavy: bool = False, **sizes: Any) -> None:
-    """Compile all launches and assert. On Radeon a wave's 256 registers do not hold 576 columns: it spills."""
+    """Compile all launches and assert.
+
+    On gfx1100 a wave's 256 registers barely hold 576 columns, in pieces; with a key mask they spill.
+    """
     for name, launch in launches(arch, dtype, **sizes).items():
         used = aot.resources(aot.compile_launch(launch, arch))
         assert used.lds_bytes <= configs.LDS_BYTES[configs.family(arch)], f"{name}: {used}"
@@ -28,6 +32,8 @@ def check(arch: str, dtype: torch.dtype, heavy: bool = False, **sizes: Any) -> N
         if arch in CDNA and not heavy:
             assert used.vgpr_spills == 0, f"{name}: {used}"
             assert used.scratch_bytes == 0, f"{name}: {used}"
+        if name == "mla_decode_kernel" and arch in RADEON_SPILLS and not heavy:
+            assert used.vgpr_spills <= RADEON_SPILLS[arch], f"{name}: {used}"
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])

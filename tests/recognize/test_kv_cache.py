@@ -149,7 +149,7 @@ def test_gradients_flow_through_what_was_gathered() -> None:
 def test_dynamic_batch_and_number_of_blocks() -> None:
     """One graph serves other batches and longer tables."""
     counter = CompileCounter()
-    function = programs.grouped_einsum  # repeat_interleave by a number of heads that is a symbol is another matter
+    function = programs.by_reshape_and_sdpa  # a division by a number of heads that is a symbol is another matter
     compiled = torch.compile(function, backend=counter, dynamic=True, fullgraph=True)
     with torch.no_grad():
         for batch, per_row, blocks in ((5, 3, 9), (3, 5, 17), (4, 7, 8)):
