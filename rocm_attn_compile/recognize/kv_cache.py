@@ -93,6 +93,7 @@ def _check_site(region: Region, k: Walk, v: Walk) -> None:
         (bool(region.second), "cache_pieces", "the keys are put together from several tensors"),
         (region.row_sinks is not None, "cache_pieces", "the keys get one more for the sinks"),
         (bool(region.k.factors), "cache_scale", "the keys have a factor of their own besides a cache's scale"),
+        (region.v.factor != 1, "cache_scale", "the values are scaled after their heads were repeated"),
         ((k.table is None) != (v.table is None), "cache_tables", "only one of keys and values is in blocks"),
         (len(dtypes) > 1 or not dtypes <= known, "cache_dtype", f"a cache of {names} for {region.spec.dtype}"),
     )

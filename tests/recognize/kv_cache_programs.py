@@ -255,6 +255,13 @@ def per_token(q, k_cache, v_cache, lengths, k_scale, v_scale):
     return dequantised_contiguous(q, k_cache, v_cache, lengths, k_scale, v_scale)
 
 
+def values_scaled_after_they_are_repeated(q, k_cache, v_cache, table, lengths):
+    k, v = (cache[table].flatten(1, 2).repeat_interleave(H // K, dim=2).transpose(1, 2) for cache in (k_cache, v_cache))
+    keep = torch.arange(k.shape[2]) < lengths[:, None, None]
+    scores = (q @ k.mT / math.sqrt(D)).masked_fill(~keep, -math.inf)
+    return scores.softmax(-1) @ (v * 0.5)
+
+
 _fp8 = float8(contiguous=True)
 _tokens = (torch.rand(B, N, 1, 1) + 0.5).bfloat16()
 _channels = (torch.rand(D) + 0.5).bfloat16()
@@ -272,6 +279,7 @@ NEAR = (
     Program("the first keys", first_keys, make(), "cache_slice"),
     Program("rows gathered from different blocks", rows_differ, make(), "cache_layout"),
     Program("one row of the table for all", same_for_all, make(), None),
+    Program("values scaled after they are repeated", values_scaled_after_they_are_repeated, make(), "cache_scale"),
     Program("quantised in the graph", requantised, _fp8, None),
     Program("scale per token", per_token, (*_fp8[:4], _tokens, _tokens), "cache_scale"),
     Program("scale per channel", per_token, (*_fp8[:4], _channels, _channels), "cache_scale"),
