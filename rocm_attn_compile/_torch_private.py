@@ -308,6 +308,13 @@ def record_triton(kernel: Any, grid: int, arguments: dict[str, Any], blocks: dic
     )
 
 
+def triton_source(kernel: Any) -> str:
+    """A `triton.jit` function, and all that it uses, as Inductor quotes it in its program."""
+    from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as source_of
+
+    return source_of(kernel)
+
+
 def _descriptors(blocks: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     return {name: ("stable", (list(block),)) for name, block in blocks.items()}
 

@@ -9,7 +9,13 @@ byte: 128 loads a thread for a tile of 128 x 128.
 import triton
 import triton.language as tl
 
-_TO_F16 = tl.constexpr("""
+
+def _assembly(text: str) -> tl.constexpr:
+    """On one line: Inductor writes it into its program as a string inside of another, where a newline ends it."""
+    return tl.constexpr(" ".join(text.split()))
+
+
+_TO_F16 = _assembly("""
 {
 .reg .b16 a, b;
 mov.b32 {a, b}, $2;
@@ -17,7 +23,7 @@ cvt.rn.f16x2.e4m3x2 $0, a;
 cvt.rn.f16x2.e4m3x2 $1, b;
 }
 """)
-_E5M2_TO_F16 = tl.constexpr("""
+_E5M2_TO_F16 = _assembly("""
 {
 .reg .b32 zero;
 mov.b32 zero, 0;
@@ -25,7 +31,7 @@ prmt.b32 $0, zero, $2, 0x5040;
 prmt.b32 $1, zero, $2, 0x7060;
 }
 """)
-_F16_TO_BF16 = tl.constexpr("""
+_F16_TO_BF16 = _assembly("""
 {
 .reg .b16 a, b;
 .reg .f32 x, y;

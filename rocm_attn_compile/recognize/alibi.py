@@ -105,6 +105,7 @@ class _Line:
         is_causal: Of the first: k - q is at most kv_len - q_len for every pair that is kept.
         is_exact: Nothing is added per query, and c is q + kv_len - q_len.
         is_of_keys: Nothing at all depends on the query.
+        is_tight: The mask keeps k - q = kv_len - q_len.
         is_half: Something is computed in float16, in which a long distance is infinite.
     """
 
@@ -115,6 +116,7 @@ class _Line:
     is_causal: bool
     is_exact: bool
     is_of_keys: bool
+    is_tight: bool
     is_half: bool
 
 
@@ -132,9 +134,10 @@ def _form(bias: Operand, line: _Line, roles: Roles, has_sinks: bool, dtype: torc
 def _keeps_digits(line: _Line, dtype: torch.dtype) -> bool:
     """Whether the op's distance is no longer than eager's, beside the query: c may be far from q + kv_len - q_len.
 
-    A bias of keys alone is as large as the longest distance somewhere, and so no better.
+    A bias of keys alone is as large as the longest distance somewhere, and so no better; where the query is at the last
+    key that it sees, the op's is 0 there. In a cache that is not full yet it is far from 0.
     """
-    return line.is_exact or line.is_of_keys or dtype in _HALF
+    return line.is_exact or (line.is_of_keys and line.is_tight) or dtype in _HALF
 
 
 def _line_of(bias: Operand, symbols: Symbols, roles: Roles, keep: prover.ClosedForm, live: LiveUsers) -> _Line | None:
@@ -177,6 +180,8 @@ def _line_of(bias: Operand, symbols: Symbols, roles: Roles, keep: prover.ClosedF
         is_absolute or evaluator.logic.implies([keep.predicate], evaluator.logic.le(diagonal)),
         is_exact=is_zero and not sums,
         is_of_keys=not is_absolute and not any(context.q in symbols_of(*one) for one in (*sums.items(), (None, rest))),
+        is_tight=not (keep.kv_end or keep.key_masks)
+        and (keep.band_upper is None or expand(keep.band_upper - (context.kv_len - context.q_len)) == 0),
         is_half=addends.is_half or torch.float16 in (bias.value.dtype, bias.rounded_to, bias.added_in),
     )
 

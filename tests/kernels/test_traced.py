@@ -6,6 +6,9 @@ wrong program, so a call that is misread must not be traced.
 
 from __future__ import annotations
 
+import ast
+import importlib
+import pkgutil
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from rocm_attn_compile import _torch_private
+from rocm_attn_compile.kernels import triton as kernels
 from rocm_attn_compile.kernels.triton import aot_launches, traced
 from rocm_attn_compile.kernels.triton.launch import Descriptor, descriptor
 
@@ -34,6 +38,22 @@ EVERYTHING = {
     "attn_bias": True, "attn_mask": True, "key_mask": True, "kv_start": True, "kv_end": True,
     "soft_cap": 30.0, "dropout_p": 0.1, "band_lower": -9, "empty_rows": "mean_added",
 }  # fmt: skip
+
+
+def shipped_kernels():
+    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    found = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
+    return [kernel for _, kernel in sorted(found.items()) if type(kernel) is triton.JITFunction]
+
+
+@pytest.mark.parametrize("kernel", shipped_kernels(), ids=lambda kernel: kernel.__name__)
+def test_inductor_can_quote_its_source(kernel):
+    """Inductor writes it between three quotes: what escapes there, such as a newline in a string, must not be in it."""
+    source = _torch_private.triton_source(kernel)
+    quoted = ast.literal_eval(f"'''{source}'''")
+    assert quoted == source
+    names = {node.name for node in ast.walk(ast.parse(quoted)) if isinstance(node, ast.FunctionDef)}
+    assert kernel.__name__ in names
 
 
 @pytest.fixture

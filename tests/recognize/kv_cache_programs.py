@@ -47,7 +47,7 @@ def make(dtype: torch.dtype = torch.float32, layout: str = "nbhd", q_len: int = 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Masked attention of `(B, H, M, D)` on `(B, N, K, D)`, heads repeated."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[2], dim=2).transpose(1, 2) for x in (k, v))
-    keep = torch.arange(k.shape[2]) < lengths[:, None, None]
+    keep = torch.arange(k.shape[2], device=k.device) < lengths[:, None, None]
     scores = (q @ k.mT / math.sqrt(q.shape[3])).masked_fill(~keep, -math.inf)
     return scores.softmax(-1) @ v
 
@@ -59,7 +59,7 @@ def by_index(q, k_cache, v_cache, table, lengths):
 
 def by_reshape_and_sdpa(q, k_cache, v_cache, table, lengths):
     k, v = (cache[table.long()].reshape(q.shape[0], -1, K, D).transpose(1, 2) for cache in (k_cache, v_cache))
-    keep = torch.arange(k.shape[2]) < lengths
+    keep = torch.arange(k.shape[2], device=k.device) < lengths
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None], enable_gqa=True)
 
 
@@ -93,7 +93,7 @@ def grouped_einsum(q, k_cache, v_cache, table, lengths):
     k, v = (cache[table].flatten(1, 2) for cache in (k_cache, v_cache))
     q = q.unflatten(1, (K, -1))
     scores = torch.einsum("bkgmd,bnkd->bkgmn", q, k) * D**-0.5
-    keep = torch.arange(k.shape[1]) < lengths
+    keep = torch.arange(k.shape[1], device=k.device) < lengths
     scores = torch.where(keep[:, None, None, None], scores, torch.finfo(scores.dtype).min)
     return torch.einsum("bkgmn,bnkd->bkgmd", scores.softmax(-1), v).flatten(1, 2)
 
@@ -101,8 +101,8 @@ def grouped_einsum(q, k_cache, v_cache, table, lengths):
 def causal_chunk(q, k_cache, v_cache, table, lengths):
     k, v = (cache[table].flatten(1, 2) for cache in (k_cache, v_cache))
     k, v = (x.repeat_interleave(H // K, dim=2).transpose(1, 2) for x in (k, v))
-    at = lengths - q.shape[2] + torch.arange(q.shape[2])
-    keep = torch.arange(k.shape[2]) <= at[..., None]
+    at = lengths - q.shape[2] + torch.arange(q.shape[2], device=q.device)
+    keep = torch.arange(k.shape[2], device=k.device) <= at[..., None]
     scores = (q @ k.mT / math.sqrt(D)).masked_fill(~keep[:, None], -math.inf)
     return scores.softmax(-1) @ v
 
@@ -235,7 +235,7 @@ def first_keys(q, k_cache, v_cache, table, lengths):
 
 def rows_differ(q, k_cache, v_cache, table, lengths):
     index = table.long()[:, :, None, None, None].expand(-1, -1, SIZE, K, D).reshape(-1, SIZE, K, D)
-    index = (index + torch.arange(SIZE)[:, None, None]) % BLOCKS
+    index = (index + torch.arange(SIZE, device=table.device)[:, None, None]) % BLOCKS
     k, v = (cache.gather(0, index).reshape(q.shape[0], -1, K, D) for cache in (k_cache, v_cache))
     return attend(q, k, v, lengths)
 

@@ -233,6 +233,19 @@ def from_the_first_key(q, k, v, slopes):
     return scores.masked_fill(j > i, -math.inf).softmax(-1) @ v
 
 
+def into_a_cache_that_is_not_full(q, k, v, slopes):
+    length = (q[0, 0, 0, :1].abs() < -1).long().squeeze() + 9
+    keep = torch.arange(k.shape[-2]) < length
+    scores = q[:, :, :1] @ k.mT * SCALE + (slopes[:, None, None] * torch.arange(k.shape[-2])).to(q.dtype)
+    return scores.masked_fill(~keep, -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_longer_distance_in_a_cache(dtype):
+    site, _, slopes = run(into_a_cache_that_is_not_full, dtype)
+    assert site.data["has_alibi"] == (slopes is not None) == (dtype == torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_longer_distance_costs_digits_only_in_half_precision(dtype):
     site, bias, slopes = run(from_the_first_key, dtype)
