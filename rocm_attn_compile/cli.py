@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from . import cli_kernels
 from .backends import BACKENDS, tables
 from .backends.select import Choice, select
-from .backends.words import DTYPE_NAMES, mask_words, spec_data, words
+from .backends.words import DTYPE_NAMES, dtype_name, mask_words, spec_data, words
 from .env import Environment, normalize_arch
 from .options import Options, split_options
-from .spec import AttentionSpec, EmptyRows, LatentSpec, MaskSpec
+from .spec import AttentionSpec, CacheSpec, EmptyRows, LatentSpec, MaskSpec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +65,8 @@ def _add_spec_arguments(parser: argparse.ArgumentParser) -> None:
     add("--arch", help='target architecture, such as "gfx942"; default is this machine\'s GPU')
     add("--backend", help="as VLLM_ATTENTION_BACKEND")
     add("--block-size", type=int, help="page size of the KV cache, for the MLA rules")
+    add("--kv-block-size", type=int, help="keys and values are read from a paged cache of such blocks")
+    add("--kv-dtype", choices=list(_FLOAT8), help="they are read from a float8 cache, with scales")
     add("--dtype", choices=list(DTYPE_NAMES.values()), default="bf16")
     add("--batch", type=int, default=1)
     add("--num-heads", type=int, default=32)
@@ -84,6 +88,7 @@ def _add_spec_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=["cuda", "cpu"], help="default: cuda (which is ROCm too) if there is an architecture")
 
 
+_FLOAT8 = {dtype_name(dtype): dtype for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)}
 _DEEPSEEK = LatentSpec(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
 
@@ -188,7 +193,18 @@ def _spec(arguments: argparse.Namespace, env: Environment) -> AttentionSpec:
         requires_grad=arguments.training,
         kind="mla" if arguments.mla else "attention",
         latent=_DEEPSEEK if arguments.mla else None,
+        cache=_cache(arguments, dtypes[arguments.dtype]),
     )
+
+
+def _cache(arguments: argparse.Namespace, dtype: torch.dtype) -> CacheSpec | None:
+    """What `--kv-block-size` and `--kv-dtype` say of the cache that is read as it lies."""
+    size, float8 = arguments.kv_block_size, _FLOAT8.get(arguments.kv_dtype)
+    if size is None and float8 is None:
+        return None
+    if size is not None and size < 1:
+        raise ValueError(f"--kv-block-size is {size}; allowed is 1 and more")
+    return CacheSpec(size, float8 or dtype, has_scale=float8 is not None)
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

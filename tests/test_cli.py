@@ -114,7 +114,8 @@ def test_select_where_nothing_can(run):
 def test_select_every_spec_argument_arrives(run):
     line = (
         "--arch gfx942 --dtype fp32 --batch 3 --num-heads 8 --num-kv-heads 2 --head-dim 64 --v-head-dim 32 --q-len 5 "
-        "--kv-len 7 --scale 0.5 --window 4 --soft-cap 9 --bias --alibi --sinks --dropout 0.1 --training --json"
+        "--kv-len 7 --scale 0.5 --window 4 --soft-cap 9 --bias --alibi --sinks --dropout 0.1 --training --json "
+        "--kv-block-size 16 --kv-dtype float8_e5m2"
     )
     spec = json.loads(run("select", *line.split()))["spec"]
     mask = spec.pop("mask")
@@ -137,6 +138,7 @@ def test_select_every_spec_argument_arrives(run):
         "dropout_p": 0.1,
         "requires_grad": True,
         "latent": None,
+        "cache": {"block_size": 16, "dtype": "float8_e5m2", "has_scale": True},
     }
     assert (mask["band_upper"], mask["band_lower"]) == (2, -1)  # 4 keys: k - q from 2 - 3 to 2
 
@@ -149,6 +151,7 @@ def test_select_every_spec_argument_arrives(run):
         (["select", "--backend", "ROCM_AITER_FA", "--arch", "gfx1100"], "gfx9"),
         (["select", "--mla", "--backend", "TRITON_MLA", "--block-size", "1"], "block size 1"),
         (["select", "--arch", "mi300"], "mi300"),
+        (["select", "--kv-block-size", "0"], "--kv-block-size is 0"),
         (["backends", "--arch", "mi300"], "mi300"),
     ],
 )

@@ -583,6 +583,16 @@ def test_triton_writes_is_tested_with_our_kernels():
     assert written == {"x"}
 
 
+def test_triton_source_has_what_the_kernel_uses():
+    """See tests/kernels/test_traced.py, where all our kernels are quoted."""
+    from rocm_attn_compile.kernels.triton.combine import attention_combine_kernel
+
+    source = _torch_private.triton_source(attention_combine_kernel)
+    assert "def attention_combine_kernel(" in source
+    assert "def finish_rows(" in source
+    assert "LOG2E = tl.constexpr(1.44" in source
+
+
 def test_record_triton_keeps_descriptors_block_shapes_in_the_graph():
     import triton
 

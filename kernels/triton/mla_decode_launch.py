@@ -227,7 +227,7 @@ class DecodePlan(NamedTuple):
 
 def choose(
     arch: str, rows: int, blocks: tuple[int, int], itemsize: int, page: int, softmax_scale: float,
-    empty_rows: str, descriptors: bool, tuning: Tuning,
+    empty_rows: str, descriptors: bool, is_prefix: bool, tuning: Tuning,
 ) -> tuple[configs.KernelConfig, bool, bool]:  # fmt: skip
     """The launch configuration, whether it reads through tensor descriptors, and whether it is the Hopper kernel's.
 
@@ -237,12 +237,16 @@ def choose(
         blocks: Padded kv_lora_rank and qk_rope_head_dim.
         page: Block size of a paged cache, 0 for a contiguous one.
         descriptors: Whether tensor descriptors can address the cache.
+        is_prefix: A query sees the first keys up to some key, and no mask cuts any of them out.
     """
     if tuning.config is not None:
         return tuning.config, bool(tuning.tma), tuning.in_flight
     if descriptors and tuning.tma is not False:
         config = mla_configs.select(mla_configs.DECODE_IN_FLIGHT, arch, rows, sum(blocks), itemsize)
         fits = softmax_scale > 0 and mla_configs.fits_in_flight(blocks) and empty_rows not in MEANS
+        # The kernel for few rows has run on a GPU with prefixes alone; other masks go to the kernels that were checked.
+        if config and config.block_m == mla_configs.FEW_ROWS:
+            fits = fits and is_prefix
         if config and fits:
             return config, True, True
         config = mla_configs.select(mla_configs.DECODE_TMA, arch, rows, sum(blocks), itemsize)
@@ -298,7 +302,8 @@ def mla_decode_plan(
     rows = q_len * num_heads
     config, tma, in_flight = choose(
         arch, mla_configs.searched_rows(arch, rows, batch, kv_len, num_units), (block_c, block_r), itemsize, page,
-        softmax_scale, empty_rows, is_aligned and takes_tma(kv, itemsize) and takes_tma(k_pe, itemsize), tuning,
+        softmax_scale, empty_rows, is_aligned and takes_tma(kv, itemsize) and takes_tma(k_pe, itemsize),
+        key_mask is None and kv_start is None and band_lower is None, tuning,
     )  # fmt: skip
     tiles = batch * triton.cdiv(rows, config.block_m)
     num_splits = tuning.num_splits or mla_configs.choose_splits(
