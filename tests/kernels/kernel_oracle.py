@@ -16,6 +16,8 @@ from torch import Tensor
 TENSOR_NAMES = ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids", "sinks", "dropout_seed",
                 "alibi_slopes")  # fmt: skip
 GRADIENTS = ("q", "k", "v", "attn_bias", "sinks")
+LARGEST_LSE = 16.0
+"""Of scores that are no fills: the logarithm of nine million keys."""
 
 
 def make_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, Tensor | None], dict[str, Any]]:
@@ -322,20 +324,24 @@ def compare(
 
     Returns:
         Per name `(relative error, limit)`. The limit is 3 times eager's own error in the dtype of q, and at least twice
-        that dtype's epsilon: where eager happens to be exact (a single key), one rounding must still be allowed.
+        that dtype's epsilon: where eager happens to be exact (a single key), one rounding must still be allowed. For
+        gradients the rounding of lse counts, too: the weights are exp(score - lse), of a float32 as large as log(N).
     """
     tensors = plain(tensors)
     dtype = tensors["q"].dtype
     want = oracle(tensors, scalars, oracle_dtype, grad_out)
     eager = oracle(tensors, scalars, dtype, grad_out)
     sizes = magnitudes(tensors, scalars, want, grad_out)
+    lse = want["lse"][want["lse"].isfinite()].abs()
+    lse_rounding = torch.finfo(torch.float32).eps * min(float(lse.max()) if lse.numel() else 0.0, LARGEST_LSE)
     results = {}
     for name, value in got.items():
         size = sizes[name] or 1.0
         eager_error = error_norm(eager[name], want[name]) / size
         floor = torch.finfo(torch.float32 if name == "lse" else dtype).eps
+        least = max(2 * floor, lse_rounding) if name in GRADIENTS else 4 * floor if name == "lse" else 2 * floor
         results[name] = (
             error_norm(value, want[name]) / size,
-            max(3 * eager_error if math.isfinite(eager_error) else 0.0, 4 * floor if name == "lse" else 2 * floor),
+            max(3 * eager_error if math.isfinite(eager_error) else 0.0, least),
         )
     return results
