@@ -7,7 +7,10 @@ wrong program, so a call that is misread must not be traced.
 from __future__ import annotations
 
 import ast
+import builtins
+import dis
 import importlib
+import inspect
 import pkgutil
 from types import SimpleNamespace
 
@@ -34,6 +37,8 @@ WRITTEN = {
     "backward_dq_kernel": {"grad_q"},
     "backward_bias_kernel": {"grad_bias"},
 }
+IMPORTED = {"triton", "tl", "libdevice"}
+"""Inductor's programs import these, in torch 2.11 as in 2.13."""
 EVERYTHING = {
     "attn_bias": True, "attn_mask": True, "key_mask": True, "kv_start": True, "kv_end": True,
     "soft_cap": 30.0, "dropout_p": 0.1, "band_lower": -9, "empty_rows": "mean_added",
@@ -52,8 +57,17 @@ def test_inductor_can_quote_its_source(kernel):
     source = _torch_private.triton_source(kernel)
     quoted = ast.literal_eval(f"'''{source}'''")
     assert quoted == source
-    names = {node.name for node in ast.walk(ast.parse(quoted)) if isinstance(node, ast.FunctionDef)}
+    module = compile(quoted, "<quoted>", "exec", ast.PyCF_ONLY_AST)
+    names = {node.name for node in ast.walk(module) if isinstance(node, ast.FunctionDef)}
     assert kernel.__name__ in names
+    names |= {t.id for node in module.body if isinstance(node, ast.Assign) for t in node.targets}
+    assert _globals(compile(module, "<quoted>", "exec")) <= names | IMPORTED | set(dir(builtins))
+
+
+def _globals(code):
+    """Global names that the functions of a module read."""
+    own = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return own.union(*(_globals(inner) for inner in code.co_consts if inspect.iscode(inner)))
 
 
 @pytest.fixture
