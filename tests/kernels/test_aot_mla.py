@@ -84,10 +84,14 @@ def test_hopper_decode(block_size: int) -> None:
 ])  # fmt: skip
 def test_hopper_decode_in_gluon(heads: int, block_size: int, kernel: str) -> None:
     """The kernels with roles, and their products by warp groups. Gluon is experimental: changes show here."""
-    launch = launches("sm90", HALF, heads, block_size=block_size, key_mask=True)[kernel]
+    launch = launches("sm90", HALF, heads, block_size=block_size, key_mask=heads > 16)[kernel]
     ptx = aot.compile_launch(launch, "sm90").asm["ptx"]
     assert ptx.count("wgmma.mma_async") > 50
     assert "setmaxnreg" in ptx
+
+
+def test_few_rows_with_a_mask_go_to_the_kernel_that_was_checked() -> None:
+    assert "mla_decode_few_kernel" not in launches("sm90", HALF, 16, key_mask=True)
 
 
 def test_hopper_copies_pages() -> None:
