@@ -91,7 +91,7 @@ def one_buffer(q, kv, _unused, table, lengths):
 
 def grouped_einsum(q, k_cache, v_cache, table, lengths):
     k, v = (cache[table].flatten(1, 2) for cache in (k_cache, v_cache))
-    q = q.unflatten(1, (K, -1))
+    q = q.view(q.shape[0], K, -1, *q.shape[2:])  # not unflatten: Dynamo of torch 2.11 under a default device
     scores = torch.einsum("bkgmd,bnkd->bkgmn", q, k) * D**-0.5
     keep = torch.arange(k.shape[1], device=k.device) < lengths
     scores = torch.where(keep[:, None, None, None], scores, torch.finfo(scores.dtype).min)
