@@ -18,6 +18,7 @@ from .backends import BACKENDS, tables
 from .backends.select import Choice, select
 from .backends.words import DTYPE_NAMES, dtype_name, mask_words, spec_data, words
 from .env import Environment, normalize_arch
+from .ops.kv_cache import FP8
 from .options import Options, split_options
 from .spec import AttentionSpec, CacheSpec, EmptyRows, LatentSpec, MaskSpec
 
@@ -88,7 +89,7 @@ def _add_spec_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=["cuda", "cpu"], help="default: cuda (which is ROCm too) if there is an architecture")
 
 
-_FLOAT8 = {dtype_name(dtype): dtype for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)}
+_FLOAT8 = {dtype_name(dtype): dtype for dtype in FP8}
 _DEEPSEEK = LatentSpec(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
 

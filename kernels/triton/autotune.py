@@ -22,7 +22,7 @@ from .candidates import Problem, candidates
 from .configs import KernelConfig
 from .device_timer import GpuDevice
 from .forward_launch import forward_launches
-from .launch import Launch, Tuning, device_arch
+from .launch import Launch, Tuning, base_of, device_arch
 from .tuned_store import TunedStore, cache_folder
 
 log = logging.getLogger(__name__)
@@ -234,10 +234,10 @@ def _tuning(direction: str, candidate: tuple) -> Tuning:
 def _candidates(launch: Launch, arch: str) -> list[tuple]:
     given = launch.arguments
     assert launch.config is not None
-    q = getattr(given["q"], "base", given["q"])
+    q = base_of(given["q"])
     itemsize = q.element_size()
     blocks = given["BLOCK_D"], given["BLOCK_REST"], given["BLOCK_E"]
-    bias = getattr(given["attn_bias"], "base", given["attn_bias"])
+    bias = base_of(given["attn_bias"])
     bias_itemsize = bias.element_size() if bias is not None else 1 if given["HAS_ATTN_MASK"] else 0
     problem = Problem(arch, launch.direction, blocks, itemsize, bias_itemsize)
     size = configs.head_size(blocks, given["V_HEAD_DIM"])
@@ -252,7 +252,7 @@ _CHOSEN = {"BLOCK_M", "BLOCK_N", "MERGED", "SHIFT", "BIAS"}
 def key_of(launch: Launch) -> str:
     """The shape class of a kernel's launch: what was compiled in, and sizes up to the next power of two."""
     given = launch.arguments
-    q = getattr(given["q"], "base", given["q"])
+    q = base_of(given["q"])
     kv_heads = given["batch_size"] * (given["num_heads"] // given["gqa_group_size"])
     sizes = [f"{name}{_size_class(n)}" for name, n in (("q", given["q_len"]), ("kv", given["kv_len"]), ("h", kv_heads))]
     flags = [f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in sorted(given.items())
@@ -270,7 +270,7 @@ def _tolerance(launch: Launch) -> float:
 
     Both round the weights to the inputs' dtype, each relative to another maximum, and add up in another order.
     """
-    q = getattr(launch.arguments["q"], "base", launch.arguments["q"])
+    q = base_of(launch.arguments["q"])
     eps = 2.0**-10 if launch.arguments["PRECISION"] == "tf32" else torch.finfo(q.dtype).eps
     return max(eps, 16 * torch.finfo(torch.float32).eps)
 

@@ -45,6 +45,11 @@ class Problem:
     itemsize: int
     bias_itemsize: int = 0
 
+    @property
+    def owns_keys(self) -> bool:
+        """A program owns keys and walks over queries, instead of the other way round."""
+        return self.direction in ("backward_kv", "backward_k", "backward_v")
+
 
 def candidates(problem: Problem, shipped: KernelConfig, tma: bool, plain: KernelConfig | None = None) -> list[tuple]:
     """`(configuration, through tensor descriptors)` of all that is to be tried, the shipped one first.
@@ -66,8 +71,7 @@ def candidates(problem: Problem, shipped: KernelConfig, tma: bool, plain: Kernel
 
 def neighbours(config: KernelConfig, problem: Problem) -> Iterator[KernelConfig]:
     """Configurations that differ from `config` in one thing, or in rows (keys) and warps together."""
-    owner = "block_n" if problem.direction.startswith("backward_") and problem.direction != "backward_q" else "block_m"
-    walked = "block_m" if owner == "block_n" else "block_n"
+    owner, walked = ("block_n", "block_m") if problem.owns_keys else ("block_m", "block_n")
     owned, steps = getattr(config, owner), getattr(config, walked)
     yield replace(config, **{walked: steps * 2})
     yield replace(config, **{walked: steps // 2})
@@ -115,8 +119,7 @@ def shared_bytes(config: KernelConfig, problem: Problem) -> int:
     """
     m, n, (d, r, e) = config.block_m, config.block_n, problem.blocks
     columns = d + r + e
-    is_kv = problem.direction in ("backward_kv", "backward_k", "backward_v")
-    own, walked = (n, m) if is_kv else (max(m, 32) if problem.direction == "decode" else m, n)
+    own, walked = (n, m) if problem.owns_keys else (max(m, 32) if problem.direction == "decode" else m, n)
     exchanged = m * n * (1 if problem.direction in ("forward", "decode") else 2)
     if config.first_max:
         exchanged += n * (d + r)

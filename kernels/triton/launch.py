@@ -52,6 +52,11 @@ class Descriptor:
         return NVMMASharedLayout(self.swizzle, 8 * self.base.element_size(), rank=len(self.block_shape))
 
 
+def base_of(argument: Any) -> Any:
+    """An argument of a launch; for a descriptor its tensor, from whose sizes and strides a launcher makes it again."""
+    return argument.base if isinstance(argument, Descriptor) else argument
+
+
 @dataclass
 class Launch:
     """One kernel launch: `kernel[(grid,)](**arguments, **options)`, each `Descriptor` as Triton's.

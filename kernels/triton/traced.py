@@ -22,7 +22,7 @@ from torch import Tensor
 from . import tuned as tuned_text
 from .backward_launch import backward_launches, sink_gradient
 from .forward_launch import forward_launches
-from .launch import Descriptor, Launch, Tuning
+from .launch import Descriptor, Launch, Tuning, base_of
 
 log = logging.getLogger(__name__)
 
@@ -78,18 +78,13 @@ def _trace(launches: list[Launch], arguments: dict[str, Any], tracer: Tracer) ->
     if not all(_is_understood(kernel, launch, given, tracer) for kernel, launch in zip(kernels, launches)):
         return False
     for kernel, launch in zip(kernels, launches):
-        tensors = {k: _tensor(v) for k, v in launch.arguments.items()}
+        tensors = {k: base_of(v) for k, v in launch.arguments.items()}
         tracer.record_triton(kernel, launch.grid, tensors, _blocks(launch))
     return True
 
 
 def _blocks(launch: Launch) -> dict[str, tuple[int, ...]]:
     return {k: v.block_shape for k, v in launch.arguments.items() if isinstance(v, Descriptor)}
-
-
-def _tensor(value: Any) -> Any:
-    """For a descriptor its tensor, from whose sizes and strides the launcher makes it again."""
-    return value.base if isinstance(value, Descriptor) else value
 
 
 def _is_plain(value: Any) -> bool:
@@ -110,7 +105,7 @@ _understood: dict[Any, bool] = {}
 def _is_understood(kernel: Any, launch: Launch, given: set[int], tracer: Tracer) -> bool:
     """Whether PyTorch knows that the launch writes something, and none of the `given` tensors; remembered."""
     blocks = _blocks(launch)
-    bases = {k: _tensor(v) for k, v in launch.arguments.items()}
+    bases = {k: base_of(v) for k, v in launch.arguments.items()}
     described = tuple((k, v.dtype if isinstance(v, Tensor) else v, blocks.get(k)) for k, v in bases.items())
     inputs = frozenset(k for k, v in bases.items() if id(v) in given)
     key = (kernel, described, inputs)

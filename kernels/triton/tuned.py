@@ -6,7 +6,6 @@ matrix_instr_nonkdim, merged, first_max, and "t" for tensor descriptors or "p" f
 
 from __future__ import annotations
 
-import functools
 from dataclasses import astuple
 
 from .configs import KernelConfig
@@ -20,7 +19,6 @@ def encode(chosen: Chosen) -> str:
     return ";".join(f"{name}={encode_one(config, tma)}" for name, config, tma in chosen)
 
 
-@functools.lru_cache(maxsize=1024)
 def decode(text: str) -> Chosen:
     """The inverse of encode.
 

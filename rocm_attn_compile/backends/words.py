@@ -67,7 +67,7 @@ def _heads(spec: AttentionSpec) -> str:
 
 
 def _cache(cache: CacheSpec, dtype: torch.dtype) -> str:
-    parts = [] if cache.dtype == dtype else [f" in {str(cache.dtype).removeprefix('torch.')}"]
+    parts = [] if cache.dtype == dtype else [f" in {dtype_name(cache.dtype)}"]
     parts += [] if cache.block_size is None else [f" in blocks of {cache.block_size}"]
     return "keys and values read from a cache" + "".join(parts)
 

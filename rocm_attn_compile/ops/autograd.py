@@ -22,10 +22,16 @@ from rocm_attn_compile import _torch_private as private
 from rocm_attn_compile.ops import reference
 from rocm_attn_compile.ops.dispatch import run_backward_cpu, run_backward_gpu, run_cpu, run_gpu
 from rocm_attn_compile.ops.kv_cache import resolved
-from rocm_attn_compile.ops.schemas import LIBRARY, NAMESPACE, attention, attention_backward, dropout_keep_mask
+from rocm_attn_compile.ops.schemas import (
+    LIBRARY,
+    NAMESPACE,
+    NUM_TENSORS,
+    attention,
+    attention_backward,
+    dropout_keep_mask,
+)
 
-_NUM_TENSORS = 13  # q, k, v and the ten optional ones: the positional arguments of the op `attention`
-_NUM_SAVED = 3 + _NUM_TENSORS  # the tensors of the op `attention_backward`: grad_out, those, out and lse
+_NUM_SAVED = 3 + NUM_TENSORS  # the tensors of the op `attention_backward`: grad_out, those, out and lse
 _SEED, _SLOPES = 11, 12
 _SETTINGS = {
     "logits_soft_cap": None,
@@ -49,15 +55,17 @@ def _attention_autograd(keyset: Any, *tensors: Tensor | None, **settings: Any) -
     # None where a mode, a transform or a subclass has to see the op. Tangents are then looked for in the tensors, which
     # is slow, else at the level that eager code has entered.
     run = _DIRECT.get(private.bits_below_autograd(keyset))
-    if len(tensors) > _NUM_TENSORS and _is_differentiated(run, tensors):
+    has_tangents = _has_tangents(run, tensors)
+    wants_grad = not has_tangents and torch.is_grad_enabled() and private.any_requires_grad(*tensors)
+    if len(tensors) > NUM_TENSORS and (has_tangents or wants_grad):
         # Gradients are those of the plain keys and values, and flow on to the cache and its scales.
-        tensors = resolved(tensors, _NUM_TENSORS)
-    if private.in_forward_ad() if run is not None else private.any_tangent(tensors):
+        tensors = resolved(tensors, NUM_TENSORS)
+    if has_tangents:
         return _composite_forward(*tensors, **settings)
-    if torch.is_grad_enabled() and private.any_requires_grad(*tensors):
+    if wants_grad:
         if private.any_requires_grad(*tensors[_SLOPES:]):
             raise NotImplementedError("alibi_slopes get no gradient: detach them, or give them as an attn_bias")
-        every = (*tensors, *([None] * (_NUM_TENSORS - len(tensors))))
+        every = (*tensors, *([None] * (NUM_TENSORS - len(tensors))))
         named = {**_SETTINGS, **settings}
         flat = (settings["softmax_scale"], *(named[name] for name in _SETTINGS))
         if run is not None:
@@ -70,17 +78,15 @@ def _attention_autograd(keyset: Any, *tensors: Tensor | None, **settings: Any) -
         return attention(*tensors, **settings)
 
 
-def _is_differentiated(run: Any, tensors: tuple) -> bool:
-    """Whether a call has gradients or tangents."""
-    if private.in_forward_ad() if run is not None else private.any_tangent(tensors):
-        return True
-    return torch.is_grad_enabled() and private.any_requires_grad(*tensors)
+def _has_tangents(run: Any, tensors: tuple) -> bool:
+    """Whether forward mode differentiates a call; `run` as in the kernels here."""
+    return private.in_forward_ad() if run is not None else private.any_tangent(tensors)
 
 
 def _backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
     """Kernel of `attention_backward` at the Autograd key; it has no defaults, so all arguments are here, in order."""
     run = _DIRECT_BACKWARD.get(private.bits_below_autograd(keyset))
-    if private.in_forward_ad() if run is not None else private.any_tangent(args[:_NUM_SAVED]):
+    if _has_tangents(run, args[:_NUM_SAVED]):
         return _composite_backward(*args)
     if torch.is_grad_enabled() and private.any_requires_grad(*args[:_NUM_SAVED]):
         with private.single_level_functions_allowed():
@@ -99,7 +105,7 @@ def _dropout_keep(q: Tensor, k: Tensor, dropout_seed: Tensor | None, dropout_p: 
 
 def _composite_forward(*tensors: Tensor | None, **settings: Any) -> tuple[Tensor, Tensor]:
     """The op as plain torch operations."""
-    every: Any = (*tensors, *([None] * (_NUM_TENSORS - len(tensors))))
+    every: Any = (*tensors, *([None] * (NUM_TENSORS - len(tensors))))
     dropout_seed, slopes = every[_SEED:]
     named: Any = {**_SETTINGS, **settings}
     out_layout, _ = named.pop("out_layout"), named.pop("impl")
@@ -111,7 +117,7 @@ def _composite_forward(*tensors: Tensor | None, **settings: Any) -> tuple[Tensor
 
 def _composite_backward(*args: Any) -> tuple[Tensor, ...]:
     """The backward op as plain torch operations."""
-    q, k, (dropout_seed, slopes) = args[1], args[2], args[1 + _SEED : 1 + _NUM_TENSORS]
+    q, k, (dropout_seed, slopes) = args[1], args[2], args[1 + _SEED : 1 + NUM_TENSORS]
     scale, cap, lower, upper, dropout_p, empty_rows, _, output_mask = args[_NUM_SAVED:]
     backward: Any = reference.backward
     grads = backward(
@@ -136,24 +142,24 @@ class _Attention(private.SingleLevelFunction):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        settings = dict(zip(_NAMES, args[_NUM_TENSORS:-1]))
+        settings = dict(zip(_NAMES, args[NUM_TENSORS:-1]))
         if args[-1] is not None:
-            return args[-1](args[:_NUM_TENSORS], settings)
+            return args[-1](args[:NUM_TENSORS], settings)
         # Gradients stay enabled for outer levels of torch.func: without that, grad(grad(f)) is silently wrong.
         with private.all_levels_enabled(), private.below_autograd():
-            return attention(*args[:_NUM_TENSORS], **settings)
+            return attention(*args[:NUM_TENSORS], **settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
-        ctx.settings = inputs[_NUM_TENSORS:-1]
+        ctx.save_for_backward(*inputs[:NUM_TENSORS], *output)
+        ctx.settings = inputs[NUM_TENSORS:-1]
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple:
         if grad_out is None:
-            return (None,) * (_NUM_TENSORS + _NUM_OTHERS)
+            return (None,) * (NUM_TENSORS + _NUM_OTHERS)
         grads = _backward_of(ctx.saved_tensors, ctx.settings, ctx.needs_input_grad, grad_out)
         return (*grads, *([None] * _NUM_OTHERS))
 
@@ -205,9 +211,9 @@ def _register_fallback() -> None:
     """For a torch without the private names: first-order gradients only, and none under torch.func."""
 
     def setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
-        ctx.num_cache = len(inputs) - _NUM_TENSORS
-        ctx.reads_cache = any(tensor is not None for tensor in inputs[_NUM_TENSORS:])
+        ctx.save_for_backward(*inputs[:NUM_TENSORS], *output)
+        ctx.num_cache = len(inputs) - NUM_TENSORS
+        ctx.reads_cache = any(tensor is not None for tensor in inputs[NUM_TENSORS:])
         ctx.settings = (keyword_only_inputs["softmax_scale"], *(keyword_only_inputs[name] for name in _SETTINGS))
         ctx.mark_non_differentiable(output[1])
 

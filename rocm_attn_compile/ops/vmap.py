@@ -14,10 +14,16 @@ import torch
 from torch import Tensor
 
 from rocm_attn_compile.ops.reference import keep_mask
-from rocm_attn_compile.ops.schemas import LIBRARY, NAMESPACE, attention, attention_backward, dropout_keep_mask
+from rocm_attn_compile.ops.schemas import (
+    LIBRARY,
+    NAMESPACE,
+    NUM_TENSORS,
+    attention,
+    attention_backward,
+    dropout_keep_mask,
+)
 
 _Q, _K, _V, _BIAS, _MASK, _KEY_MASK, _SINKS, _SEED, _SLOPES = 0, 1, 2, 3, 4, 5, 10, 11, 12
-_NUM_TENSORS = 13
 _WITHOUT_HEADS = range(_KEY_MASK, _SINKS)  # key_mask, kv_start, kv_end, q_ids, kv_ids
 
 
@@ -117,10 +123,10 @@ def _in_front(tensors: Any, in_dims: Any) -> tuple[list[Tensor | None], list[boo
 
 
 def _attention_vmap(info: Any, in_dims: tuple, *args: Tensor | None, **settings: Any) -> tuple[tuple, tuple]:
-    if any(tensor is not None for tensor in args[_NUM_TENSORS:]):
+    if any(tensor is not None for tensor in args[NUM_TENSORS:]):
         raise NotImplementedError("vmap over attention that reads a KV cache: gather it, or dequantise it, before")
-    args, in_dims = args[:_NUM_TENSORS], in_dims[:_NUM_TENSORS]
-    missing = _NUM_TENSORS - len(args)
+    args, in_dims = args[:NUM_TENSORS], in_dims[:NUM_TENSORS]
+    missing = NUM_TENSORS - len(args)
     tensors, mapped = _in_front((*args, *([None] * missing)), (*in_dims, *([None] * missing)))
     fold = _Fold(info.batch_size, tensors, mapped, into_heads=mapped[_SINKS])
     if settings.get("dropout_p", 0.0) > 0.0:
@@ -131,12 +137,12 @@ def _attention_vmap(info: Any, in_dims: tuple, *args: Tensor | None, **settings:
 
 
 def _attention_backward_vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple, tuple]:
-    moved, mapped = _in_front(args[: _NUM_TENSORS + 3], in_dims[: _NUM_TENSORS + 3])
+    moved, mapped = _in_front(args[: NUM_TENSORS + 3], in_dims[: NUM_TENSORS + 3])
     grad_out, *tensors, out, lse = moved
-    settings, output_mask = args[_NUM_TENSORS + 3 :], args[-1]
+    settings, output_mask = args[NUM_TENSORS + 3 :], args[-1]
     wants_dbias = output_mask[3] and tensors[_BIAS] is not None
     wants_dsinks = output_mask[4] and tensors[_SINKS] is not None
-    fold = _Fold(info.batch_size, tensors, mapped[1 : 1 + _NUM_TENSORS], into_heads=mapped[1 + _SINKS] or wants_dsinks)
+    fold = _Fold(info.batch_size, tensors, mapped[1 : 1 + NUM_TENSORS], into_heads=mapped[1 + _SINKS] or wants_dsinks)
     dropout_p = settings[4]
     if dropout_p > 0.0:
         calls = []

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from ..capture.trace import Value
+from ..ops.kv_cache import FP8
 from ..reasons import Refusal
 from ..symbolic import same_size
 from .axes import Atom, Dim, atoms_of, resolve, unify
 from .descent import below, label
 from .labels import Labels, cuts_gradient, is_cast, scaled, source_of
 from .region import Cut
-
-FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 
 _TABLES = (torch.int32, torch.int64)  # bool and bytes are masks
 

@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..capture.trace import Value
+from ..ops.kv_cache import FP8
 from ..reasons import INTERNAL_ERROR, Reason, Refusal
 from ..spec import CacheSpec
 from ..symbolic import product, same_size
 from .axes import Atom, Dim, atoms_of, resolve, unify
-from .cache_walk import FP8, Walk, walk
+from .cache_walk import Walk, walk
 from .descent import is_same_tensor
 from .latent import factors_of
 from .latent_terms import Frame

@@ -14,22 +14,15 @@ from spellings import SPELLINGS, Spelling, inputs_of, results_of
 
 import rocm_attn_compile
 from rocm_attn_compile import _torch_private
+from rocm_attn_compile.ops.schemas import OPTIONAL_TENSORS
 from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, to_float64
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("default_gpu")]
 
 # float32 products of eager and of Triton's "ieee" dot; tf32 would be less accurate than the float64 comparison allows
 FACTOR = 4.0
 FLOAT64 = ("float64_softmax_with_mask",)
 """Attention in float64, for which no kernel on a GPU is offered."""
-
-
-@pytest.fixture(autouse=True)
-def _on_gpu():
-    torch.set_default_device("cuda")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.set_default_device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -166,20 +159,7 @@ def test_131072_tokens_in_linear_memory():
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out, lse = attention_forward(q, k, v, softmax_scale=size**-0.5, band_upper=0, empty_rows="impossible")
-    masks = dict.fromkeys(
-        (
-            "attn_bias",
-            "attn_mask",
-            "key_mask",
-            "kv_start",
-            "kv_end",
-            "q_ids",
-            "kv_ids",
-            "sinks",
-            "dropout_seed",
-            "alibi_slopes",
-        )
-    )
+    masks = dict.fromkeys(OPTIONAL_TENSORS)
     dq, dk, _dv, _dbias, _dsinks = attention_backward(
         grad, q, k, v, **masks, out=out, lse=lse, softmax_scale=size**-0.5, logits_soft_cap=None, band_lower=None,
         band_upper=0, dropout_p=0.0, empty_rows="impossible", output_mask=[True, True, True, False, False],

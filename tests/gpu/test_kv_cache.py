@@ -11,17 +11,9 @@ import torch
 import rocm_attn_compile
 from rocm_attn_compile.testing import assert_as_accurate_as_eager
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("default_gpu")]
 
 SPELLINGS = [program for program in programs.RECOGNISED if "e4m3fnuz" not in program.name]
-
-
-@pytest.fixture(autouse=True)
-def _on_gpu():
-    torch.set_default_device("cuda")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.set_default_device("cpu")
 
 
 def on_gpu(value: Any, wide: bool = False) -> Any:

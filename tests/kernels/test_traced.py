@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.kernels import triton as kernels
 from rocm_attn_compile.kernels.triton import aot_launches, traced
-from rocm_attn_compile.kernels.triton.launch import Descriptor, descriptor
+from rocm_attn_compile.kernels.triton.launch import base_of, descriptor
 
 TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -82,7 +82,7 @@ def launches_for(monkeypatch):
 
 def read(launch):
     kernel = traced._with_options(launch.kernel, tuple(sorted(launch.options.items())))
-    bases = {k: v.base if isinstance(v, Descriptor) else v for k, v in launch.arguments.items()}
+    bases = {k: base_of(v) for k, v in launch.arguments.items()}
     return _torch_private.triton_writes(kernel, bases, traced._blocks(launch))
 
 
@@ -109,7 +109,7 @@ def test_long_calls_on_hopper_read_through_descriptors(launches_for, head_dim, m
 def test_only_a_descriptor_with_its_tensors_strides_is_traced():
     packed = torch.empty(1, 8, 3, 3, 64, dtype=torch.bfloat16)
     usual = packed[:, :, 1].transpose(1, 2)
-    assert traced._is_plain(descriptor(usual, 8, 64)) and traced._tensor(descriptor(usual, 8, 64)) is usual
+    assert traced._is_plain(descriptor(usual, 8, 64)) and base_of(descriptor(usual, 8, 64)) is usual
     odd = usual.as_strided(usual.shape, (7, *usual.stride()[1:]))
     assert descriptor(odd, 8, 64).strides == (8, *usual.stride()[1:]) and not traced._is_plain(descriptor(odd, 8, 64))
 
