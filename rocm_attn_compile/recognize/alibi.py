@@ -60,7 +60,7 @@ def with_positions(
     """
     if not biases or any(isinstance(bias, MaskTerm) for bias in biases):
         return biases, None
-    symbols = Symbols(roles, live.proofs)
+    symbols = Symbols(roles, live)
     note = None
     found: list[Bias] = []
     for bias in biases:

@@ -53,7 +53,7 @@ class ProvedMasks:
 
 def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool, live: LiveUsers) -> ProvedMasks:
     """Prove all masks of a site; raises Refusal where eager's meaning cannot be kept."""
-    symbols = Symbols(roles, live.proofs)
+    symbols = Symbols(roles, live)
     notes: list[Reason] = []
     replaced = [_boolean(symbols, step, notes) for step in logits.masks]
     for step, term in zip(logits.masks, replaced):
