@@ -402,6 +402,11 @@ def transposes_keys(arch: str) -> bool:
     return arch.startswith("gfx")
 
 
+def staggers(arch: str) -> bool:
+    """Whether decode's programs begin in different places of their keys, see forward.py. Measured on Hopper only."""
+    return family(arch) == "sm90"
+
+
 def converts_in_place(arch: str) -> bool:
     """Whether float8 is converted by float8.py's assembly: NVIDIA GPUs that have float8 in Triton, from sm89 on."""
     return arch.startswith("sm") and int(arch[2:]) >= 89

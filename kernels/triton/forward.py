@@ -51,6 +51,9 @@ from .float8 import widen
 from .pages import pages_of_tile, place_tile
 from .tiles import load_head_tile, q_k_product
 
+STAGGER_STEP = tl.constexpr(37)
+"""Blocks between the beginnings of neighbouring programs. Odd, so that a power of two of them all begin elsewhere."""
+
 # These change from call to call (lengths grow while decoding); specialising on them would recompile.
 _RUNTIME_SIZES = ["q_len", "kv_len", "num_blocks", "num_splits", "heads_at_once", "band_lower", "band_upper"]
 
@@ -75,7 +78,7 @@ def attention_forward_kernel(
     WIDE: tl.constexpr, TMA: tl.constexpr, MERGED: tl.constexpr, SHIFT: tl.constexpr, PAGE: tl.constexpr,
     HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr, FLOAT8_ASM: tl.constexpr,
     BIAS: tl.constexpr,
-    ROUND_BITS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr,
+    ROUND_BITS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr, STAGGER: tl.constexpr,
     RAW: tl.constexpr, SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -270,11 +273,17 @@ def attention_forward_kernel(
                 last = full_end
             if phase == 1:
                 last = end - (full_end - full_begin)
+            if STAGGER and phase == 0:
+                # Caches lie a power of two apart: programs that walk them in step would read from few memory channels.
+                shift = tl.program_id(0) * STAGGER_STEP % tl.maximum(last - first, 1)
             # Prefetched tiles take registers on AMD, which has no MERGED: there the second attempt does without.
             for i in tl.range(first, last, num_stages=1 if attempt == 1 and not MERGED else None):
                 block = i
                 if phase == 1:
                     block = tl.where(i < full_begin, i, i + (full_end - full_begin))
+                if STAGGER and phase == 0:
+                    block = i + shift
+                    block = tl.where(block < last, block, block - (last - first))
                 start_n = block * BLOCK_N
                 start_long = start_n.to(tl.int64)
                 kv_pos = start_n + tl.arange(0, BLOCK_N)
@@ -309,7 +318,7 @@ def attention_forward_kernel(
                     SCATTERED, FLOAT8_ASM,
                 )  # fmt: skip
                 s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
-                s = add_alibi(s, alibi, q_pos[:, None], kv_pos[None, :], q_len, kv_len, HAS_ALIBI)
+                s = add_alibi(s, alibi, q_pos[:, None], kv_pos[None, :], start_n, q_len, kv_len, HAS_ALIBI)
                 s = mask_scores(
                     s, q_pos[:, None], kv_pos[None, :], kv_len, starts[:, None], ends[:, None], q_id[:, None],
                     kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper, cut, phase, HAS_LOWER,

@@ -325,6 +325,7 @@ def forward_plan(
         FLOAT8_ASM=cache.dtype in FP8 and configs.converts_in_place(arch),
         ROUND_BITS=configs.rounds_bits(arch),
         TRANSPOSE_KEYS=configs.transposes_keys(arch),
+        STAGGER=decode and configs.staggers(arch),
         HAS_SINKS=has_sinks,
         # With a sink no row can be empty: the sink takes all the weight.
         EMPTY_ROWS=EMPTY_ROWS["zero" if has_sinks else empty_rows],
