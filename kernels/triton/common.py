@@ -119,9 +119,8 @@ def load_alibi(alibi_slopes, batch, head, stride_slopes_b, stride_slopes_h, HAS_
 def add_alibi(s, slope, q_pos, kv_pos, kv_first, q_len, kv_len, HAS_ALIBI: tl.constexpr):
     """Subtract `slope * |distance|`: the last query is at the last key.
 
-    Positions become numbers one row and one column at a time, not one distance at a time: NVIDIA GPUs convert at a quarter
-    of the rate. They count from `kv_first`, a position in the tile, so that they are exact, and with them the distance,
-    for any number of keys within 2^24 of the tile, and beyond to float32's precision.
+    Positions become numbers a row and a column at a time, not a distance at a time: NVIDIA GPUs convert at a quarter of
+    their rate. They count from `kv_first`, which is in the tile, so that within 2^24 keys of it the distance is exact.
     """
     if HAS_ALIBI:
         row = (q_pos + (kv_len - q_len) - kv_first).to(tl.float32)
