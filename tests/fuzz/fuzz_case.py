@@ -46,6 +46,7 @@ class Case:
         is_cache: The program has a KV cache.
         writes_exactly: What it writes into its inputs does not depend on an attention.
         no_grad: It runs under `torch.no_grad`.
+        is_large: What is overwritten is taken for too large to be copied before.
     """
 
     source: str
@@ -62,6 +63,7 @@ class Case:
     is_cache: bool = False
     writes_exactly: bool = False
     no_grad: bool = False
+    is_large: bool = False
 
     @classmethod
     def draw(cls, rng: random.Random) -> Case:
@@ -92,7 +94,7 @@ class Case:
             schedule=program.schedule, kept=program.kept,
             feeds={name: names.index(variable) for name, variable in program.feeds.items()},
             is_cache=is_cache, writes_exactly=is_cache and not program.writes_results,
-            no_grad=is_cache and not any(grads) and rng.random() < 0.5,
+            no_grad=is_cache and not any(grads) and rng.random() < 0.5, is_large=is_cache and rng.random() < 0.5,
         )  # fmt: skip
 
     def listing(self) -> str:
@@ -103,7 +105,7 @@ class Case:
         lines += ["rand = lambda *shape: torch.as_tensor(numbers.standard_normal(shape)).to(DTYPE)"]
         if self.is_cache:
             lines.append(f"# (p, t) of each call: {self.schedule}, n = p + t; the same in all: {self.kept}")
-            lines.append(f"# the next call's: {self.feeds}; no_grad={self.no_grad}")
+            lines.append(f"# the next call's: {self.feeds}; no_grad={self.no_grad}, is_large={self.is_large}")
         lines.append("inputs = [")
         for (name, expression), grad in zip(self.inputs, self.grads):
             lines.append(f"    {expression}{'.requires_grad_()' if grad else ''},  # {name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo
@@ -13,6 +14,7 @@ from fuzz_compare import compare
 
 import rocm_attn_compile
 from rocm_attn_compile.pipeline import compile_graph
+from rocm_attn_compile.rewrite import builder
 from rocm_attn_compile.testing import Float64Everywhere
 
 PROMISED_REFUSALS = frozenset(
@@ -96,8 +98,9 @@ def _compiled(case: Case, function: Any, eager: Ran, exact: Ran, **options: Any)
         graphs.append(graph_module)
         return compile_graph(graph_module, example_inputs, lowering=case.lowering, options=options)
 
+    limit = 4 if case.is_large else builder._SNAPSHOT_LIMIT
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mock.patch.object(builder, "_SNAPSHOT_LIMIT", limit):
             warnings.simplefilter("ignore")
             compiled = torch.compile(function, backend=backend, dynamic=case.dynamic)
             actual = case.run(compiled, case.dtype)
