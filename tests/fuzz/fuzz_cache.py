@@ -32,7 +32,9 @@ def cache_inputs(p: Program, length: str) -> tuple[Tensor, Tensor]:
     for name, dims in (("kc", k_dims), ("vc", v_dims)):
         cache = p.input(f"rand({', '.join(shape(dims))})", dims, name)
         p.kept.append(cache.name)
-        if p.chance(0.05):  # a longer or wider buffer, of which this is a part
+        if p.chance(0.08):  # of a narrower dtype than what attends to it
+            p.inputs[-1] = (cache.name, f"{p.inputs[-1][1]}.to(torch.bfloat16)")
+        elif p.chance(0.05):  # a longer or wider buffer, of which this is a part
             p.inputs[-1] = (cache.name, f"rand(3, {', '.join(shape(dims))})")
             cache = p.let(f"{cache.name}[{p.rng.randrange(3)}]", dims, name)
         made.append(cache)
@@ -52,10 +54,19 @@ def fresh(p: Program, channels: str, name: str, made: Tensor | None = None) -> T
     return noise(p, made, 0.1)
 
 
+def is_narrow(p: Program, cache: Tensor) -> bool:
+    """It is an input of another dtype than the program's."""
+    return any(name == cache.name and "bfloat16" in made for name, made in p.inputs)
+
+
+def _as_in(p: Program, cache: Tensor, new: Tensor) -> Tensor:
+    return p.let(f"{new.name}.to({cache.name}.dtype)", new.dims) if is_narrow(p, cache) else new
+
+
 def grown(p: Program, cache: Tensor, new: Tensor) -> Tensor:
     """The cache with the new tokens behind it, which is the next call's cache."""
     dims = tuple("m" if dim == "n" else dim for dim in cache.dims)
-    at, new = cache.dims.index("n"), p.arrange(new, dims)
+    at, new = cache.dims.index("n"), p.arrange(_as_in(p, cache, new), dims)
     parts = f"{cache.name}, {new.name}"
     if p.chance(0.03):
         p.change("tokens before the cache")
@@ -76,7 +87,7 @@ def written(p: Program, cache: Tensor, new: Tensor, pos: Positions, index: str) 
         p.change("written elsewhere")
         index = p.let(f"({index} + 1) % {p.size('n')}", (pos.dims,), "index").name
     dims = tuple("m" if dim == "n" else dim for dim in cache.dims)
-    x, at = p.arrange(new, dims), cache.dims.index("n")
+    x, at = p.arrange(_as_in(p, cache, new), dims), cache.dims.index("n")
     if p.chance(0.05):
         x = mislead(p, x)
     others = [i for i, dim in enumerate(dims) if i != at and p.size(dim) == p.size("n")]
@@ -157,7 +168,7 @@ def _written_by_row(p: Program, cache: Tensor, x: Tensor, at: int, index: str) -
 def shifted(p: Program, cache: Tensor, new: Tensor) -> Tensor:
     """The oldest tokens leave a window at its front, the new ones come in at its end."""
     dims = tuple("m" if dim == "n" else dim for dim in cache.dims)
-    x, at, t, n = p.arrange(new, dims), cache.dims.index("n"), p.size("m"), p.size("n")
+    x, at, t, n = p.arrange(_as_in(p, cache, new), dims), cache.dims.index("n"), p.size("m"), p.size("n")
     c, slices = cache.name, ":, " * at
     if p.chance(0.5):
         p.do(f"{c}.copy_(torch.cat([{c}[{slices}{t}:], {x.name}], {at}))")

@@ -82,6 +82,8 @@ class Case:
         stays = {*program.kept, *program.feeds}
         floats = [e.startswith("rand(") and e.endswith(")") and name not in stays for name, e in program.inputs]
         grads = [trains and may and rng.random() < 0.8 for may in floats]
+        if program.detaches and any(grads):
+            program.change("detached")
         dynamic = rng.choice([None, None, None, True])
         source = program.source(result)
         # Without functionalisation, a write after the op is a write to what autograd saved.
@@ -91,7 +93,9 @@ class Case:
         return cls(
             source, program.inputs, program.changes, dtype, grads, dynamic, lowering,
             has_ones=any(size == 1 for letter, size in program.sizes.items() if letter != "m" or not is_cache),
-            schedule=program.schedule, kept=program.kept,
+            # What the first call's backward needs is overwritten by the second.
+            schedule=program.schedule[: 1 if any(grads) and program.kept and not program.feeds else None],
+            kept=program.kept,
             feeds={name: names.index(variable) for name, variable in program.feeds.items()},
             is_cache=is_cache, writes_exactly=is_cache and not program.writes_results,
             no_grad=is_cache and not any(grads) and rng.random() < 0.5, is_large=is_cache and rng.random() < 0.5,

@@ -6,7 +6,7 @@ import random
 
 import fuzz_paged as paged
 from fuzz_attention import site
-from fuzz_cache import cache_inputs, fresh, grown, shifted, written
+from fuzz_cache import cache_inputs, fresh, grown, is_narrow, shifted, written
 from fuzz_lengths import Positions, count_up, draw_positions, draw_schedule, length_mask, ring_mask
 from fuzz_masks import apply_mask
 from fuzz_noise import mislead, noise
@@ -22,10 +22,10 @@ def decoding(rng: random.Random) -> tuple[Program, str]:
     q = _queries(p)
     grows = kind == "growing"
     pos = draw_positions(p, may_vary=not grows)
-    first = len(p.lines)
+    first, longest = len(p.lines), p.sizes["n"]
     out, extras = _layer(p, kind, q, pos)
     if kind in ("static", "growing", "ring", "window") and p.chance(0.2):
-        out, more = _second_layer(p, kind, q, pos, out)
+        out, more = _second_layer(p, kind, q, pos, out, longest)
         extras += more
     _meanwhile(p, pos, first, extras)
     count_up(p, pos)
@@ -77,11 +77,11 @@ def _layer(p: Program, kind: str, q: Tensor, pos: Positions, made: Tensor | None
     keep = _mask(p, kind, pos, False) if mask_first else None
     k, v, late = _keys_and_values(p, kind, pos, made)
     ends_here = kind == "growing"
-    if kind == "static" and pos.kind == "int" and not late and not mask_first and p.chance(0.4):
-        k, v, ends_here = *_sliced(p, pos, k, v), True
+    if kind == "static" and not late and not mask_first and p.chance(0.4):
+        k, v, ends_here = _sliced(p, pos, k, v)
     if not mask_first:
         keep = _mask(p, kind, pos, ends_here)
-    k, v = (mislead(p, t) if p.chance(0.03) else noise(p, t, 0.1) for t in (k, v))
+    k, v = (_unchanged(p, t) for t in (k, v))
     if kind != "growing" and p.chance(0.25):
         out, extras = _sdpa(p, q, k, v, keep), []
     else:
@@ -89,6 +89,13 @@ def _layer(p: Program, kind: str, q: Tensor, pos: Positions, made: Tensor | None
     for write in late:
         write()
     return out, extras
+
+
+def _unchanged(p: Program, t: Tensor) -> Tensor:
+    if p.chance(0.05):
+        p.detaches = True
+        t = p.let(f"{t.name}.detach()", t.dims)
+    return mislead(p, t) if p.chance(0.03) else noise(p, t, 0.1)
 
 
 def _mask(p: Program, kind: str, pos: Positions, ends_here: bool) -> Tensor | None:
@@ -114,7 +121,10 @@ def _keys_and_values(p: Program, kind: str, pos: Positions, made: Tensor | None)
                 parts.append(None)
         k, v = (part or paged.read(p, store, letter) for part, store, letter in zip(parts, stores, "de"))
         return k, v, late
-    caches = cache_inputs(p, "p" if kind == "growing" else str(p.sizes["n"]))
+    caches = _caches(p, kind)
+    if caches in p.layers and p.chance(0.4):  # layers that share keys and values
+        return (*caches, late)
+    p.layers.append(caches)
     index = pos.index
     if kind == "ring":
         index = p.let(f"{pos.index} % {p.size('n')}", (pos.dims,), "index").name
@@ -135,23 +145,38 @@ def _keys_and_values(p: Program, kind: str, pos: Positions, made: Tensor | None)
     if kind == "growing":
         at = read[0].dims.index("n")
         p.do(f"n = {read[0].name}.shape[{at}]")
-    k, v = read
+    k, v = (p.let(f"{t.name}.to(q.dtype)", t.dims) if is_narrow(p, cache) else t for t, cache in zip(read, caches))
     if p.sizes["d"] == p.sizes["e"] and k.dims[:-1] == v.dims[:-1] and p.chance(0.03):
         p.change("keys and values swapped")
         k, v = Tensor(v.name, k.dims), Tensor(k.name, v.dims)
     return k, v, late
 
 
-def _sliced(p: Program, pos: Positions, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Only the places that are filled by now."""
-    p.do(f"n = {pos.name} + {p.size('m')}")
-    p.sizes["n"] = "n"
+def _caches(p: Program, kind: str) -> tuple[Tensor, Tensor]:
+    """Caches of a layer's own, or those of the layer before."""
+    static = kind != "growing" and not any(is_narrow(p, cache) for pair in p.layers for cache in pair)
+    if p.layers and static and not p.feeds and p.chance(0.3):
+        p.change("another layer's cache")
+        return p.layers[0]
+    return cache_inputs(p, "p" if kind == "growing" else str(p.sizes["n"]))
+
+
+def _sliced(p: Program, pos: Positions, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Only the places that are filled by now, or some more; and whether they end with this call's tokens."""
+    last = max(at + t for at, t in p.schedule)
+    if pos.kind == "int" and p.chance(0.7):
+        p.do(f"n = {pos.name} + {p.size('m')}")
+        p.sizes["n"] = end = "n"
+    elif last < p.sizes["n"]:
+        p.sizes["n"] = end = p.rng.randint(last, p.sizes["n"] - 1)
+    else:
+        return k, v, False
     parts = []
     for t in (k, v):
         at = t.dims.index("n")
         slices = ":, " * at
-        parts.append(p.let(p.pick(f"{t.name}[{slices}:n]", f"{t.name}.narrow({at}, 0, n)"), t.dims))
-    return parts[0], parts[1]
+        parts.append(p.let(p.pick(f"{t.name}[{slices}:{end}]", f"{t.name}.narrow({at}, 0, {end})"), t.dims))
+    return parts[0], parts[1], end == "n"
 
 
 def _steps(p: Program, keep: Tensor | None) -> list:
@@ -181,10 +206,12 @@ def _sdpa(p: Program, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> T
     return p.let(f"F.scaled_dot_product_attention({q.name}, {k.name}, {v.name}{more})", ("b", grouped, "m", "e"))
 
 
-def _second_layer(p: Program, kind: str, q: Tensor, pos: Positions, out: Tensor) -> tuple[Tensor, list[str]]:
+def _second_layer(
+    p: Program, kind: str, q: Tensor, pos: Positions, out: Tensor, longest: int | str
+) -> tuple[Tensor, list[str]]:
     """Another layer with caches of its own."""
-    if kind != "growing" and p.sizes["n"] == "n":
-        return out, []  # the sizes are those of the slice by now
+    if kind != "growing" and p.sizes["n"] != longest:
+        return out, []  # the sizes are those of a slice by now
     extras, made = [out.name], None
     q = p.rand_input(q.dims, "x") if p.sizes["d"] != p.sizes["e"] else _as_queries(p, out)
     if "r" not in "".join(q.dims) and q.name != out.name and p.chance(0.3) and p.sizes["d"] == p.sizes["e"]:

@@ -103,7 +103,10 @@ def length_mask(p: Program, pos: Positions, ends_here: bool) -> Tensor | None:
     if p.chance(0.08):
         p.change("another length")
         index = p.name("index")
-        p.do(f"{index} = {pos.index}{p.pick(' + 1', ' - 1', ' * 2', '.flip(0)', ' // 2')}")
+        if p.chance(0.3):
+            p.inputs.append((index, f"torch.arange({p.size(pos.dims)}) + p // 2"))
+        else:
+            p.do(f"{index} = {pos.index}{p.pick(' + 1', ' - 1', ' * 2', '.flip(0)', ' // 2')}")
     j = p.pick(f"torch.arange({n})", f"torch.arange({n})", f"torch.ones({n}, dtype=torch.int64).cumsum(0) - 1")
     if j[-1] == "1":
         j = f"({j})"

@@ -39,6 +39,8 @@ class Program:
         feeds: Input -> the variable whose value it has in the next call.
         is_half: For a 16-bit dtype only.
         writes_results: What it writes into its inputs depends on an attention.
+        detaches: It cuts gradients, which is a change only where there are some.
+        layers: The caches of keys and of values that it has so far.
     """
 
     rng: random.Random
@@ -54,6 +56,8 @@ class Program:
     feeds: dict[str, str] = field(default_factory=dict)
     is_half: bool = False
     writes_results: bool = False
+    detaches: bool = False
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     # --- choices ---
 
