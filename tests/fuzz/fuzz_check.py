@@ -92,10 +92,8 @@ def check(case: Case) -> Outcome:
 def _compiled(case: Case, function: Any, eager: Ran, exact: Ran, **options: Any) -> Outcome:
     torch._dynamo.reset()
     rocm_attn_compile.reset_reports()
-    graphs = []
 
     def backend(graph_module, example_inputs):
-        graphs.append(graph_module)
         return compile_graph(graph_module, example_inputs, lowering=case.lowering, options=options)
 
     limit = 4 if case.is_large else builder._SNAPSHOT_LIMIT
@@ -130,8 +128,7 @@ def _compiled(case: Case, function: Any, eager: Ran, exact: Ran, **options: Any)
 
 def _notes(site: Any) -> set[str]:
     found = {note.code for note in site.notes}
-    mask = site.data["mask"]
-    if mask["has_attn_mask"]:
+    if site.data["mask"]["has_attn_mask"]:
         found.add("mask is a tensor")
     if site.data["cache"] is not None:
         found.add("reads cache")
