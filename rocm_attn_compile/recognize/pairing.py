@@ -41,15 +41,16 @@ class Pairing:
 
     def fits(self, left: Any, right: Any) -> bool:
         """True if two answers are equal but for values, and those are partners, or become partners here."""
-        if isinstance(left, Value):
-            return isinstance(right, Value) and self._pair(left, right)
-        if type(left) is not type(right):
+        kind = type(left)
+        if kind is not type(right):
             return False
-        if isinstance(left, (list, tuple)):
+        if kind is Value:
+            return self._pair(left, right)
+        if kind is tuple or kind is list:
             return len(left) == len(right) and all(map(self.fits, left, right))
-        if isinstance(left, dict):
+        if kind is dict:
             return [*left] == [*right] and all(map(self.fits, left.values(), right.values()))
-        if isinstance(left, Refusal):  # its text has names, see `again`
+        if kind is Refusal:  # its text has names, see `again`
             return (left.reason.code, left.needs_numbers) == (right.reason.code, right.needs_numbers)
         return left is right or _plain(left) == _plain(right)
 

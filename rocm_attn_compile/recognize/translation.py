@@ -39,9 +39,9 @@ OF_A_SITE = (
 )
 """Taken apart, field by field."""
 
-_OF_ALL: tuple[type, ...] = (
-    *(int, float, str, type(None), torch.SymInt, torch.SymFloat, torch.dtype),
-    *(Reason, AttentionSpec, MaskContext, Logic),
+_OF_ALL = frozenset(
+    (bool, int, float, str, type(None), torch.SymInt, torch.SymFloat, torch.dtype)
+    + (Reason, AttentionSpec, MaskContext, Logic)
 )
 """The same for every site: it has neither values nor axes."""
 
@@ -59,18 +59,19 @@ class Translation:
 
     def __call__(self, x: Any) -> Any:
         """The same of the other site."""
-        if isinstance(x, (list, tuple)):
-            return type(x)(map(self, x))
-        if isinstance(x, Atom):
+        kind = type(x)
+        if kind is list or kind is tuple:
+            return kind(map(self, x))
+        if kind is Atom:
             return self._atom(x)
-        if isinstance(x, Value):
+        if kind is Value:
             return self._partner[x]
-        if isinstance(x, _OF_ALL):
+        if kind in _OF_ALL:
             return x
         if isinstance(x, sympy.Basic):
             return self._expression(x)
-        if isinstance(x, (And, Or)):
-            return type(x)(map(self, x.parts))
+        if kind is And or kind is Or:
+            return kind(map(self, x.parts))
         if id(x) not in self._known:
             self._known[id(x)] = self._labels(x) if isinstance(x, Labels) else self._fields(x)
         return self._known[id(x)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import re
-import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
-from again_harness import Both, layers
-from fuzz_check import Case
+from again_harness import Both
+from fuzz_case import Case
 
 _EDITS = [
     (r"(?<![\w.])0\.\d+", lambda text: str(float(text) + 0.125)),
@@ -34,24 +34,32 @@ def edited(source: str, rng: random.Random) -> str:
 def compare(seed: int) -> Both:
     rng = random.Random(seed)
     case = Case.draw(rng)
-    both, functions, arguments = Both(), [], []
-    shared = case.make_inputs(case.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for source in (case.source, edited(case.source, rng), case.source, edited(case.source, rng), case.source):
-            own = shared if rng.random() < 0.3 else case.make_inputs(case.dtype)
-            own = [t.clone() if t.requires_grad else t for t in own]
-            case.source = source
-            function = case.function()
-            try:
-                function(*[t.clone() for t in own])
-            except (RuntimeError, IndexError, ValueError, TypeError):
-                continue
-            functions.append(function)
-            arguments.append(own)
-        torch._dynamo.reset()
-        torch.compile(layers(*functions), backend=both, dynamic=case.dynamic)(*[tuple(own) for own in arguments])
+    both, functions = Both(), []
+    sources = [case.source, edited(case.source, rng), case.source, edited(case.source, rng), case.source]
+    for case.source in sources:
+        if _runs(case, case.function()):  # some edits make no program
+            functions.append((case.function(), rng.random() < 0.7))
+
+    def stacked(*inputs):
+        results = [f(*(map(_clone, inputs) if has_own else inputs)) for f, has_own in functions]
+        return tuple(x for result in results for x in result)
+
+    torch._dynamo.reset()
+    if functions and _runs(case, stacked):
+        case.run(torch.compile(stacked, backend=both, dynamic=case.dynamic), case.dtype)
     return both
+
+
+def _clone(x):
+    return x.clone() if isinstance(x, torch.Tensor) else x
+
+
+def _runs(case: Case, function: Callable) -> bool:
+    try:
+        case.run(function, case.dtype)
+        return True
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return False
 
 
 @pytest.mark.parametrize("first", [0, 12])
