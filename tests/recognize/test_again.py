@@ -130,8 +130,8 @@ def scores_read_by_one(x, y):
 
 
 def keys_swapped(x, y):
-    """Both read two tensors, in other places; the third reads one twice."""
-    x, y = x.sin(), (x + y).sin()
+    """Each reads two tensors in other places, or one of them only."""
+    x, y = x.sin().cos(), (x + y).sin().cos()
     return [(a @ b.mT).softmax(-1) @ c for a, b, c in ((x, y, y), (y, x, x), (x, x, x), (x, y, x))]
 
 
@@ -173,6 +173,24 @@ def biases(x, y):
     return [(x @ x.mT + bias).softmax(-1) @ x for bias in (closed, y[0, 0, :, :1] * y[0, 1, :, :1].mT, closed)]
 
 
+def own_padding(x, y):
+    """Equal but for what the mask reads: the proof is translated, too."""
+    y = y.sin()
+    for _ in range(3):
+        y = y.sin()
+        x = attend(x, keep=((y[:, 0, :, 0] > 0.1) | (torch.arange(M) == 0))[:, None, None, :])
+    return x
+
+
+def own_documents(x, y):
+    y = y.sin()
+    for _ in range(3):
+        y = y.sin()
+        ids = (y[:, 0, :, 0] * 3).long()
+        x = attend(x, keep=(ids[:, None, :, None] == ids[:, None, None, :]) & causal())
+    return x
+
+
 def sdpa_and_by_hand(x, y):
     return attend(x), F.scaled_dot_product_attention(x, x, x), F.scaled_dot_product_attention(x, x, x, is_causal=True)
 
@@ -192,13 +210,15 @@ def sdpa_and_by_hand(x, y):
         (weights_read_twice, 2, 2),
         (weights_returned_by_two, 3, 3),
         (scores_read_by_one, 2, 2),
-        (keys_swapped, 3, 4),
+        (keys_swapped, 4, 4),
         (written_in_between, 2, 3),
         (mask_written_in_between, 2, 3),
         (no_grad_inside, 2, 3),
         (gradients_of_one, 2, 3),
         (dropouts, 3, 4),
         (biases, 2, 3),
+        (own_padding, 1, 3),
+        (own_documents, 1, 3),
         (sdpa_and_by_hand, 3, 3),
     ],
 )
