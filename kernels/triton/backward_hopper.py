@@ -1,16 +1,16 @@
 """dq, dk and dv in one kernel for Hopper, in Gluon: five products a tile instead of seven, and warps with roles.
 
 A program owns 128 keys of one key/value head and walks over blocks of 64 queries of its whole group. Two warp groups
-own 64 keys each: they compute scores and weights, transposed so that the weights are at once the left operand of dv and
-dk, and keep dk and dv in registers. ds goes to shared memory, where the two exchange it: each multiplies all 128 keys' ds
-with half of the columns of the keys, a step late, so that neither waits for the other.
+own 64 keys each: they compute scores and weights, transposed so that the weights are at once the left operand of dv
+and dk, and keep dk and dv in registers. ds goes to shared memory, where the two exchange it: each multiplies all 128
+keys' ds with half of the columns of the keys, a step late, so that neither waits for the other.
 
     group 0:  s = k q^T   dp = v g^T   dv += p^T g   ds --.   dk += ds^T q   dq[:, :64] = ds k[:, :64]  --.
     group 1:  the same of the other 64 keys             --'                  dq[:, 64:] = ds k[:, 64:]  --'--> partial
 
-Two warps of their own copy queries in and add dq to `partial`, see backward_hopper_parts.py. Programs draw their numbers
-from a counter when they start, and wait only for lower numbers, which run already. All walk over the queries from the
-last block down, one behind the other, so that after the first steps they seldom wait.
+Two warps of their own copy queries in and add dq to `partial`, see backward_hopper_parts.py. Programs draw their
+numbers from a counter when they start, and wait only for lower numbers, which run already. All walk over the queries
+from the last block down, one behind the other, so that after the first steps they seldom wait.
 
 Letters as in common.py.
 """
