@@ -6,10 +6,13 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["num_heads", "q_len", "num_row_blocks"])
 def backward_finish_kernel(
-    partial, turns, grad_q, stride_dqb, stride_dqh, stride_dqm, stride_dqd, num_heads, q_len, num_row_blocks,
+    partial, turns, ticket, grad_q, stride_dqb, stride_dqh, stride_dqm, stride_dqd, num_heads, q_len, num_row_blocks,
     softmax_scale, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Write `grad_q` `(B, H, M, D)`, one block of 64 queries a program; 0 where no key has been added."""
+    """Write `grad_q` `(B, H, M, D)`, one block of 64 queries a program; 0 where no key has been added.
+
+    The counters become 0 again, so that the launches can be repeated.
+    """
     softmax_scale = tl.full((), softmax_scale, tl.float32)
     tile = tl.program_id(0)
     head_index = tile // num_row_blocks
@@ -25,3 +28,8 @@ def backward_finish_kernel(
         (x * softmax_scale).to(grad_q.dtype.element_ty),
         mask=(rows < q_len)[:, None] & (columns < HEAD_DIM)[None, :],
     )
+    # When all warps have read it.
+    tl.debug_barrier()
+    tl.store(turns + tile, 0)
+    if tile == 0:
+        tl.store(ticket, 0)

@@ -108,7 +108,7 @@ def hopper_launches(
         {"num_warps": 4, "num_stages": 1},
     )
     strides = dict(zip(("stride_dqb", "stride_dqh", "stride_dqm", "stride_dqd"), dq.stride()))
-    found = {**shared, **strides, "partial": partial, "turns": counters[1:], "grad_q": dq,
+    found = {**shared, **strides, "partial": partial, "turns": counters[1:], "ticket": counters, "grad_q": dq,
              "num_row_blocks": num_row_blocks}  # fmt: skip
     return [main, Launch(backward_finish_kernel, tiles, found, {"num_warps": 4, "num_stages": 1})]
 
