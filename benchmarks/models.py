@@ -245,9 +245,7 @@ def main() -> None:
     parser.add_argument("--attention", default="eager,sdpa")
     parser.add_argument("--jobs", default="prefill,padded,decode,training")
     parser.add_argument("--warm", type=int, default=0, help="first compile everything, in so many processes")
-    parser.add_argument(
-        "--compile-only", action="store_true", help="with --warm: stop after that, into the caches on disk"
-    )
+    parser.add_argument("--compile-only", action="store_true", help="with --warm: stop after that")
     parser.add_argument("--csv", help="also write the figures there")
     options = parser.parse_args()
     where = torch.cuda.get_device_name() if on_gpu else "CPU"
