@@ -28,11 +28,14 @@ from .common import (
     EMPTY_MEAN_ADDED,
     FIRST_MAX,
     LARGEST_SUM,
+    LN2,
     LOG2E,
     NO_CAP,
     NO_MAX,
     RUNNING_MAX,
     SMALLEST_SUM,
+    TRUNCATION,
+    TRUNCATION_LOG2,
     add_alibi,
     deal_programs,
     dropout_keep,
@@ -42,10 +45,10 @@ from .common import (
     load_key_masks,
     load_row_masks,
     mask_scores,
-    narrow,
     score_factor,
     score_offset,
     score_tile,
+    truncate,
 )
 from .float8 import widen
 from .pages import pages_of_tile, place_tile
@@ -244,6 +247,8 @@ def attention_forward_kernel(
         m_i = tl.zeros((BLOCK_M,), tl.float32) - offset
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    TRUNCATE: tl.constexpr = ROUND_BITS and q_tile.dtype == tl.bfloat16
+    LARGER: tl.constexpr = TRUNCATION_LOG2 if TRUNCATE else 0.0
     if SHIFT == FIRST_MAX:
         m_i = scale_log2 * tl.max(
             q_k_product(
@@ -329,7 +334,7 @@ def attention_forward_kernel(
                     m_i = m_new
                 else:
                     m_safe = m_i
-                p = tl.exp2(exponent(s, m_safe[:, None], scale_log2, RAW, HAS_BIAS))
+                p = tl.exp2(exponent(s, m_safe[:, None], scale_log2, RAW, HAS_BIAS, LARGER))
                 l_i += tl.sum(p, 1)
                 if HAS_DROPOUT:
                     p = tl.where(dropout_keep(seed, row_index[:, None], kv_pos[None, :], kv_len, dropout_p), p, 0.0)
@@ -341,9 +346,13 @@ def attention_forward_kernel(
                     phase > 0, WIDE, TMA, v_at, SCATTERED,
                 )  # fmt: skip
                 v_tile = widen(v_tile, q_tile.dtype, FLOAT8_ASM)
-                acc = tl.dot(narrow(p, v_tile.dtype, ROUND_BITS), v_tile, acc, input_precision=PRECISION)
+                weights = truncate(p) if TRUNCATE else p.to(v_tile.dtype)
+                acc = tl.dot(weights, v_tile, acc, input_precision=PRECISION)
 
     m_i += offset
+    if TRUNCATE:
+        m_i -= LARGER * LN2 if HAS_BIAS else LARGER
+        acc = acc * (1.0 + TRUNCATION)
     row_flat = (batch * num_heads + head + (row % PACK)) * q_len + q_pos
     v_factor = 1.0
     if HAS_V_SCALE:
