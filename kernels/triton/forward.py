@@ -261,7 +261,12 @@ def attention_forward_kernel(
     for attempt in tl.static_range(2 if SHIFT == FIRST_MAX else 1):
         if attempt == 1:
             # Not a number is out of bounds, too.
-            again = tl.max(tl.where((l_i > SMALLEST_SUM) & (l_i < LARGEST_SUM), 0, 1)) != 0
+            holds = (l_i > SMALLEST_SUM) & (l_i < LARGEST_SUM)
+            if q_tile.dtype == tl.float16:
+                # Small weights lose no more than with the running maximum, whose sum is at least 1; a weight that has
+                # overflowed leaves no finite number in its row.
+                holds &= (l_i >= 1.0) & (tl.sum(acc * 0.0, 1) == 0.0)
+            again = tl.max(tl.where(holds, 0, 1)) != 0
             m_i = tl.where(again, float("-inf"), m_i)
             l_i = tl.where(again, 0.0, l_i)
             acc = tl.where(again, 0.0, acc)

@@ -197,7 +197,8 @@ def feature(arguments: dict[str, Any], dtype: torch.dtype, arch: str) -> str:
     alibi = arguments["HAS_ALIBI"] and arguments["softmax_scale"] > 0
     # Masks of one element each need the registers, and are then what bounds.
     plain = (arguments["RAW"] or alibi) and not arguments["HAS_KEY_MASK"] and not arguments["HAS_IDS"]
-    return "first" if plain and dtype == torch.bfloat16 else ""
+    halves = (torch.bfloat16, torch.float16) if arch.startswith("gfx") else (torch.bfloat16,)
+    return "first" if plain and dtype in halves else ""
 
 
 def score_shift(arguments: dict[str, Any], dtype: torch.dtype, special: str, first_max: bool) -> int:
