@@ -205,7 +205,7 @@ def feature(arguments: dict[str, Any], dtype: torch.dtype, arch: str, forward: b
 def score_shift(arguments: dict[str, Any], dtype: torch.dtype, special: str, first_max: bool) -> int:
     """What the forward kernel of prefill subtracts from the scores before it exponentiates them; see forward.py.
 
-    Anything but the running maximum needs weights with the exponents of float32, or in float16 (AMD only) a check of them.
+    Anything but the running maximum needs weights with the exponents of float32; those of float16 are checked.
     A soft cap up to 50 bounds the weights to exp(-50) .. exp(50). A million of them, times values up to 1e10, fit.
     """
     if special.endswith("first") and first_max:
