@@ -39,6 +39,10 @@ from .backward_hopper_parts import (
 
 LOG2E = gl.constexpr(1.4426950408889634)
 NEVER = gl.constexpr(float("-inf"))
+CAP_FAST = gl.constexpr(3)
+"""As common.CAP_FAST, the only soft cap that is known here."""
+NEVER_CAPPED = gl.constexpr(-1e18)
+"""Far below what tanh gives, and its square is still a number."""
 
 
 @gluon.jit
@@ -58,23 +62,30 @@ def multiply_dq(ds_smem, k_smem, stage, layout: gl.constexpr, SIDE: gl.constexpr
 
 
 @gluon.jit
-def stage_dq(dq_smem, dq, staged, taken, step, SIDE: gl.constexpr):
-    """Leave a step's half of dq in shared memory, when the engine has taken the one of two steps before."""
+def stage_dq(dq_smem, dq, taken, step, SIDE: gl.constexpr):
+    """Leave a step's half of dq in shared memory, when the engine has taken the one of two steps before.
+
+    Before the first step (step is -1) that is what happens to be there, and nobody reads it.
+    """
     linear: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    mbarrier.wait(taken.index(step % 2), step // 2 % 2 ^ 1)
-    dq_smem.index(step % 2 * 2 + SIDE)._reinterpret(gl.float32, [1024, 4], linear).store(pack(dq))
+    slot = (step + 2) % 2
+    mbarrier.wait(taken.index(slot), (step + 2) // 2 % 2, pred=step >= 0)
+    dq_smem.index(2 * slot + SIDE)._reinterpret(gl.float32, [1024, 4], linear).store(pack(dq))
     fence_async_shared()
-    signal(staged.index(step % 2))
 
 
 @gluon.jit
 def sum_keys(
-    grad_k, grad_v, q_smem, k_smem, v_smem, g_smem, ds_smem, dq_smem, row_smem, kv_full, full, free, ds_full, ds_free,
-    staged, taken, stride_dkn, stride_dkd, stride_dvn, stride_dve, group, kv_len, softmax_scale, band_lower, band_upper,
-    n_first, end, steps, full_begin, full_end, SIDE: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
-    HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr,
+    grad_k, grad_v, q_smem, k_smem, v_smem, g_smem, ds_smem, dq_smem, row_smem, kv_full, full, ds_full, done, taken,
+    stride_dkn, stride_dkd, stride_dvn, stride_dve, group, kv_len, softmax_scale, scale_log2, inner_scale,
+    band_lower, band_upper, n_first, end, steps, full_begin, full_end, SIDE: gl.constexpr, HEAD_DIM: gl.constexpr,
+    V_HEAD_DIM: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr,
 ):  # fmt: skip
-    """One of the two warp groups."""
+    """One of the two warp groups.
+
+    Both arrive at `done` at the end of a step: its queries and gradients are no longer needed, ds of the step before
+    has been used, and dq of that step is staged.
+    """
     dtype: gl.constexpr = q_smem.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -83,7 +94,6 @@ def sum_keys(
     by_key: gl.constexpr = gl.SliceLayout(1, scores)
     by_query: gl.constexpr = gl.SliceLayout(0, scores)
     kv_pos = n_first + SIDE * HALF + gl.arange(0, HALF, layout=by_key)
-    scale_log2 = softmax_scale * LOG2E
     nothing = gl.full([HALF, BLOCK_M], 0.0, gl.float32, layout=scores)
     dk_left = gl.full([HALF, HALF], 0.0, gl.float32, layout=scores)
     dk_right = gl.full([HALF, HALF], 0.0, gl.float32, layout=scores)
@@ -97,6 +107,9 @@ def sum_keys(
         stage = step % 2
         other = stage ^ 1
         s = warpgroup_mma_wait(0, deps=[s])
+        if SOFT_CAP == CAP_FAST:
+            s = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [s * inner_scale], dtype=gl.float32,
+                                          is_pure=True, pack=1)  # fmt: skip
         if (block < full_begin) | (block >= full_end):
             q_pos = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=by_query)
             keep = (kv_pos < kv_len)[:, None] & (q_pos >= 0)[None, :]
@@ -104,31 +117,33 @@ def sum_keys(
                 keep &= kv_pos[:, None] - q_pos[None, :] <= band_upper
             if HAS_LOWER:
                 keep &= kv_pos[:, None] - q_pos[None, :] >= band_lower
-            s = gl.where(keep, s, NEVER)
+            s = gl.where(keep, s, NEVER_CAPPED if SOFT_CAP == CAP_FAST else NEVER)
         dp = warpgroup_mma(v_smem.index(SIDE), g_smem.index(stage).permute((1, 0)), nothing, use_acc=False,
                            is_async=True)  # fmt: skip
         # Rounded, they take half of the registers until ds needs them.
-        p = gl.exp2(s * scale_log2 - row_smem.index(2 * stage).load(scores)).to(dtype)
+        p = gl.exp2(s * scale_log2 - row_smem.index(2 * stage).load(scores))
+        # In ds with the derivative of the soft cap.
+        weights = (p * (1.0 - s * s)).to(dtype) if SOFT_CAP == CAP_FAST else p.to(dtype)
+        p = p.to(dtype)
         dv = warpgroup_mma(gl.convert_layout(p, p_operand), g_smem.index(stage), dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
-        ds = (p.to(gl.float32) * (dp - row_smem.index(2 * stage + 1).load(scores))).to(dtype)
-        mbarrier.wait(ds_free.index(stage), step // 2 % 2 ^ 1)
+        ds = (weights.to(gl.float32) * (dp - row_smem.index(2 * stage + 1).load(scores))).to(dtype)
+        mbarrier.wait(done.index(other), (step + 1) // 2 % 2 ^ 1, pred=step > 1)
         ds_smem.index(2 * stage + SIDE).store(ds)
         fence_async_shared()
         signal(ds_full.index(stage))
-        ds = gl.convert_layout(ds, ds_operand)
-        dk_left = warpgroup_mma(ds, q_smem.index(2 * stage), dk_left, is_async=True)
-        dk_right = warpgroup_mma(ds, q_smem.index(2 * stage + 1), dk_right, is_async=True)
         # dq of the step before. In the first step it is of what happens to be there, and not used.
         mbarrier.wait(ds_full.index(other), (step + 1) // 2 % 2 ^ 1, pred=step > 0)
         dq = multiply_dq(ds_smem, k_smem, other, scores, SIDE)
-        dv, dk_left, dk_right, dq = warpgroup_mma_wait(0, deps=[dv, dk_left, dk_right, dq])
-        signal(free.index(stage))
+        ds = gl.convert_layout(ds, ds_operand)
+        dk_left = warpgroup_mma(ds, q_smem.index(2 * stage), dk_left, is_async=True)
+        dk_right = warpgroup_mma(ds, q_smem.index(2 * stage + 1), dk_right, is_async=True)
+        dv, dq = warpgroup_mma_wait(2, deps=[dv, dq])
+        stage_dq(dq_smem, dq, taken, step - 1, SIDE)
         mbarrier.wait(full.index(other), (step + 1) // 2 % 2, pred=step + 1 < steps)
         s = multiply_scores(k_smem, q_smem, other, scores, SIDE)
-        if step > 0:
-            stage_dq(dq_smem, dq, staged, taken, step - 1, SIDE)
-            mbarrier.arrive(ds_free.index(other), count=1)
+        dk_left, dk_right = warpgroup_mma_wait(2, deps=[dk_left, dk_right])
+        signal(done.index(stage))
         head, block = next_step(head, block, group)
     s = warpgroup_mma_wait(0, deps=[s])
     if steps > 0:
@@ -136,7 +151,8 @@ def sum_keys(
         mbarrier.wait(ds_full.index(last % 2), last // 2 % 2)
         dq = multiply_dq(ds_smem, k_smem, last % 2, scores, SIDE)
         dq = warpgroup_mma_wait(0, deps=[dq])
-        stage_dq(dq_smem, dq, staged, taken, last, SIDE)
+        stage_dq(dq_smem, dq, taken, last, SIDE)
+        signal(done.index(steps % 2))
 
     exists = (kv_pos < kv_len)[:, None]
     row = kv_pos.to(gl.int64)
@@ -163,8 +179,9 @@ _SIZES = ["batch_size", "num_heads", "gqa_group_size", "q_len", "kv_len", "heads
 def backward_hopper_kernel(
     q, k, v, grad_out, grad_k, grad_v, shift, delta, partial, turns, ticket,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dve,
-    batch_size, num_heads, gqa_group_size, q_len, kv_len, heads_at_once, softmax_scale, band_lower, band_upper,
-    HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr,
+    batch_size, num_heads, gqa_group_size, q_len, kv_len, heads_at_once, softmax_scale, logits_soft_cap,
+    band_lower, band_upper, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, HAS_LOWER: gl.constexpr,
+    HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr,
 ):  # fmt: skip
     """Write `grad_k` `(B, K, N, D)` and `grad_v` `(B, K, N, E)`, and add up dq in `partial`; D and E are at most 128.
 
@@ -189,21 +206,22 @@ def backward_hopper_kernel(
     row_smem = gl.allocate_shared_memory(gl.float32, [4, 1, BLOCK_M], in_order)
     kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    ds_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    staged = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full.index(0), count=1)
     for i in gl.static_range(2):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
         mbarrier.init(ds_full.index(i), count=2)
-        mbarrier.init(ds_free.index(i), count=2)
-        mbarrier.init(staged.index(i), count=2)
+        mbarrier.init(done.index(i), count=2)
         mbarrier.init(taken.index(i), count=1)
 
     softmax_scale = softmax_scale.to(gl.float32)
+    scale_log2 = softmax_scale * LOG2E
+    inner_scale = softmax_scale
+    if SOFT_CAP == CAP_FAST:
+        inner_scale = softmax_scale / logits_soft_cap
+        scale_log2 = logits_soft_cap * LOG2E
     num_kv_blocks = gl.cdiv(kv_len, BLOCK_N)
     num_row_blocks = gl.cdiv(q_len, BLOCK_M)
     num_kv_heads = num_heads // gqa_group_size
@@ -244,22 +262,22 @@ def backward_hopper_kernel(
         [
             (sum_keys, (
                 grad_k, grad_v, q_smem, k_smem, v_smem, g_smem, ds_smem, dq_smem, row_smem, kv_full.index(0), full,
-                free, ds_full, ds_free, staged, taken, stride_dkn, stride_dkd, stride_dvn, stride_dve, gqa_group_size,
-                kv_len, softmax_scale, band_lower, band_upper, n_first, end, steps, full_begin, full_end, 0, HEAD_DIM,
-                V_HEAD_DIM, HAS_LOWER, HAS_UPPER,
+                ds_full, done, taken, stride_dkn, stride_dkd, stride_dvn, stride_dve, gqa_group_size, kv_len,
+                softmax_scale, scale_log2, inner_scale, band_lower, band_upper, n_first, end, steps, full_begin,
+                full_end, 0, HEAD_DIM, V_HEAD_DIM, HAS_LOWER, HAS_UPPER, SOFT_CAP,
             )),
             (sum_keys, (
                 grad_k, grad_v, q_smem, k_smem, v_smem, g_smem, ds_smem, dq_smem, row_smem, kv_full.index(0), full,
-                free, ds_full, ds_free, staged, taken, stride_dkn, stride_dkd, stride_dvn, stride_dve, gqa_group_size,
-                kv_len, softmax_scale, band_lower, band_upper, n_first, end, steps, full_begin, full_end, 1, HEAD_DIM,
-                V_HEAD_DIM, HAS_LOWER, HAS_UPPER,
+                ds_full, done, taken, stride_dkn, stride_dkd, stride_dvn, stride_dve, gqa_group_size, kv_len,
+                softmax_scale, scale_log2, inner_scale, band_lower, band_upper, n_first, end, steps, full_begin,
+                full_end, 1, HEAD_DIM, V_HEAD_DIM, HAS_LOWER, HAS_UPPER, SOFT_CAP,
             )),
             (copy_in, (
                 q, k, v, grad_out, shift, delta, q_smem, k_smem, v_smem, g_smem, row_smem, kv_full.index(0), full,
-                free, batch, kv_head, num_heads, gqa_group_size, n_first, end, steps,
+                done, batch, kv_head, num_heads, gqa_group_size, n_first, end, steps,
             )),
             (add_in_turn, (
-                partial, turns, dq_smem, staged, taken, batch * num_heads + kv_head * gqa_group_size, gqa_group_size,
+                partial, turns, dq_smem, done, taken, batch * num_heads + kv_head * gqa_group_size, gqa_group_size,
                 num_row_blocks, band_lower, kv_block, end, steps, HAS_LOWER,
             )),
         ],

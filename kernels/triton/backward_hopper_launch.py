@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import configs
 from .backward_finish import backward_finish_kernel
-from .common import NO_CAP
+from .common import CAP_FAST, NO_CAP
 from .launch import NO_SWIZZLE, Descriptor, Launch, descriptor
 from .mla_configs import GLUON_KNOWN
 
@@ -48,9 +48,10 @@ def refusal(
         return "its accumulators are those of 16-bit heads of 65 to 128 numbers"
     if batch * num_heads * q_len * arguments["k"].shape[2] < MIN_SCORES and not any_size:
         return "short, so that the host's time counts"
-    capped = arguments["SOFT_CAP"] != NO_CAP.value
-    if not arguments["RAW"] or capped or arguments["EMPTY_ROWS"] or any(arguments[name] for name in _FEATURES):
-        return "it knows no mask but the band, no bias, no soft cap, no dropout and no empty rows with a gradient"
+    if not arguments["RAW"] or arguments["EMPTY_ROWS"] or any(arguments[name] for name in _FEATURES):
+        return "it knows no mask but the band, no bias, no dropout and no empty rows with a gradient"
+    if arguments["SOFT_CAP"] not in (NO_CAP.value, CAP_FAST.value):
+        return "of soft caps it knows the one by NVIDIA's tanh instruction, for bfloat16"
     if q_len % 4:
         return "rows of row statistics do not start at multiples of 16 bytes, as the copy engine needs them"
     return ""

@@ -80,7 +80,7 @@ def pack(tile):
 
 @gluon.jit
 def copy_in(
-    q, k, v, grad_out, shift, delta, q_smem, k_smem, v_smem, g_smem, row_smem, kv_full, full, free, batch, kv_head,
+    q, k, v, grad_out, shift, delta, q_smem, k_smem, v_smem, g_smem, row_smem, kv_full, full, done, batch, kv_head,
     num_heads, group, n_first, end, steps,
 ):  # fmt: skip
     """A warp that copies the keys and values in, then one block of queries and gradients after the other."""
@@ -97,7 +97,7 @@ def copy_in(
         q_first = block * BLOCK_M
         q_head = kv_head * group + head
         row = batch * num_heads + q_head
-        mbarrier.wait(free.index(stage), (step // 2 + 1) % 2)
+        mbarrier.wait(done.index(stage), (step // 2 + 1) % 2)
         mbarrier.expect(full.index(stage), 2 * BLOCK_M * WIDTH * 2 + 2 * BLOCK_M * 4)
         for half in gl.static_range(2):
             tma.async_copy_global_to_shared(q, [batch, q_head, q_first, half * HALF], full.index(stage),
@@ -110,7 +110,7 @@ def copy_in(
 
 @gluon.jit
 def add_in_turn(
-    partial, turns, dq_smem, staged, taken, first_row, group, num_row_blocks, band_lower, kv_block, end, steps,
+    partial, turns, dq_smem, done, taken, first_row, group, num_row_blocks, band_lower, kv_block, end, steps,
     HAS_LOWER: gl.constexpr,
 ):  # fmt: skip
     """A warp that adds dq of a block to what the programs with lower keys have left in `partial`; the first one stores.
@@ -126,7 +126,8 @@ def add_in_turn(
             # The first keys that the block sees.
             first = gl.maximum(block * BLOCK_M + band_lower, 0) // BLOCK_N
         tile = (first_row + head) * num_row_blocks + block
-        mbarrier.wait(staged.index(stage), step // 2 % 2)
+        # Staged in the step that follows.
+        mbarrier.wait(done.index(stage ^ 1), (step + 1) // 2 % 2)
         if kv_block > first:
             while load_acquire(turns + tile) < kv_block - first:
                 pass

@@ -142,6 +142,8 @@ def hopper_backward_cases() -> list[dict[str, Any]]:
         {"M": 332, "N": 332, "sinks": True, "band_upper": 0},
         {"M": 332, "N": 332, "layout": "packed", "out_layout": "bshd", "band_upper": 0},
         {"B": 1, "H": 2, "K": 1, "M": 4100, "N": 4100, "band_upper": 0},
+        {"M": 332, "N": 517, "soft_cap": 3.0, "band_upper": 185},
+        {"M": 700, "N": 500, "soft_cap": 50.0, "scale": 5.0, "band_lower": -200, "band_upper": 0, "sinks": True},
     ]
     return [{**base, **feature, "one_backward": True} for feature in features]
 

@@ -20,7 +20,14 @@ LONG = {"arch": "sm90", "dtype": torch.bfloat16, "head_dim": 128, "q_len": 8192,
 
 @pytest.mark.parametrize(
     "features",
-    [{}, {"causal": False}, {"band_lower": -1023}, {"sinks": True}, {"dtype": torch.float16, "v_head_dim": 112}],
+    [
+        {},
+        {"causal": False},
+        {"band_lower": -1023},
+        {"sinks": True},
+        {"soft_cap": 30.0},
+        {"dtype": torch.float16, "v_head_dim": 112},
+    ],
     ids=str,
 )
 def test_long_calls_take_it(features):
@@ -33,8 +40,8 @@ def test_long_calls_take_it(features):
     "features",
     [
         {"q_len": 1024, "kv_len": 1024}, {"head_dim": 64}, {"head_dim": 96}, {"head_dim": 192, "v_head_dim": 128},
-        {"head_dim": 256}, {"dtype": torch.float32}, {"arch": "sm100"}, {"arch": "gfx942"}, {"soft_cap": 30.0},
-        {"dropout_p": 0.1}, {"empty_rows": "mean"}, {"q_len": 8190},
+        {"head_dim": 256}, {"dtype": torch.float32}, {"arch": "sm100"}, {"arch": "gfx942"},
+        {"dtype": torch.float16, "soft_cap": 30.0}, {"dropout_p": 0.1}, {"empty_rows": "mean"}, {"q_len": 8190},
         *({name: True} for name in ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "alibi_slopes")),
     ],
     ids=str,
@@ -60,7 +67,7 @@ def test_programs_of_a_head_have_ascending_numbers():
     assert all(order == list(range(blocks)) for order in seen.values())
 
 
-@pytest.mark.parametrize("features", [{"band_lower": -1023}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("features", [{"band_lower": -1023}, {"causal": False}, {"soft_cap": 30.0}], ids=str)
 def test_machine_code(features):
     """The products of warp groups, dq added by the copy engine, and registers moved between the roles.
 
