@@ -50,10 +50,15 @@ class Descriptor:
 
     def layout(self) -> Any:
         """Gluon's layout of the tile in shared memory."""
-        # Here, since Gluon is experimental, and only Hopper needs it.
-        from triton.experimental.gluon.language import NVMMASharedLayout
+        return _shared_layout(self.swizzle, 8 * self.base.element_size(), len(self.block_shape))
 
-        return NVMMASharedLayout(max(0, self.swizzle), 8 * self.base.element_size(), rank=len(self.block_shape))
+
+@functools.cache
+def _shared_layout(swizzle: int, bits: int, rank: int) -> Any:
+    # Here, since Gluon is experimental, and only Hopper needs it.
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    return NVMMASharedLayout(max(0, swizzle), bits, rank=rank)
 
 
 def base_of(argument: Any) -> Any:
