@@ -19,8 +19,8 @@ BLOCK_M, BLOCK_N, WIDTH, PART = 64, 128, 128, 16
 """As in backward_hopper_parts.py."""
 
 MIN_SCORES = 2**29
-"""Below this many scores (B * H * M * N) the gradients take less than 0.7 ms. This kernel is none that Inductor can launch
-itself, and an opaque call costs the host up to 1.1 ms."""
+"""Below this many scores (B * H * M * N) the gradients take less than 0.7 ms. This kernel is none that Inductor can
+launch itself, and an opaque call costs the host up to 1.1 ms."""
 
 _FEATURES = (
     "HAS_BIAS", "HAS_ATTN_MASK", "HAS_KEY_MASK", "HAS_START", "HAS_END", "HAS_IDS", "HAS_DROPOUT", "HAS_ALIBI",
