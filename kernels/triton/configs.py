@@ -214,6 +214,9 @@ _HOPPER: dict[str, Table] = {
     "decode_float8_pages": {(64, 2): C(16, 128, 4, 5), (128, 2): C(16, 128, 4, 3), (256, 2): C(16, 64, 4, 3)},
     "decode_float8": {(64, 2): C(16, 128, 4, 3), (128, 2): C(16, 128, 4, 3), (256, 2): C(16, 64, 4, 3)},
     "decode_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
+    "decode_pages_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
+    "decode_float8_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
+    "decode_float8_pages_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
     "decode_two": {(64, 2): None, (128, 2): C(16, 64, 4, 3)},
     "forward_tma_first": {(96, 2): C(128, 64, 4, 3, merged=True, first_max=True)},
     "forward_tma_alibi_first": {
@@ -305,8 +308,8 @@ strides and size allow them, also forward_tma, backward_q_tma and backward_kv_tm
 and backward_v_tma: two launches. A suffix "_bias" or "_cap" is for calls with a bias or mask tensor or a soft cap,
 which need more registers, as "_alibi" for ALiBi (on Hopper not "forward"), "_first" and "_alibi_first" for forward
 calls that may take first_max, "_pages", "_float8" and "_float8_pages" for those that read a KV cache as it lies. Where
-such a table has no row, the one without a suffix counts. "decode_one" and "decode_two" are for splits of up to 128 and
-256 keys, for which a deep pipeline only takes longer to start.
+such a table has no row, the one without the last suffix counts. "_one" and "_two" are for decode's splits of up to 128
+and 256 keys, for which a deep pipeline only takes longer to start.
 """
 
 
@@ -342,10 +345,11 @@ def select_tma(arch: str, direction: str, head_block: int, itemsize: int, featur
     Args:
         arch, direction, head_block, itemsize, feature: As for select.
     """
-    if feature:
+    while feature:
         special = select_tma(arch, f"{direction}_{feature}", head_block, itemsize)
         if special:
             return special
+        feature = feature.rpartition("_")[0]
     for (max_head, max_bytes), config in TABLES[family(arch)].get(direction, {}).items():
         if head_block <= max_head and itemsize <= max_bytes:
             return config
