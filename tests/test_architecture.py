@@ -138,7 +138,7 @@ def test_every_private_torch_name_has_a_test():
 
 
 def test_recognition_reads_a_program_through_its_values():
-    """What is read past `Value` and `LiveUsers` is on no record, and equal sites would be taken for equal without it."""
+    """What is read past `Value` and `LiveUsers` is on no record: sites would be taken for equal whatever it says."""
     may_see_graphs = {"recognize.attention", "recognize.live", "recognize.unseen"}
     seen = set()
     for path in package_files():
