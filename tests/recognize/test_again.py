@@ -41,9 +41,9 @@ def test_three_layers_of_a_spelling_with_symbolic_sizes(spelling: Spelling):
 @pytest.mark.parametrize("look_alike", LOOK_ALIKES.values(), ids=lambda x: x.name)
 def test_three_look_alikes(look_alike: LookAlike):
     both = Both()
-    torch.compile(layers(*[look_alike.function] * 3), backend=both, fullgraph=True)(
-        *[look_alike.make() for _ in range(3)]
-    )
+    makes = [look_alike.make() for _ in range(3)]
+    arguments = [tuple(t.requires_grad_() if t.is_floating_point() else t for t in made) for made in makes]
+    torch.compile(layers(*[look_alike.function] * 3), backend=both, fullgraph=True)(*arguments)
     assert set(both.codes) == ({look_alike.code} if look_alike.code else set())
 
 
