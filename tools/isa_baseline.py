@@ -179,8 +179,8 @@ def bank_conflicts() -> list[str]:
     lines = [
         "", "## LDS bank conflicts", "",
         "Clocks of LDS accesses over those without conflicts, from simulated runs (bf16, causal, 141 x 150; latent",
-        "decode: one query, 150 keys). 1.00 is free of conflicts. CDNA2 and CDNA3 only: the simulator has no model of other",
-        "chips' banks.", "",
+        "decode: one query, 150 keys). 1.00 is free of conflicts. CDNA2 and CDNA3 only: the simulator has no model of",
+        "other chips' banks.", "",
         "| kernel | head size | " + " | ".join(BANKED) + " |", "| --- | --: | " + "--: | " * len(BANKED),
     ]  # fmt: skip
     lines[-1] = lines[-1].rstrip()
