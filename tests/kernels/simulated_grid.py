@@ -182,7 +182,7 @@ FEATURES = tuple(Row(f"feature {name}", fields) for name, fields in _FEATURES.it
 )
 # What touches the weights that forward.py cuts to bfloat16, and their sums.
 CUT_WEIGHTS = tuple(
-    Row(f"feature bf16 {name}", {**_FEATURES[name], "dtype": BF16}, backward=False, archs=("gfx90a", "gfx942", "gfx1100"))
+    Row(f"bf16 {name}", {**_FEATURES[name], "dtype": BF16}, backward=False, archs=("gfx90a", "gfx942", "gfx1100"))
     for name in ("bias with holes", "soft cap and bias", "alibi, bias, window", "sinks, empty rows", "dropout",
                  "negative scale", "one key", "empty rows, mean, dropout")
 )  # fmt: skip
