@@ -14,6 +14,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from zoo_lib.children import in_children
 from zoo_lib.judge import Case, _with_rounded_results, compare
+from zoo_lib.plan import everything
 from zoo_lib.rows import compact, newest
 from zoo_lib.table import page
 from zoo_lib.watch import SiteWatch
@@ -140,6 +141,26 @@ def test_the_page_names_what_is_wrong_and_what_is_missed():
     assert "w (eager, forward): **wrong**: far off" in text
     assert "| transformers | eager, forward | 2 | 2 | 4 | 2 (50.0%) | 2 | 2 (100.0%) | 1 of 2 | - | - |" in text
     assert "- f: not built; no weights" in text
+
+
+def test_all_settings_of_all_cases_what_is_troubled_and_what_is_slow_first():
+    names = {"huggingface": ["new", "quick", "slow", "refused"], "vision": ["timm/v"], "others": ["vit-pytorch/o"]}
+    kept = [result(name="quick", wall=1), result(name="slow", wall=9), result(name="refused", wall=2)]
+    rows = [compact({**row, "refused": [], "replaced": {"a:1": 2, "b:1": 1}}) for row in kept[:2]] + [compact(kept[2])]
+    tasks = everything(names, rows)
+    order = list(dict.fromkeys(task.name for task in tasks))
+    assert order[:3] == ["refused", "slow", "quick"] and set(order) == {
+        name for part in names.values() for name in part
+    }
+    cases = {(task.name, *task.setting.values()) for task in tasks}
+    assert len(cases) == len(tasks)
+    assert {task.setting["attention"] for task in tasks if task.name == "vit-pytorch/o"} == {"eager"}
+    assert {(t.setting["attention"], t.setting["gradients"]) for t in tasks if t.name == "new"} == {
+        ("eager", False),
+        ("eager", True),
+        ("sdpa", False),
+        ("sdpa", True),
+    }
 
 
 def test_functions_run_in_processes_that_may_die():
