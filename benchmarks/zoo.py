@@ -61,7 +61,8 @@ def main() -> None:
     run.add_argument("--no-peer", action="store_true")
     run.add_argument("--lowering", default="eager", choices=("eager", "aot_eager", "inductor"))
     run.add_argument("--again", action="store_true", help="also what FILE has")
-    commands.add_parser("all", parents=[shared])
+    whole = commands.add_parser("all", parents=[shared])
+    whole.add_argument("--kept", type=Path, default=KEPT, help="rows that say what is slow and what had a problem")
     table = commands.add_parser("table")
     table.add_argument("--results", type=Path, nargs="+", default=[KEPT])
     options = parser.parse_args()
@@ -101,7 +102,7 @@ def run_all_settings(options: argparse.Namespace) -> None:
     rows = [row for row in read(options.results) if row.get("recogniser") == state]
     done = {(row["name"], *(row[part] for part in SETTING)) for row in rows if row["status"] in ("run", "not built")}
     names = {source: chosen(names_of(source), options.only) for source in _PACKAGES}
-    tasks = everything(names, read(KEPT))
+    tasks = everything(names, read(options.kept))
     run_tasks([task for task in tasks if (task.name, *(task.setting[part] for part in SETTING)) not in done], options)
 
 

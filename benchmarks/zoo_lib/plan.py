@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .rows import Row
@@ -23,19 +23,24 @@ class Task(NamedTuple):
 
 
 # source, attention, padded, gradients, with_peer
-_WAYS = (
-    ("huggingface", "eager", True, True, True),
-    ("huggingface", "eager", True, False, False),
-    ("huggingface", "sdpa", True, False, False),
-    ("huggingface", "sdpa", True, True, False),
-    ("vision", "eager", False, True, True),
-    ("vision", "eager", False, False, False),
-    ("vision", "sdpa", False, True, False),
-    ("others", "eager", False, True, True),
-    ("others", "eager", False, False, False),
-    ("others", "sdpa", False, True, False),
+_TIERS = (
+    (
+        ("huggingface", "eager", True, True, True),
+        ("huggingface", "eager", True, False, False),
+        ("huggingface", "sdpa", True, False, False),
+        ("others", "eager", False, True, True),
+        ("others", "eager", False, False, False),
+        ("vision", "eager", False, True, True),
+    ),
+    (
+        ("huggingface", "sdpa", True, True, False),
+        ("vision", "eager", False, False, False),
+        ("vision", "sdpa", False, True, False),
+        ("others", "sdpa", False, True, False),
+    ),
+    (("huggingface", "eager", False, False, True),),
 )
-_IF_TIME_IS_LEFT = ("huggingface", "eager", False, False, True)
+"""All ways to run; if time is short, the later ones are left out."""
 
 
 def setting_of(attention: str, padded: bool, gradients: bool, lowering: str = "eager") -> dict[str, Any]:
@@ -44,28 +49,27 @@ def setting_of(attention: str, padded: bool, gradients: bool, lowering: str = "e
 
 
 def everything(names: dict[str, list[str]], kept: list[Row]) -> list[Task]:
-    """Every case in every setting: first what had a problem, then what takes longest; last what never ran.
+    """Every case in every setting: in each tier what had a problem, then what takes longest; last what is never built.
 
     Args:
         names: Of the cases, by source.
         kept: Rows of earlier runs, which say how long each takes and what was not replaced.
     """
-    longest: dict[str, float] = defaultdict(float)
+    longest: dict[str, float] = {}
     troubled = set()
+    never_ran = {row["name"] for row in kept} - {row["name"] for row in kept if row["status"] == "run"}
     for row in kept:
         if row["status"] == "run":
-            longest[row["name"]] = max(longest[row["name"]], row.get("wall", 0.0))
+            longest[row["name"]] = max(longest.get(row["name"], 0.0), row.get("wall", 0.0))
         if row.get("missed") or not row.get("accuracy", {"ok": True})["ok"] or row["status"] in ("timeout", "died"):
             troubled.add(row["name"])
 
-    def order(task: Task) -> tuple:
-        name = task.name
-        return name not in longest, name not in troubled, -longest[name]
+    def tasks() -> Iterator[tuple[tuple, Task]]:
+        for tier, ways in enumerate(_TIERS):
+            for source, attention, padded, gradients, with_peer in ways:
+                for name in names[source]:
+                    if attention == "eager" or not name.startswith("vit-pytorch/"):  # which writes all attention out
+                        order = name in never_ran, tier, name not in troubled, -longest.get(name, 0.0)
+                        yield order, Task(source, name, setting_of(attention, padded, gradients), with_peer)
 
-    def of(source: str, attention: str, padded: bool, gradients: bool, with_peer: bool) -> list[Task]:
-        setting = setting_of(attention, padded, gradients)
-        written_out = "vit-pytorch" if attention == "sdpa" else None
-        return [Task(source, name, setting, with_peer) for name in names[source] if name.split("/")[0] != written_out]
-
-    first = sorted((task for way in _WAYS for task in of(*way)), key=order)
-    return first + sorted(of(*_IF_TIME_IS_LEFT), key=order)
+    return [task for _, task in sorted(tasks(), key=lambda pair: pair[0])]

@@ -144,23 +144,19 @@ def test_the_page_names_what_is_wrong_and_what_is_missed():
 
 
 def test_all_settings_of_all_cases_what_is_troubled_and_what_is_slow_first():
-    names = {"huggingface": ["new", "quick", "slow", "refused"], "vision": ["timm/v"], "others": ["vit-pytorch/o"]}
-    kept = [result(name="quick", wall=1), result(name="slow", wall=9), result(name="refused", wall=2)]
-    rows = [compact({**row, "refused": [], "replaced": {"a:1": 2, "b:1": 1}}) for row in kept[:2]] + [compact(kept[2])]
-    tasks = everything(names, rows)
+    hugging = ["fails", "new", "quick", "slow", "refused"]
+    names = {"huggingface": hugging, "vision": ["timm/v"], "others": ["vit-pytorch/o"]}
+    fine = {"refused": [], "replaced": {"a:1": 2, "b:1": 1}}
+    kept = [result(name="quick", wall=1, **fine), result(name="slow", wall=9, **fine), result(name="refused", wall=2)]
+    kept += [result(name="fails", status="not built")]
+    tasks = everything(names, [*map(compact, kept)])
     order = list(dict.fromkeys(task.name for task in tasks))
-    assert order[:3] == ["refused", "slow", "quick"] and set(order) == {
-        name for part in names.values() for name in part
-    }
-    cases = {(task.name, *task.setting.values()) for task in tasks}
-    assert len(cases) == len(tasks)
+    assert order[:3] == ["refused", "slow", "quick"] and order[-1] == "fails" and len(order) == 7
+    assert len({(task.name, *task.setting.values()) for task in tasks}) == len(tasks)
     assert {task.setting["attention"] for task in tasks if task.name == "vit-pytorch/o"} == {"eager"}
-    assert {(t.setting["attention"], t.setting["gradients"]) for t in tasks if t.name == "new"} == {
-        ("eager", False),
-        ("eager", True),
-        ("sdpa", False),
-        ("sdpa", True),
-    }
+    ways = {(task.setting["attention"], task.setting["gradients"]) for task in tasks if task.name == "new"}
+    assert ways == {("eager", False), ("eager", True), ("sdpa", False), ("sdpa", True)}
+    assert [task.with_peer for task in tasks if task.name == "slow"] == [True, False, False, False, True]
 
 
 def test_functions_run_in_processes_that_may_die():
