@@ -155,7 +155,13 @@ def caller(module: Any, function: Callable, job: str, arguments: dict[str, Any],
 
         return train
 
+    # A sliding cache counts its tokens in a Python number, for every value of which dynamic=False would compile again.
+    counted = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "cumulative_length_int")]
+    counts = [layer.cumulative_length_int for layer in counted]
+
     def infer() -> Tensor:
+        for layer, count in zip(counted, counts):
+            layer.cumulative_length_int = count
         with torch.no_grad():
             return function(**arguments, **({} if cache is None else {"past_key_values": cache})).logits
 
@@ -266,14 +272,14 @@ def main() -> None:
             flush=True,
         )
         rows.append((*case, eager, inductor, ours, found["replaced"], found["ok"]))
+        if options.csv:  # after each row, so that an interrupted run keeps what it has
+            with open(options.csv, "w", newline="") as file:
+                file.write(f"# torch {torch.__version__}, {where}, {options.dtype}, {options.layers} layers\n")
+                header = ("model", "attention", "job", "eager_ms", "inductor_ms", "rocm_attn_ms", "replaced", "ok")
+                csv.writer(file).writerows([header, *rows])
         torch._dynamo.reset()
         if on_gpu:
             torch.cuda.empty_cache()
-    if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            file.write(f"# torch {torch.__version__}, {where}, {options.dtype}, {options.layers} layers\n")
-            header = ("model", "attention", "job", "eager_ms", "inductor_ms", "rocm_attn_ms", "replaced", "ok")
-            csv.writer(file).writerows([header, *rows])
 
 
 if __name__ == "__main__":

@@ -84,8 +84,10 @@ def measure(row: tuple, with_flex: bool) -> None:
 
 def flex(found: dict[str, Any], slopes: torch.Tensor, causal: bool, timed: bool = True) -> tuple[float, float]:
     """FlexAttention's times, compiled."""
+    from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    config.donated_buffer = False  # the backward is repeated, so its buffers must stay
     q, k, v = (found[name].detach().requires_grad_() for name in "qkv")
     S = q.shape[2]
     keep: Callable = lambda b, h, m, n: n <= m  # noqa: E731

@@ -70,7 +70,7 @@ def load_empty(lse, row_base, q_pos, row_ok):
 
 @triton.jit
 def tile_gradients(
-    qk, dp, q_pos, kv_pos, row_ok, kv_len, m, delta, fix, empty, starts, ends, q_id, kv_id, key_keep, bias,
+    qk, dp, q_pos, kv_pos, kv_first, row_ok, kv_len, m, delta, fix, empty, starts, ends, q_id, kv_id, key_keep, bias,
     mask_ptrs, seed, row_index, alibi, q_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
     cut, BOUNDED: tl.constexpr, EMPTY_PASS: tl.constexpr, RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
@@ -86,7 +86,7 @@ def tile_gradients(
     if HAS_ATTN_MASK:
         mask_keep = tl.load(mask_ptrs, mask=(kv_pos < kv_len) & row_ok, other=0) != 0
     s, slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
-    s = add_alibi(s, alibi, q_pos, kv_pos, q_len, kv_len, HAS_ALIBI)
+    s = add_alibi(s, alibi, q_pos, kv_pos, kv_first, q_len, kv_len, HAS_ALIBI)
     if EMPTY_PASS:
         here = empty & (kv_pos < kv_len)
         if EMPTY_ROWS == EMPTY_NAN or EMPTY_ROWS == EMPTY_NAN_ADDED:
@@ -237,7 +237,7 @@ def backward_rows_kernel(
                     key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
                 )
                 s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
-                s = add_alibi(s, alibi, q_pos[:, None], kv_pos[None, :], q_len, kv_len, HAS_ALIBI)
+                s = add_alibi(s, alibi, q_pos[:, None], kv_pos[None, :], start_n, q_len, kv_len, HAS_ALIBI)
                 s = mask_scores(
                     s, q_pos[:, None], kv_pos[None, :], kv_len, starts[:, None], ends[:, None], q_id[:, None],
                     kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper, True, 1, HAS_LOWER, HAS_UPPER,

@@ -147,12 +147,12 @@ def backward_bias_kernel(
             for empty_pass in tl.static_range(2):
                 if empty_pass == 0 or EMPTY_HAS_DS:
                     _weights, ds_bias, _ds = tile_gradients(
-                        qk, dp, q_pos[:, None], kv_pos[None, :], row_ok[:, None], kv_len, m[:, None], d[:, None],
-                        fix[:, None], empty[:, None], starts[:, None], ends[:, None], q_id[:, None], kv_id[None, :],
-                        key_keep[None, :], bias, mask_ptrs, seed, (row_base + q_pos)[:, None],
-                        alibi, q_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-                        True, 1, empty_pass == 1, RAW, SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START,
-                        HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, HAS_ALIBI, EMPTY_ROWS,
+                        qk, dp, q_pos[:, None], kv_pos[None, :], n_first, row_ok[:, None], kv_len, m[:, None],
+                        d[:, None], fix[:, None], empty[:, None], starts[:, None], ends[:, None], q_id[:, None],
+                        kv_id[None, :], key_keep[None, :], bias, mask_ptrs, seed, (row_base + q_pos)[:, None], alibi,
+                        q_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, True, 1,
+                        empty_pass == 1, RAW, SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START, HAS_END,
+                        HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, HAS_ALIBI, EMPTY_ROWS,
                     )  # fmt: skip
                     acc += ds_bias
 

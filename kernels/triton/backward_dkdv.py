@@ -240,13 +240,13 @@ def backward_dkdv_kernel(
                             row_local[None, :], col_local[:, None], stride_mm, stride_mn,
                         )  # fmt: skip
                     weights, _ds_bias, ds = tile_gradients(
-                        qk, dp, q_pos[None, :], kv_pos[:, None], row_ok[None, :], kv_len, m[None, :], d[None, :],
-                        fix[None, :], empty[None, :], starts[None, :], ends[None, :], q_id[None, :], kv_id[:, None],
-                        key_keep[:, None], bias, mask_ptrs, seed, (row_base + q_pos)[None, :],
-                        alibi, q_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
-                        cut, 2 if MERGED and phase == 0 else phase > 0, phase == 2, RAW, SOFT_CAP, HAS_BIAS,
-                        HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT,
-                        HAS_ALIBI, EMPTY_ROWS,
+                        qk, dp, q_pos[None, :], kv_pos[:, None], n_first, row_ok[None, :], kv_len, m[None, :],
+                        d[None, :], fix[None, :], empty[None, :], starts[None, :], ends[None, :], q_id[None, :],
+                        kv_id[:, None], key_keep[:, None], bias, mask_ptrs, seed, (row_base + q_pos)[None, :], alibi,
+                        q_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, cut,
+                        2 if MERGED and phase == 0 else phase > 0, phase == 2, RAW, SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK,
+                        HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, HAS_ALIBI,
+                        EMPTY_ROWS,
                     )  # fmt: skip
                     if WANT_DV:
                         dv = tl.dot(narrow(weights, g_tile.dtype, ROUND_BITS), g_tile, dv, input_precision=PRECISION)

@@ -186,7 +186,7 @@ def backward_dq_kernel(
                     mask_ptrs = tile_ptrs(attn_mask + start_long * stride_mn, row_local[:, None], col_local[None, :],
                                           stride_mm, stride_mn)  # fmt: skip
                 _weights, _ds_bias, ds = tile_gradients(
-                    qk, dp, q_pos[:, None], kv_pos[None, :], row_ok[:, None], kv_len, m[:, None], d[:, None],
+                    qk, dp, q_pos[:, None], kv_pos[None, :], start_n, row_ok[:, None], kv_len, m[:, None], d[:, None],
                     fix[:, None], empty[:, None], starts[:, None], ends[:, None], q_id[:, None], kv_id[None, :],
                     key_keep[None, :], bias, mask_ptrs, seed, (row_base + q_pos)[:, None],
                     alibi, q_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,

@@ -176,7 +176,7 @@ def backward_launches(
 
     def launch_main(kernel: Any, direction: str, grid: Any, **extra: Any) -> Launch:
         """dk/dv and dq: through tensor descriptors where those can be had."""
-        special = feature(arguments, q.dtype, arch)
+        special = feature(arguments, q.dtype, arch, forward=False)
         config, faster = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
         found = {
             **arguments, **extra, **rope_arguments(*rope_layouts), "q_rest": rope[0] if rope else None,

@@ -211,15 +211,21 @@ _HOPPER: dict[str, Table] = {
     },
     # Where the address of a load waits for the block table, Triton gives it half of the stages.
     "decode_pages": {(64, 2): None, (128, 2): C(16, 128, 4, 5), (256, 2): C(16, 64, 4, 5)},
-    "decode_float8_pages": {(64, 2): C(16, 128, 4, 5), (128, 2): C(16, 128, 4, 5), (256, 2): C(16, 64, 8, 5)},
-    "decode_float8": {(64, 2): C(16, 128, 2, 3), (128, 2): C(16, 128, 8, 3), (256, 2): C(16, 64, 8, 3)},
+    "decode_float8_pages": {(64, 2): C(16, 128, 4, 5), (128, 2): C(16, 128, 4, 3), (256, 2): C(16, 64, 4, 3)},
+    "decode_float8": {(64, 2): C(16, 128, 4, 3), (128, 2): C(16, 128, 4, 3), (256, 2): C(16, 64, 4, 3)},
     "decode_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
     "decode_two": {(64, 2): None, (128, 2): C(16, 64, 4, 3)},
     "forward_tma_first": {(96, 2): C(128, 64, 4, 3, merged=True, first_max=True)},
+    "forward_tma_alibi_first": {
+        (64, 2): C(64, 64, 4, 3, merged=True, first_max=True),
+        (96, 2): C(128, 64, 4, 3, merged=True, first_max=True),
+    },
     "forward_tma_bias": {(128, 2): C(64, 64, 4, 2, merged=True)},
     "backward_kv_tma_bias": {(64, 2): C(32, 128, 4, 3)},
     "backward_q_tma_bias": {(128, 2): C(64, 64, 4, 2)},
     "backward_kv_tma_cap": {(64, 2): None, (128, 2): C(32, 64, 4, 3)},
+    "backward_kv_tma_alibi": {(64, 2): None, (128, 2): C(32, 64, 4, 3)},
+    "backward_q_tma_alibi": {(64, 2): None, (96, 2): C(64, 64, 4, 3, merged=True), (128, 2): C(128, 64, 8, 3)},
     "backward_kv_tma": {
         (64, 2): C(64, 64, 4, 3),
         (128, 2): C(64, 64, 4, 2),
@@ -297,10 +303,10 @@ TABLES: dict[str, dict[str, Table]] = {
 Directions: forward, decode, backward_kv, backward_q, backward_bias. Where tensor descriptors exist and the tensors'
 strides and size allow them, also forward_tma, backward_q_tma and backward_kv_tma, or instead of the last backward_k_tma
 and backward_v_tma: two launches. A suffix "_bias" or "_cap" is for calls with a bias or mask tensor or a soft cap,
-which need more registers, as "_alibi" for ALiBi on AMD, "_first" for forward calls that may take first_max, "_pages",
-"_float8" and "_float8_pages" for those that read a KV cache as it lies. Where such a table has no row, the one without
-a suffix counts. "decode_one" and "decode_two" are for splits of up to 128 and 256 keys, for which a deep pipeline only
-takes longer to start.
+which need more registers, as "_alibi" for ALiBi (on Hopper not "forward"), "_first" and "_alibi_first" for forward
+calls that may take first_max, "_pages", "_float8" and "_float8_pages" for those that read a KV cache as it lies. Where
+such a table has no row, the one without a suffix counts. "decode_one" and "decode_two" are for splits of up to 128 and
+256 keys, for which a deep pipeline only takes longer to start.
 """
 
 
@@ -407,13 +413,14 @@ def converts_in_place(arch: str) -> bool:
     return arch.startswith("sm") and int(arch[2:]) >= 89
 
 
-def programs_per_unit(arch: str) -> int:
+def programs_per_unit(arch: str, in_place: bool = False) -> int:
     """Split-KV decode fills each compute unit with this many programs.
 
     Hopper keeps enough bytes in flight with one program a multiprocessor, whose loads are asynchronous, and gains
-    nothing from more. AMD loads through registers and needs more waves.
+    nothing from more, unless it converts float8 (`in_place`): then one program converts while another waits. AMD loads
+    through registers and needs more waves.
     """
-    return 1 if arch.startswith("sm") else 2
+    return 1 if arch.startswith("sm") and not in_place else 2
 
 
 def decode_feature(kv_len: int, num_splits: int) -> str:

@@ -47,7 +47,7 @@ from .common import (
     score_offset,
     score_tile,
 )
-from .float8 import widen
+from .float8 import WEIGHT_BITS, queries_to_half, widen
 from .pages import pages_of_tile, place_tile
 from .tiles import load_head_tile, q_k_product
 
@@ -74,6 +74,7 @@ def attention_forward_kernel(
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, MERGED: tl.constexpr, SHIFT: tl.constexpr, PAGE: tl.constexpr,
     HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr, FLOAT8_ASM: tl.constexpr,
+    HALF: tl.constexpr,
     BIAS: tl.constexpr,
     ROUND_BITS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr,
     RAW: tl.constexpr, SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
@@ -91,7 +92,8 @@ def attention_forward_kernel(
 
     With PAGE > 0 (never with TMA or ROPE) the keys are in a paged cache, see pages.py; stride_kb and stride_vb are
     those of its blocks. k and v may be of a narrower dtype than q, and have a factor per key/value head, or one for
-    all: these are given to the scores and to the result.
+    all: these are given to the scores and to the result. With HALF bfloat16 queries and weights become float16 for the
+    products, see float8.py.
 
     With ROPE > 0 the second piece of the head dimension lies elsewhere: q_rest is `(B, H, M, ROPE)`, k_rest
     `(B, N, ROPE)`, shared by all heads (descriptors of 4-D tensors with one head); last strides are 1. See mla_prefill.
@@ -236,6 +238,10 @@ def attention_forward_kernel(
         last_page = tl.maximum(used_end - 1, 0) // PAGE
     if HAS_K_SCALE:
         softmax_scale *= tl.load(k_scale + kv_head * stride_k_scale).to(tl.float32)
+    if HALF:
+        q_tile, q_rest_tile, row_factor = queries_to_half(q_tile, q_rest_tile, BLOCK_REST > 0)
+        softmax_scale = softmax_scale * row_factor[:, None]
+    WEIGHT_SHIFT: tl.constexpr = WEIGHT_BITS / LOG2E if HAS_BIAS else WEIGHT_BITS
     SCATTERED: tl.constexpr = PAGE > 0 and PAGE % BLOCK_N != 0
     scale_log2 = score_factor(softmax_scale, logits_soft_cap, SOFT_CAP) * LOG2E
     offset = score_offset(logits_soft_cap, SOFT_CAP, HAS_BIAS)
@@ -309,7 +315,7 @@ def attention_forward_kernel(
                     SCATTERED, FLOAT8_ASM,
                 )  # fmt: skip
                 s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
-                s = add_alibi(s, alibi, q_pos[:, None], kv_pos[None, :], q_len, kv_len, HAS_ALIBI)
+                s = add_alibi(s, alibi, q_pos[:, None], kv_pos[None, :], start_n, q_len, kv_len, HAS_ALIBI)
                 s = mask_scores(
                     s, q_pos[:, None], kv_pos[None, :], kv_len, starts[:, None], ends[:, None], q_id[:, None],
                     kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper, cut, phase, HAS_LOWER,
@@ -327,6 +333,8 @@ def attention_forward_kernel(
                     l_i = l_i * alpha
                     acc = acc * alpha[:, None]
                     m_i = m_new
+                    if HALF:
+                        m_safe = m_safe - WEIGHT_SHIFT
                 else:
                     m_safe = m_i
                 p = tl.exp2(exponent(s, m_safe[:, None], scale_log2, RAW, HAS_BIAS))
@@ -344,6 +352,8 @@ def attention_forward_kernel(
                 acc = tl.dot(narrow(p, v_tile.dtype, ROUND_BITS), v_tile, acc, input_precision=PRECISION)
 
     m_i += offset
+    if HALF:
+        m_i = m_i - WEIGHT_SHIFT
     row_flat = (batch * num_heads + head + (row % PACK)) * q_len + q_pos
     v_factor = 1.0
     if HAS_V_SCALE:

@@ -185,19 +185,20 @@ def forward_descriptors(
     return found
 
 
-def feature(arguments: dict[str, Any], dtype: torch.dtype, arch: str) -> str:
+def feature(arguments: dict[str, Any], dtype: torch.dtype, arch: str, forward: bool = True) -> str:
     """Which special rows of the configuration tables a call takes, see configs.TABLES."""
     if arguments["HAS_BIAS"] or arguments["HAS_ATTN_MASK"]:
         return "bias"
     if arguments["logits_soft_cap"] is not None:
         return "cap"
-    if arguments["HAS_ALIBI"] and arch.startswith("gfx"):
+    if arguments["HAS_ALIBI"] and (arch.startswith("gfx") or not forward):
         return "alibi"
     # ALiBi is 0 beside the query, so that the products of the first keys serve; on AMD there are no registers for both.
     alibi = arguments["HAS_ALIBI"] and arguments["softmax_scale"] > 0
     # Masks of one element each need the registers, and are then what bounds.
     plain = (arguments["RAW"] or alibi) and not arguments["HAS_KEY_MASK"] and not arguments["HAS_IDS"]
-    return "first" if plain and dtype == torch.bfloat16 else ""
+    words = (["alibi"] if arguments["HAS_ALIBI"] else []) + (["first"] if plain and dtype == torch.bfloat16 else [])
+    return "_".join(words)
 
 
 def score_shift(arguments: dict[str, Any], dtype: torch.dtype, special: str, first_max: bool) -> int:
@@ -206,7 +207,7 @@ def score_shift(arguments: dict[str, Any], dtype: torch.dtype, special: str, fir
     Anything but the running maximum needs weights with the exponents of float32.
     A soft cap up to 50 bounds the weights to exp(-50) .. exp(50). A million of them, times values up to 1e10, fit.
     """
-    if special == "first" and first_max:
+    if special.endswith("first") and first_max:
         return FIRST_MAX
     cap = arguments["logits_soft_cap"]
     bounded = cap is not None and cap <= 50.0 and dtype == torch.bfloat16
@@ -273,8 +274,11 @@ def forward_plan(
     arguments = dict(static_arguments(*layouts, *scalars, blocks))
     arguments.update(rope_arguments(*rope))
     arguments.update(cache.arguments(stored))
-    # A factor on the keys may be negative: then the largest product is not the largest score.
-    arguments["RAW"] = arguments["RAW"] and not arguments["HAS_K_SCALE"]
+    in_place = cache.dtype in FP8 and configs.converts_in_place(arch)
+    half = in_place and dtype == torch.bfloat16
+    # A factor on the keys may be negative: then the largest product is not the largest score. With float16 queries each
+    # row has a factor.
+    arguments["RAW"] = arguments["RAW"] and not arguments["HAS_K_SCALE"] and not half
     group = num_heads // kv_heads
     pack = tuning.pack or (group if q_len * group <= PACK_ROWS else 1)
     rows = q_len * pack
@@ -297,7 +301,7 @@ def forward_plan(
         block_m = max(block_m, min(MAX_DECODE_M, triton.next_power_of_2(rows)))
     tiles = batch * (num_heads // pack) * triton.cdiv(rows, block_m)
     # Splits would each need the whole row's dropout mask in the combine step for empty rows; not worth it.
-    programs = num_units * configs.programs_per_unit(arch)
+    programs = num_units * configs.programs_per_unit(arch, in_place)
     num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, programs, decode) if scalars[-1] == 0.0 else 1)
     if decode:
         special = cache.feature or configs.decode_feature(kv_len, num_splits)
@@ -322,7 +326,8 @@ def forward_plan(
         MERGED=config.merged,
         BIAS=bias_kind(layouts[3], bias_itemsize, tma and bias_is_aligned, pack),
         SHIFT=shift,
-        FLOAT8_ASM=cache.dtype in FP8 and configs.converts_in_place(arch),
+        FLOAT8_ASM=in_place,
+        HALF=half,
         ROUND_BITS=configs.rounds_bits(arch),
         TRANSPOSE_KEYS=configs.transposes_keys(arch),
         HAS_SINKS=has_sinks,

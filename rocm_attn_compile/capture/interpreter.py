@@ -83,7 +83,7 @@ class Shadow:
                 if isinstance(result, torch.Tensor):
                     state = self.memory.state_of(result)
                     is_base = state.chain == ()
-                    self.trace.tensors[node] = NodeTensor(node, time, state.value, state.storage, is_base)
+                    self.trace.tensors[node] = NodeTensor(node, time, state.value, state.storage, is_base, state.held)
                 if node.op == "placeholder":
                     self.inputs.append(result)
                     if len(self.inputs) == len(placeholders):

@@ -9,7 +9,7 @@ undeclared alias, an `out=` argument) becomes an "opaque" value, which is exact 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ class TensorState:
         storage: Its memory.
         version: See `value`.
         chain: Views from the base to it; empty for the base, None if unknown.
+        held: Version -> value, of all versions in which it was looked at.
     """
 
     tensor: torch.Tensor
@@ -74,6 +75,12 @@ class TensorState:
     storage: Storage
     version: int
     chain: Chain | None
+    held: dict[int, Value] = field(default_factory=dict)
+
+    def hold(self, value: Value) -> None:
+        """It has `value` now."""
+        self.value, self.version = value, len(self.storage.history)
+        self.held[self.version] = value
 
 
 class Memory:
@@ -149,6 +156,7 @@ class Memory:
     def place(self, tensor: torch.Tensor, value: Value, storage: Storage, chain: Chain | None) -> TensorState:
         """Give a tensor a value in existing memory."""
         state = TensorState(tensor, value, storage, len(storage.history), chain)
+        state.hold(value)
         self._states[id(tensor)] = state
         return state
 
@@ -160,10 +168,8 @@ class Memory:
             if storage is None:
                 return self.leaf("constant", tensor, {"value": None})
             return self.place(tensor, self.opaque(Look.of(tensor)), storage, None)
-        version = len(state.storage.history)
-        if state.version != version:
-            state.value = self._derive(state)
-            state.version = version
+        if state.version != len(state.storage.history):
+            state.hold(self._derive(state))
         return state
 
     def value_of(self, tensor: torch.Tensor) -> Value:
@@ -193,7 +199,7 @@ class Memory:
             chain = tuple(step.call for step in state.chain)
             base = self.new_value("view_scatter", (storage.value, value, chain), {}, Look.of(storage.value))
         self._advance(storage, base)
-        state.value, state.version = value, len(storage.history)
+        state.hold(value)
         self._clobber_aliases(storage)
 
     def touch(self, tensor: torch.Tensor) -> None:

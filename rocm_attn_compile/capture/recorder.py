@@ -106,7 +106,8 @@ class Recorder(private.TorchDispatchMode):
             for target in targets:
                 state = memory.state_of(target)
                 if not Look.of(target).is_same(Look.of(state.value)):
-                    state.chain = None  # `out=` and `resize_` change the tensor object itself
+                    # `out=` and `resize_` change the tensor object itself: it is not what earlier nodes say it is.
+                    state.chain, state.held = None, {}
                 memory.write(state, memory.opaque(Look.of(target)))
         written = {id(target) for target in targets}
         for output in tensors_in(out):

@@ -100,6 +100,8 @@ class NodeTensor:
         value: Its value when the node ran.
         storage: The memory it lives in.
         is_base: It is the whole storage (not a view of another tensor), so `storage.history` is its own.
+        held: Number of writes to the storage so far -> its value then, where it was read or written by then: a view
+            has another value after a write through it, or through others.
     """
 
     node: fx.Node
@@ -107,6 +109,7 @@ class NodeTensor:
     value: Value
     storage: Storage
     is_base: bool
+    held: dict[int, Value]
 
 
 @dataclass(eq=False)
@@ -142,9 +145,8 @@ class Trace:
         for tensor in self._index.candidates.get(value, ()):
             if tensor.time > time:
                 break
-            if tensor.value is value and not any(
-                tensor.time < written <= time for written in tensor.storage.write_times
-            ):
+            writes = sum(written <= time for written in tensor.storage.write_times)
+            if tensor.held.get(writes) is value:
                 found.append(tensor.node)
             elif tensor.is_base:
                 past = [held for written, held in tensor.storage.history if written <= time]
@@ -164,7 +166,7 @@ class _Index:
     def of(cls, trace: Trace) -> _Index:
         candidates: dict[Value, list[NodeTensor]] = {}
         for tensor in trace.tensors.values():
-            held = [tensor.value]
+            held = list(tensor.held.values())
             if tensor.is_base:
                 held += [value for written, value in tensor.storage.history if written >= tensor.time]
                 # What it held when it was made may be the result of an earlier write.

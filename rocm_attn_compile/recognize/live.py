@@ -24,7 +24,7 @@ class LiveUsers:
         self._blind = {node for node, _, _ in trace.not_executed}
         self._unread = unread_nodes(trace)
         for node, tensor in trace.tensors.items():
-            held = {tensor.value.id}
+            held = {value.id for value in tensor.held.values()}
             if tensor.is_base:
                 held |= {value.id for _, value in tensor.storage.history}
             for key in held:

@@ -107,6 +107,22 @@ def test_key_value_cache(captured, check_replay):
     assert check_replay(seen.trace, seen.example_inputs)
 
 
+def test_a_view_that_was_written_through_holds_what_was_written(captured, check_replay):
+    """The halves of one buffer for keys and values, each written by slice assignment."""
+
+    def function(cache, new):
+        k, v = cache.select(1, 0), cache.select(1, 1)
+        k[:, :2] = new
+        v[:, :2] = new
+        return k * v
+
+    seen = captured(function, torch.randn(3, 2, 4), torch.randn(3, 2))
+    assert {"k", "v"} <= {
+        node.name for value in seen.output().args for node in seen.trace.nodes_holding(value, len(seen.trace.order))
+    }
+    assert check_replay(seen.trace, seen.example_inputs)
+
+
 def test_masked_fill_between_two_reads(captured, check_replay):
     def function(q, k):
         scores = q @ k.mT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from fuzz_latent import latent_operands
 from fuzz_noise import mislead, noise, unread
@@ -35,12 +36,12 @@ def attention(rng: random.Random) -> tuple[Program, str]:
         q = scale(p, q)
     if p.chance(0.2):
         k = scale(p, k)
-    out, extras = _site(p, q, k, v)
+    out, extras = site(p, q, k, v, _steps)
     if p.chance(0.05):  # a second attention on the result, with the same keys
         dims = tuple(x.replace("e", "d") for x in out.dims)
         if p.sizes["e"] == p.sizes["d"]:
             p.change("two attentions")
-            out, more = _site(p, Tensor(out.name, dims), k, v)
+            out, more = site(p, Tensor(out.name, dims), k, v, _steps)
             extras += more
     out = noise(p, out, 0.3)
     letters = "".join(out.dims)
@@ -57,12 +58,13 @@ def attention(rng: random.Random) -> tuple[Program, str]:
     return p, f"({', '.join([out.name, *extras])},)"
 
 
-def _site(p: Program, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[str]]:
+def site(p: Program, q: Tensor, k: Tensor, v: Tensor, steps: Callable[[Program], list]) -> tuple[Tensor, list[str]]:
+    """The result of one attention, and what else the program returns; `steps` says what is done to its scores."""
     s = contract(p, q, k, "d")
     p.axes = letters_of(s)
     if p.chance(0.04):
         s = mislead(p, s)
-    for step in _steps(p):
+    for step in steps(p):
         s = step(p, s)
         s = _rearranged(p, s)
         if p.chance(0.03):

@@ -6,6 +6,7 @@ heads, r query heads per key/value head, m queries, n keys, d channels of q and 
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -26,22 +27,37 @@ class Program:
 
     Attributes:
         rng: All choices come from it.
-        sizes: Axis letter -> size.
-        inputs: `(name, expression)`; `rand(...)` in an expression gives normal numbers in the program's dtype.
+        sizes: Axis letter -> size; a text where it is a variable of the program.
+        inputs: `(name, expression)`; `rand(...)` in an expression gives normal numbers in the program's dtype, and the
+            names of the inputs before it are known, as are `p`, `t` and `n` of `schedule`.
         lines: Statements, without indentation.
         axes: Letters of the scores.
         is_simple: Nothing but scales and masks is done to the scores.
         changes: Edits that change the meaning, or that nobody promises to follow: the site need not be replaced.
+        schedule: `(p, t)` of each call: the tokens before it, and those that it gets; `n` is their sum.
+        kept: Inputs that are made for the first call, and are the same tensors in the later ones.
+        feeds: Input -> the variable whose value it has in the next call.
+        is_half: For a 16-bit dtype only.
+        writes_results: What it writes into its inputs depends on an attention.
+        detaches: It cuts gradients, which is a change only where there are some.
+        layers: The caches of keys and of values that it has so far.
     """
 
     rng: random.Random
-    sizes: dict[str, int]
+    sizes: dict[str, int | str]
     inputs: list[tuple[str, str]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     axes: str = ""
     is_simple: bool = False
     count: int = 0
+    schedule: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
+    kept: list[str] = field(default_factory=list)
+    feeds: dict[str, str] = field(default_factory=dict)
+    is_half: bool = False
+    writes_results: bool = False
+    detaches: bool = False
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     # --- choices ---
 
@@ -83,13 +99,13 @@ class Program:
 
     # --- sizes ---
 
-    def size(self, dim: str) -> int:
-        total = 1
-        for letter in dim:
-            total *= self.sizes[letter]
-        return total
+    def size(self, dim: str) -> int | str:
+        sizes = [self.sizes[letter] for letter in dim]
+        number = math.prod(size for size in sizes if isinstance(size, int))
+        names = [size for size in sizes if isinstance(size, str)]
+        return " * ".join([*names, str(number)]) if names and number != 1 else " * ".join(names) or number
 
-    def shape(self, dims: Dims) -> list[int]:
+    def shape(self, dims: Dims) -> list[int | str]:
         return [self.size(dim) for dim in dims]
 
     # --- layout ---

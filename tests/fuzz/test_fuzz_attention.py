@@ -7,6 +7,7 @@ The random generator is hypothesis's, so that a failure shrinks; the examples ar
 from __future__ import annotations
 
 import random
+from itertools import count, islice
 
 import pytest
 from fuzz_check import Case, check
@@ -20,6 +21,12 @@ def kind_of(case: Case) -> str:
     outcome = check(case)
     assert outcome.kind not in FAILURES, f"{outcome.kind}\n{case.listing()}\n{outcome.text}"
     return outcome.kind
+
+
+def cases(first: int, is_cache: bool):
+    """The programs of one kind, from a seed on."""
+    drawn = (Case.draw(random.Random(seed)) for seed in count(first))
+    return (case for case in drawn if case.is_cache == is_cache)
 
 
 @settings(
@@ -39,10 +46,11 @@ def test_programs_that_shrink(rng):
     kind_of(Case.draw(rng))
 
 
-@pytest.mark.parametrize("first", [0, 20, 40])
-def test_programs_by_seed(first):
+@pytest.mark.parametrize("is_cache", [False, True], ids=["attention", "cache"])
+@pytest.mark.parametrize("first", [0, 100])
+def test_programs_by_seed(first, is_cache):
     """Hypothesis prefers small examples; these are as large as they come."""
-    kinds = [kind_of(Case.draw(random.Random(seed))) for seed in range(first, first + 20)]
+    kinds = [kind_of(case) for case in islice(cases(first, is_cache), 20)]
     # A fuzzer whose programs eager refuses, or that we all refuse, tests nothing.
     assert kinds.count("replaced") >= 6
     assert kinds.count("invalid") <= 5
