@@ -27,7 +27,7 @@ def to_expr(size: Size) -> sympy.Expr:
 
 
 def _as_guarded(expr: sympy.Expr, shape_env: Any) -> sympy.Expr:
-    """The symbol that an expression is equal to by a guard, where Dynamo could not put one in the place of the other.
+    """The symbol in an expression that is equal to it by a guard: Dynamo could not put one in the place of the other.
 
     MPT slices a bias of 64 keys to the s keys that there are: its size is 64 - Max(0, 64 - s), which the addition to
     the scores has guarded to be s.
@@ -38,7 +38,7 @@ def _as_guarded(expr: sympy.Expr, shape_env: Any) -> sympy.Expr:
         if isinstance(guard.expr, sympy.Eq) and not guard.size_oblivious and expr in guard.expr.args:
             left, right = guard.expr.args
             other = right if left == expr else left
-            if other.is_Symbol:
+            if other in expr.free_symbols:
                 return other
     return expr
 
