@@ -21,6 +21,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fuzz"))
 
 from fuzz_check import Case, check
 
-FAILURES = ("wrong", "crash", "missed")
+FAILURES = ("wrong", "crash", "missed", "fuzzer")
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
 CHUNK = 5
 """Programs that a process takes at a time."""
@@ -154,14 +155,20 @@ class _Chunk:
         self.only = only
 
     def __call__(self, seeds: range) -> tuple[int, list[Ran]]:
-        ran = []
-        for seed in seeds:
+        return seeds[0], [ran for seed in seeds if (ran := self._run(seed)) is not None]
+
+    def _run(self, seed: int) -> Ran | None:
+        case = None
+        try:
             case = Case.draw(random.Random(seed))
-            if self.only is None or case.is_cache == (self.only == "caches"):
-                outcome = check(case)
-                text = f"{case.listing()}\n{outcome.text}" if outcome.kind in FAILURES else ""
-                ran.append(Ran(seed, case.is_cache, outcome.kind, outcome.codes, outcome.notes, text))
-        return seeds[0], ran
+            if self.only is not None and case.is_cache != (self.only == "caches"):
+                return None
+            outcome = check(case)
+        except Exception:  # a fault of the fuzzer itself must not end the run of all others
+            listing = "" if case is None else case.listing()
+            return Ran(seed, False, "fuzzer", set(), set(), f"{listing}\n{traceback.format_exc()}")
+        text = f"{case.listing()}\n{outcome.text}" if outcome.kind in FAILURES else ""
+        return Ran(seed, case.is_cache, outcome.kind, outcome.codes, outcome.notes, text)
 
 
 def _one(seed: int) -> int:

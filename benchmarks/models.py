@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--attention", default="eager,sdpa")
     parser.add_argument("--jobs", default="prefill,padded,decode,training")
     parser.add_argument("--warm", type=int, default=0, help="first compile everything, in so many processes")
+    parser.add_argument("--compile-only", action="store_true", help="with --warm: stop after that")
     parser.add_argument("--csv", help="also write the figures there")
     options = parser.parse_args()
     where = torch.cuda.get_device_name() if on_gpu else "CPU"
@@ -252,6 +253,8 @@ def main() -> None:
     if options.warm:
         with ProcessPoolExecutor(options.warm, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
             list(pool.map(partial(warm, options=options), cases(options)))
+    if options.compile_only:
+        return
     print(f"rocm_attn_compile {rocm_attn_compile.__version__}, torch {torch.__version__}, {where}, {options.dtype}")
     print(f"{'ms per run, ' + str(options.layers) + ' layers':44s}{'eager':>9s}{'inductor':>10s}{'rocm_attn':>10s}"
           f"{'eager/':>9s}{'inductor/':>10s}  sites, rms error over eager's")  # fmt: skip

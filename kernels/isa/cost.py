@@ -2,8 +2,9 @@
 
 A model for comparing kernels, not for predicting time; it has not been validated on hardware. Cycles are of the unit,
 for one wave. Sources: AMD "CDNA3 Instruction Set Architecture" and the data sheets' peak rates (vector and matrix
-units; matrix cycles equal AMD's matrix instruction calculator), AMD's white papers "CDNA 3 Architecture" and "RDNA
-Architecture" (bytes a clock of LDS and L1).
+units; matrix cycles equal AMD's matrix instruction calculator), AMD's white papers "CDNA 3 Architecture", "RDNA
+Architecture" (bytes a clock of LDS and L1) and "CDNA 4 Architecture" (gfx950: "transcendental rates have been increased
+by 2x", and the LDS "doubles the read bandwidth to 256 bytes per clock").
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ _BYTES = (
     ("byte", 1), ("8", 1),
 )  # fmt: skip
 _LDS_BYTES_PER_CLOCK = 128
+# Reads of 8 and 16 bytes use all 64 banks of gfx950's LDS, those of 12 and writes use 32: measured by HipKittens (Hu et
+# al., 2025, its folder analysis/paper_experiments/phases). Narrower ones were not measured, and are left as they were.
+_WIDE_READ = re.compile(r"ds_read2?(st64)?_b(64|128)")
 _MEMORY_BYTES_PER_CLOCK = {"gfx9": 64, "gfx1": 128}
 
 
@@ -90,11 +94,14 @@ def cost(name: str, arch: str) -> tuple[str, int]:
         return OTHER, 0
     if name.startswith("v_"):
         once = 4 if arch.startswith("gfx9") else 1  # 16 or 32 lanes a clock
-        if _TRANSCENDENTAL.match(name) or _WIDE_MULTIPLY.match(name):
+        if _TRANSCENDENTAL.match(name):
+            return VECTOR, (2 if arch == "gfx950" else 4) * once
+        if _WIDE_MULTIPLY.match(name):
             return VECTOR, 4 * once
         return VECTOR, 2 * once if _SLOW_64.match(name) or "lane32_swap" in name or "lane16_swap" in name else once
     if name.startswith("ds_"):
-        return LDS, max(2, lanes(arch) * access_bytes(name) // _LDS_BYTES_PER_CLOCK)
+        rate = 2 * _LDS_BYTES_PER_CLOCK if arch == "gfx950" and _WIDE_READ.match(name) else _LDS_BYTES_PER_CLOCK
+        return LDS, max(2, lanes(arch) * access_bytes(name) // rate)
     if name.startswith(("global_", "buffer_", "flat_", "scratch_")):
         if _CACHE.match(name):
             return OTHER, 0

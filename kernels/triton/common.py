@@ -38,6 +38,11 @@ CAP_PRECISE = tl.constexpr(2)
 CAP_FAST = tl.constexpr(3)
 CAP_RECIPROCAL = tl.constexpr(4)
 
+# Cutting a weight to bfloat16 loses this share of it on average: half a unit of the last place, 2**-8, times the mean
+# of 1 / mantissa, 1 / (2 ln 2), if logarithms of weights are uniform over a binade. See truncate.
+TRUNCATION = tl.constexpr(2.0**-8 / (2.0 * 0.6931471805599453))
+TRUNCATION_LOG2 = tl.constexpr(0.004059457177543012)
+
 # Values of the forward kernel's SHIFT: what is subtracted from the scores of a row before they are exponentiated.
 RUNNING_MAX = tl.constexpr(0)
 FIRST_MAX = tl.constexpr(1)
@@ -101,6 +106,18 @@ def narrow(x, dtype: tl.constexpr, ROUND_BITS: tl.constexpr):
     else:
         y = x.to(dtype)
     return y
+
+
+@triton.jit
+def truncate(p):
+    """Cut float32 weights to bfloat16, two in one operation, where rounding them takes an addition each.
+
+    The caller makes them larger by a share of TRUNCATION, at no cost: TRUNCATION_LOG2 less is subtracted from the
+    exponents; and gives that share to what it sums up once more, since they lose it here on average. A weight that
+    bfloat16 holds, as 1, comes out of that as it was. The largest error is 0.72 units of the last place where rounding
+    has 0.5, the mean square the same within 8 %.
+    """
+    return (p.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -176,12 +193,17 @@ def score_offset(logits_soft_cap, SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr
 
 
 @triton.jit
-def exponent(s, m, scale_log2, RAW: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """The base-2 exponent of `exp(s - m)`; `m` broadcasts against `s` and must not be -inf."""
+def exponent(s, m, scale_log2, RAW: tl.constexpr, HAS_BIAS: tl.constexpr, LARGER: tl.constexpr = 0.0):
+    """The base-2 exponent of `exp(s - m)`, plus LARGER; `m` broadcasts against `s` and must not be -inf."""
+    if LARGER != 0.0 and not HAS_BIAS:
+        m = m - LARGER
     if RAW:
         x = s * scale_log2 - m
     elif HAS_BIAS:
         x = (s - m) * LOG2E
+        # Not to m, which may be finfo.min and would not notice.
+        if LARGER != 0.0:
+            x += LARGER
     else:
         x = s - m
     return x

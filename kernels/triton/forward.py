@@ -28,11 +28,14 @@ from .common import (
     EMPTY_MEAN_ADDED,
     FIRST_MAX,
     LARGEST_SUM,
+    LN2,
     LOG2E,
     NO_CAP,
     NO_MAX,
     RUNNING_MAX,
     SMALLEST_SUM,
+    TRUNCATION,
+    TRUNCATION_LOG2,
     add_alibi,
     deal_programs,
     dropout_keep,
@@ -42,10 +45,10 @@ from .common import (
     load_key_masks,
     load_row_masks,
     mask_scores,
-    narrow,
     score_factor,
     score_offset,
     score_tile,
+    truncate,
 )
 from .float8 import WEIGHT_BITS, queries_to_half, widen
 from .pages import pages_of_tile, place_tile
@@ -250,6 +253,8 @@ def attention_forward_kernel(
         m_i = tl.zeros((BLOCK_M,), tl.float32) - offset
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    TRUNCATE: tl.constexpr = ROUND_BITS and q_tile.dtype == tl.bfloat16
+    LARGER: tl.constexpr = TRUNCATION_LOG2 if TRUNCATE else 0.0
     if SHIFT == FIRST_MAX:
         m_i = scale_log2 * tl.max(
             q_k_product(
@@ -262,7 +267,12 @@ def attention_forward_kernel(
     for attempt in tl.static_range(2 if SHIFT == FIRST_MAX else 1):
         if attempt == 1:
             # Not a number is out of bounds, too.
-            again = tl.max(tl.where((l_i > SMALLEST_SUM) & (l_i < LARGEST_SUM), 0, 1)) != 0
+            holds = (l_i > SMALLEST_SUM) & (l_i < LARGEST_SUM)
+            if q_tile.dtype == tl.float16:
+                # Small weights lose no more than with the running maximum, whose sum is at least 1; a weight that has
+                # overflowed leaves no finite number in its row.
+                holds &= (l_i >= 1.0) & (tl.sum(acc * 0.0, 1) == 0.0)
+            again = tl.max(tl.where(holds, 0, 1)) != 0
             m_i = tl.where(again, float("-inf"), m_i)
             l_i = tl.where(again, 0.0, l_i)
             acc = tl.where(again, 0.0, acc)
@@ -337,7 +347,7 @@ def attention_forward_kernel(
                         m_safe = m_safe - WEIGHT_SHIFT
                 else:
                     m_safe = m_i
-                p = tl.exp2(exponent(s, m_safe[:, None], scale_log2, RAW, HAS_BIAS))
+                p = tl.exp2(exponent(s, m_safe[:, None], scale_log2, RAW, HAS_BIAS, LARGER))
                 l_i += tl.sum(p, 1)
                 if HAS_DROPOUT:
                     p = tl.where(dropout_keep(seed, row_index[:, None], kv_pos[None, :], kv_len, dropout_p), p, 0.0)
@@ -349,9 +359,13 @@ def attention_forward_kernel(
                     phase > 0, WIDE, TMA, v_at, SCATTERED,
                 )  # fmt: skip
                 v_tile = widen(v_tile, q_tile.dtype, FLOAT8_ASM)
-                acc = tl.dot(narrow(p, v_tile.dtype, ROUND_BITS), v_tile, acc, input_precision=PRECISION)
+                weights = truncate(p) if TRUNCATE else p.to(v_tile.dtype)
+                acc = tl.dot(weights, v_tile, acc, input_precision=PRECISION)
 
     m_i += offset
+    if TRUNCATE:
+        m_i -= LARGER * LN2 if HAS_BIAS else LARGER
+        acc = acc * (1.0 + TRUNCATION)
     if HALF:
         m_i = m_i - WEIGHT_SHIFT
     row_flat = (batch * num_heads + head + (row % PACK)) * q_len + q_pos

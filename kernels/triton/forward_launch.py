@@ -197,14 +197,15 @@ def feature(arguments: dict[str, Any], dtype: torch.dtype, arch: str, forward: b
     alibi = arguments["HAS_ALIBI"] and arguments["softmax_scale"] > 0
     # Masks of one element each need the registers, and are then what bounds.
     plain = (arguments["RAW"] or alibi) and not arguments["HAS_KEY_MASK"] and not arguments["HAS_IDS"]
-    words = (["alibi"] if arguments["HAS_ALIBI"] else []) + (["first"] if plain and dtype == torch.bfloat16 else [])
+    first = plain and (dtype == torch.bfloat16 or (dtype == torch.float16 and arch.startswith("gfx")))
+    words = (["alibi"] if arguments["HAS_ALIBI"] else []) + (["first"] if first else [])
     return "_".join(words)
 
 
 def score_shift(arguments: dict[str, Any], dtype: torch.dtype, special: str, first_max: bool) -> int:
     """What the forward kernel of prefill subtracts from the scores before it exponentiates them; see forward.py.
 
-    Anything but the running maximum needs weights with the exponents of float32.
+    Anything but the running maximum needs weights with the exponents of float32; those of float16 are checked.
     A soft cap up to 50 bounds the weights to exp(-50) .. exp(50). A million of them, times values up to 1e10, fit.
     """
     if special.endswith("first") and first_max:

@@ -114,6 +114,15 @@ def blocks(arch: str, itemsize: int, latent: int, rope: int) -> tuple[int, int]:
     return max(smallest, power_of_two(latent)), max(16, power_of_two(rope)) if rope else 0
 
 
+def transposes_keys(arch: str) -> bool:
+    """Whether the decode kernel loads the keys once more, transposed by the pointers, instead of transposing the tile.
+
+    Triton exchanges a transposed tile through LDS with two-way bank conflicts in each read: on CDNA2 and CDNA3, where
+    the simulator counts them. The second load of the same bytes finds them in the L1 cache, if it is not left out.
+    """
+    return arch in ("gfx90a", "gfx942")
+
+
 def score_columns(arch: str, block_c: int, has_key_mask: bool) -> int:
     """Columns that the scores are added up from at once.
 

@@ -22,20 +22,28 @@ _RUNTIME_SIZES = ["batch_size", "q_len", "kv_len", "num_splits", "band_lower", "
 
 @triton.jit
 def load_rows(
-    source, offset, row_ok, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr, AGAIN: tl.constexpr = False
-):
+    source, offset, row_ok, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr, AGAIN: tl.constexpr = False,
+    TRANSPOSED: tl.constexpr = False,
+):  # fmt: skip
     """Rows of SIZE adjacent elements that start at the offsets, BLOCK wide, 0 outside; CHECK: obey `row_ok`.
 
-    AGAIN: In each round of a loop, although they stay the same.
+    AGAIN: In each round of a loop, although they stay the same. TRANSPOSED: As columns, by the pointers.
     """
     offs = tl.arange(0, BLOCK)
-    ptrs = source + offset[:, None] + offs[None, :]
+    if TRANSPOSED:
+        ptrs = source + offset[None, :] + offs[:, None]
+        row_ok = row_ok[None, :]
+        size_ok = (offs < SIZE)[:, None]
+    else:
+        ptrs = source + offset[:, None] + offs[None, :]
+        row_ok = row_ok[:, None]
+        size_ok = (offs < SIZE)[None, :]
     if CHECK and BLOCK > SIZE:
-        tile = tl.load(ptrs, mask=row_ok[:, None] & (offs < SIZE)[None, :], other=0.0, volatile=AGAIN)
+        tile = tl.load(ptrs, mask=row_ok & size_ok, other=0.0, volatile=AGAIN)
     elif CHECK:
-        tile = tl.load(ptrs, mask=row_ok[:, None], other=0.0, volatile=AGAIN)
+        tile = tl.load(ptrs, mask=row_ok, other=0.0, volatile=AGAIN)
     elif BLOCK > SIZE:
-        tile = tl.load(ptrs, mask=(offs < SIZE)[None, :], other=0.0, volatile=AGAIN)
+        tile = tl.load(ptrs, mask=size_ok, other=0.0, volatile=AGAIN)
     else:
         tile = tl.load(ptrs, volatile=AGAIN)
     return tile
@@ -50,7 +58,7 @@ def mla_decode_kernel(
     batch_size, num_heads, q_len, kv_len, num_splits, softmax_scale, band_lower, band_upper,
     LATENT: tl.constexpr, ROPE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
-    MERGED: tl.constexpr, TILES_LAST: tl.constexpr, ROUND_BITS: tl.constexpr,
+    MERGED: tl.constexpr, TILES_LAST: tl.constexpr, ROUND_BITS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_LOWER: tl.constexpr,
     HAS_UPPER: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     PIECE: tl.constexpr,
@@ -175,11 +183,17 @@ def mla_decode_kernel(
                 )
                 if BLOCK_R > 0:
                     pe_tile = load_rows(
-                        k_pe, owner * stride_kb + token * stride_kn, used, ROPE, BLOCK_R, MERGED or phase > 0
-                    )
+                        k_pe, owner * stride_kb + token * stride_kn, used, ROPE, BLOCK_R, MERGED or phase > 0, False,
+                        TRANSPOSE_KEYS,
+                    )  # fmt: skip
             # In units of log2. Scaled before they are added: Triton would make one chain of the two products, and give
             # the first of a chain warps along the rows only, so that on Hopper both warp groups compute the same rows.
-            if PIECE == BLOCK_C:
+            if TRANSPOSE_KEYS:
+                k_tile = load_rows(
+                    kv, owner * stride_cb + token * stride_cn, used, LATENT, BLOCK_C, MERGED or phase > 0, False, True
+                )
+                s = tl.dot(q_tile, k_tile, input_precision=PRECISION) * scale_log2
+            elif PIECE == BLOCK_C:
                 s = tl.dot(q_tile, tl.trans(kv_tile), input_precision=PRECISION) * scale_log2
             else:
                 s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -193,7 +207,9 @@ def mla_decode_kernel(
             if BLOCK_R > 0:
                 if PIECE < BLOCK_C:
                     q_pe_tile = load_rows(q_pe, pe_at, row_ok, ROPE, BLOCK_R, False, True)
-                s += tl.dot(q_pe_tile, tl.trans(pe_tile), input_precision=PRECISION) * scale_log2
+                if not TRANSPOSE_KEYS:
+                    pe_tile = tl.trans(pe_tile)
+                s += tl.dot(q_pe_tile, pe_tile, input_precision=PRECISION) * scale_log2
             key_keep, _id = load_key_masks(key_mask, key_mask, stride_key_n, stride_key_n, kv_pos, kv_len,
                                            HAS_KEY_MASK, False)  # fmt: skip
             s = mask_scores(

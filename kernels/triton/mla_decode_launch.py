@@ -330,9 +330,10 @@ def mla_decode_plan(
         BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE=page,
         SPLIT=num_splits > 1, TMA=tma, MERGED=config.merged and not (tma and page),
         TILES_LAST=configs.kv_heads_first(arch),
-        ROUND_BITS=configs.rounds_bits(arch), HAS_KEY_MASK=key_mask is not None,
-        HAS_START=kv_start is not None, HAS_END=kv_end is not None, HAS_LOWER=band_lower is not None,
-        HAS_UPPER=band_upper is not None, EMPTY_ROWS=EMPTY_ROWS[empty_rows], PRECISION=precision,
+        ROUND_BITS=configs.rounds_bits(arch), TRANSPOSE_KEYS=mla_configs.transposes_keys(arch),
+        HAS_KEY_MASK=key_mask is not None, HAS_START=kv_start is not None, HAS_END=kv_end is not None,
+        HAS_LOWER=band_lower is not None, HAS_UPPER=band_upper is not None, EMPTY_ROWS=EMPTY_ROWS[empty_rows],
+        PRECISION=precision,
         PIECE=mla_configs.score_columns(arch, block_c, key_mask is not None),
     )  # fmt: skip
     columns, chunk = mla_configs.combine_blocks(batch * rows, block_c, num_splits, num_units)

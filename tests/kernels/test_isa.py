@@ -84,6 +84,25 @@ def test_costs(name: str, want: tuple[str, int]) -> None:
     assert cost.cost(name, "gfx942") == want
 
 
+@pytest.mark.parametrize(
+    ("name", "cycles"),
+    [
+        ("v_exp_f32", 8),
+        ("v_add_f32", 4),
+        ("v_mul_lo_u32", 16),
+        ("ds_read_b128", 4),
+        ("ds_read_b64", 2),
+        ("ds_read_b64_tr_b16", 2),
+        ("ds_read2st64_b64", 4),
+        ("ds_read_b96", 6),
+        ("ds_write_b128", 8),
+    ],
+)
+def test_gfx950_has_twice_the_transcendental_rate_and_lds_read_bandwidth(name: str, cycles: int) -> None:
+    """AMD, "CDNA 4 Architecture": transcendental rates doubled, LDS reads of 256 bytes per clock."""
+    assert cost.cost(name, "gfx950")[1] == cycles
+
+
 def graph(*lines: str) -> assembly.Kernel:
     text = "\n".join(f"\t{line}" if not line.endswith(":") else line for line in lines)
     return assembly.parse_only(
