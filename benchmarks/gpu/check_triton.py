@@ -31,9 +31,9 @@ import kernel_cases  # noqa: E402
 import kernel_oracle  # noqa: E402
 
 
-def load_kernels() -> tuple[Any, Any, Any]:
-    """The modules attention, forward_launch and launch, from the installed package or else from this checkout."""
-    names = ("attention", "forward_launch", "launch")
+def load_kernels() -> tuple[Any, ...]:
+    """The modules named here, from the installed package or else from this checkout."""
+    names = ("attention", "forward_launch", "backward_launch", "launch")
     try:
         return tuple(importlib.import_module(f"rocm_attn_compile.kernels.triton.{name}") for name in names)
     except ImportError:
@@ -43,7 +43,7 @@ def load_kernels() -> tuple[Any, Any, Any]:
         return tuple(importlib.import_module(f"rocm_attn_kernels.{name}") for name in names)
 
 
-attention, forward_launch, launch = load_kernels()
+attention, forward_launch, backward_launch, launch = load_kernels()
 FULL = kernel_cases.FULL
 
 
@@ -145,8 +145,9 @@ def check(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
         return kernel_oracle.compare(tensors, scalars, {"out": out, "lse": lse})
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype).cuda()
     arguments = {"grad_out": grad_out, **tensors, "out": out, "lse": lse, **scalars, "output_mask": [True] * 5}
-    grads = attention.attention_backward(**arguments)
-    again = attention.attention_backward(**arguments)
+    backward = one_backward if case.get("one_backward") else attention.attention_backward
+    grads = backward(**arguments)
+    again = backward(**arguments)
     got = {"out": out, "lse": lse}
     for name, grad, repeat in zip(kernel_oracle.GRADIENTS, grads, again):
         if tensors[name] is not None:
@@ -156,10 +157,26 @@ def check(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
     return kernel_oracle.compare(tensors, scalars, got, grad_out, case.get("oracle_dtype", torch.float64))
 
 
+def one_backward(**arguments: Any) -> tuple[torch.Tensor, ...]:
+    """attention_backward by Hopper's one kernel for all gradients, whatever the size."""
+    launches, tensors = backward_launch.backward_launches(**arguments, tuning=launch.Tuning(in_flight=True))
+    assert "backward_hopper_kernel" in [one.kernel.__name__ for one in launches]
+    for name in ("dq", "dk", "dv"):
+        tensors[name].fill_(float("nan"))
+    for one in launches:
+        one.run()
+    dsinks = arguments["q"].new_empty((0,))
+    if arguments["sinks"] is not None:
+        dsinks = backward_launch.sink_gradient(arguments["sinks"], arguments["lse"], tensors["delta"], None)
+    return *(tensors[name] for name in ("dq", "dk", "dv", "dbias")), dsinks
+
+
 def all_cases(small: int) -> list[dict[str, Any]]:
     """The realistic cases, the decode cases, and `small` of the interpreter tests' (random mixtures first)."""
     rest = kernel_cases.random_cases(24) + kernel_cases.feature_cases()
     cases = realistic_cases() + kernel_cases.decode_cases() + rest[:small]
+    if torch.cuda.get_device_capability() == (9, 0) and torch.version.hip is None:
+        cases += kernel_cases.hopper_backward_cases()
     return [case for case in cases if case["B"] and case["N"]]
 
 

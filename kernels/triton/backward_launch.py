@@ -15,6 +15,7 @@ from .backward import backward_rows_kernel
 from .backward_bias import backward_bias_kernel
 from .backward_dkdv import backward_dkdv_kernel
 from .backward_dq import backward_dq_kernel
+from .backward_hopper_launch import hopper_launches, refusal
 from .forward_launch import feature, forward_descriptors
 from .launch import (
     EMPTY_ROWS,
@@ -100,7 +101,7 @@ def backward_launches(
     batch, num_heads, q_len, head_dim = q.shape
     _, kv_heads, kv_len, v_head_dim = v.shape
     lse = lse.contiguous()
-    arch, _ = device_arch(q.device)
+    arch, num_units = device_arch(q.device)
     arch = tuning.arch or arch
     is_amd = arch.startswith("gfx")
 
@@ -161,7 +162,7 @@ def backward_launches(
     del whole["BLOCK_REST"]
     can_tma = (
         tuning.tma is not False
-        and batch * num_heads * q_len * kv_len >= min_tma_scores(tuning)
+        and (tuning.in_flight or batch * num_heads * q_len * kv_len >= min_tma_scores(tuning))
         and aligned(q, k, v, grad_out, *(rope or ()), traced=tuning.traced)
         and all(takes_tma(layout(tensor), itemsize) for tensor in (q, k, v, grad_out))
         and takes_tma_rope(rope_layouts, itemsize)
@@ -208,7 +209,11 @@ def backward_launches(
             **dict(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out.stride())),
         )
     ]
-    if computed[1]:
+    in_one = can_tma and tuning.config is None and not rope and all(computed[:3])
+    in_one = in_one and not refusal(arch, itemsize, blocks, arguments, tuning.in_flight)
+    if in_one:
+        launches += hopper_launches(grad_out, q, k, v, arguments, tensors, num_units)
+    if computed[1] and not in_one:
         dk, dv = tensors["dk"], tensors["dv"]
         outputs = {
             "grad_k": dk, "grad_v": dv, **of_rope("grad_k_rest", "stride_dkp", tensors.get("dk_pe"), "bhn"),
@@ -236,7 +241,7 @@ def backward_launches(
             )
             for direction, want_dk, want_dv in pieces
         ]
-    if computed[0]:
+    if computed[0] and not in_one:
         dq = tensors["dq"]
         launches.append(
             launch_main(

@@ -214,6 +214,9 @@ _HOPPER: dict[str, Table] = {
     "decode_float8_pages": {(64, 2): C(16, 128, 4, 5), (128, 2): C(16, 128, 4, 3), (256, 2): C(16, 64, 4, 3)},
     "decode_float8": {(64, 2): C(16, 128, 4, 3), (128, 2): C(16, 128, 4, 3), (256, 2): C(16, 64, 4, 3)},
     "decode_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
+    "decode_pages_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
+    "decode_float8_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
+    "decode_float8_pages_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
     "decode_two": {(64, 2): None, (128, 2): C(16, 64, 4, 3)},
     "forward_tma_first": {(96, 2): C(128, 64, 4, 3, merged=True, first_max=True)},
     "forward_tma_alibi_first": {
@@ -305,8 +308,8 @@ strides and size allow them, also forward_tma, backward_q_tma and backward_kv_tm
 and backward_v_tma: two launches. A suffix "_bias" or "_cap" is for calls with a bias or mask tensor or a soft cap,
 which need more registers, as "_alibi" for ALiBi (on Hopper not "forward"), "_first" and "_alibi_first" for forward
 calls that may take first_max, "_pages", "_float8" and "_float8_pages" for those that read a KV cache as it lies. Where
-such a table has no row, the one without a suffix counts. "decode_one" and "decode_two" are for splits of up to 128 and
-256 keys, for which a deep pipeline only takes longer to start.
+such a table has no row, the one without the last suffix counts. "_one" and "_two" are for decode's splits of up to 128
+and 256 keys, for which a deep pipeline only takes longer to start.
 """
 
 
@@ -342,10 +345,11 @@ def select_tma(arch: str, direction: str, head_block: int, itemsize: int, featur
     Args:
         arch, direction, head_block, itemsize, feature: As for select.
     """
-    if feature:
+    while feature:
         special = select_tma(arch, f"{direction}_{feature}", head_block, itemsize)
         if special:
             return special
+        feature = feature.rpartition("_")[0]
     for (max_head, max_bytes), config in TABLES[family(arch)].get(direction, {}).items():
         if head_block <= max_head and itemsize <= max_bytes:
             return config
@@ -387,6 +391,21 @@ def heads_at_once(arch: str, uneven: bool, heads: int, head_bytes: int, is_long:
     if heads * head_bytes <= HEADS_BYTES:
         return heads
     return max(1, LONG_HEADS_BYTES // head_bytes) if is_long else 1
+
+
+def backward_heads_at_once(heads: int, kv_blocks: int, num_units: int) -> int:
+    """The same for the one backward kernel of Hopper (backward_hopper.py), whose programs of a head follow each other.
+
+    Half of a head's programs at once, so that the next ones start where these have been, was best on an H200 from 16 to
+    128 blocks of keys. With fewer, what follows in the walk is no longer in the cache; where all start together, each
+    waits a step longer for its turn than the one before.
+
+    Args:
+        heads: Key/value heads of all batch entries.
+        kv_blocks: Programs of a head.
+        num_units: Multiprocessors.
+    """
+    return max(1, min(heads, round(2 * num_units / kv_blocks)))
 
 
 def has_tanh(arch: str) -> bool:

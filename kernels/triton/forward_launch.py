@@ -305,7 +305,7 @@ def forward_plan(
     programs = num_units * configs.programs_per_unit(arch, in_place)
     num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, programs, decode) if scalars[-1] == 0.0 else 1)
     if decode:
-        special = cache.feature or configs.decode_feature(kv_len, num_splits)
+        special = "_".join(filter(None, (cache.feature, configs.decode_feature(kv_len, num_splits))))
         config, _ = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
     is_cache = cache != NO_CACHE
     shift = RUNNING_MAX if decode or is_cache else score_shift(arguments, dtype, special, config.first_max)

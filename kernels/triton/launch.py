@@ -27,6 +27,9 @@ Layout = tuple[torch.Size, tuple[int, ...]] | None
 """Sizes and strides of a tensor, None where it is absent."""
 
 
+NO_SWIZZLE = -1
+
+
 @dataclass(frozen=True)
 class Descriptor:
     """A tensor that a kernel reads through a tensor descriptor, one `block_shape` at a time.
@@ -35,7 +38,8 @@ class Descriptor:
         base: Gives data and dtype.
         shape, strides: What the descriptor says; for an expanded or a one-element dimension not those of `base`.
         block_shape: Of one read.
-        swizzle: Of the tile in shared memory, in bytes, which kernels in Gluon choose; 0: Triton chooses.
+        swizzle: Of the tile in shared memory, in bytes, which kernels in Gluon choose, NO_SWIZZLE for rows that lie as
+            they are; 0: Triton chooses.
     """
 
     base: torch.Tensor
@@ -46,10 +50,15 @@ class Descriptor:
 
     def layout(self) -> Any:
         """Gluon's layout of the tile in shared memory."""
-        # Here, since Gluon is experimental, and only Hopper needs it.
-        from triton.experimental.gluon.language import NVMMASharedLayout
+        return _shared_layout(self.swizzle, 8 * self.base.element_size(), len(self.block_shape))
 
-        return NVMMASharedLayout(self.swizzle, 8 * self.base.element_size(), rank=len(self.block_shape))
+
+@functools.cache
+def _shared_layout(swizzle: int, bits: int, rank: int) -> Any:
+    # Here, since Gluon is experimental, and only Hopper needs it.
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    return NVMMASharedLayout(max(0, swizzle), bits, rank=rank)
 
 
 def base_of(argument: Any) -> Any:
@@ -109,7 +118,8 @@ class Tuning:
         tma: With `config`: whether the kernels read through tensor descriptors (Hopper only). False also keeps the
             tables' configurations from doing so.
         separate: With `config`: one launch for dk and one for dv.
-        in_flight: With `config`: latent decode by the Hopper kernel in Gluon.
+        in_flight: With `config`: latent decode by the Hopper kernel in Gluon. Without: the backward by Hopper's one
+            kernel wherever it can.
         traced: The tensors have no data: what is aligned is told by their offsets in their storages.
         opaque: Triton's own launcher will run the call, not a CUDA graph and not Inductor.
         chosen: Without `config`: configurations that take the place of the tables', see autotune.py. One that needs

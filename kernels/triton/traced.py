@@ -88,15 +88,14 @@ def _blocks(launch: Launch) -> dict[str, tuple[int, ...]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """False for a descriptor with other sizes or strides than its tensor's.
+    """False for a descriptor of a kernel in Gluon, which Inductor cannot launch, or unlike its tensor.
 
-    `as_strided` could give it a tensor with the same. But where the tensor becomes an input of a compiled program and
-    starts inside its storage, Inductor counts the offset twice.
+    `as_strided` could give it a tensor with the same sizes and strides. But where the tensor becomes an input of a
+    compiled program and starts inside its storage, Inductor counts the offset twice.
     """
-    return not isinstance(value, Descriptor) or (tuple(value.base.shape), value.base.stride()) == (
-        value.shape,
-        value.strides,
-    )
+    if not isinstance(value, Descriptor):
+        return True
+    return not value.swizzle and (tuple(value.base.shape), value.base.stride()) == (value.shape, value.strides)
 
 
 _understood: dict[Any, bool] = {}

@@ -1,0 +1,286 @@
+"""dq, dk and dv in one kernel for Hopper, in Gluon: five products a tile instead of seven, and warps with roles.
+
+A program owns 128 keys of one key/value head and walks over blocks of 64 queries of its whole group. Two warp groups
+own 64 keys each: they compute scores and weights, transposed so that the weights are at once the left operand of dv
+and dk, and keep dk and dv in registers. ds goes to shared memory, where the two exchange it: each multiplies all 128
+keys' ds with half of the columns of the keys, a step late, so that neither waits for the other.
+
+    group 0:  s = k q^T   dp = v g^T   dv += p^T g   ds --.   dk += ds^T q   dq[:, :64] = ds k[:, :64]  --.
+    group 1:  the same of the other 64 keys             --'                  dq[:, 64:] = ds k[:, 64:]  --'--> partial
+
+Two warps of their own copy queries in and add dq to `partial`, see backward_hopper_parts.py. Programs draw their
+numbers from a counter when they start, and wait only for lower numbers, which run already. All walk over the queries
+from the last block down, one behind the other, so that after the first steps they seldom wait.
+
+Letters as in common.py.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .backward_hopper_parts import (
+    BLOCK_M,
+    BLOCK_N,
+    HALF,
+    WIDTH,
+    add_in_turn,
+    barrier,
+    copy_in,
+    next_step,
+    pack,
+    signal,
+)
+
+LOG2E = gl.constexpr(1.4426950408889634)
+NEVER = gl.constexpr(float("-inf"))
+CAP_FAST = gl.constexpr(3)
+"""As common.CAP_FAST, the only soft cap that is known here."""
+NEVER_CAPPED = gl.constexpr(-1e18)
+"""Far below what tanh gives, and its square is still a number."""
+
+
+@gluon.jit
+def multiply_scores(k_smem, q_smem, stage, layout: gl.constexpr, SIDE: gl.constexpr):
+    """Start k q^T of a group's 64 keys."""
+    s = gl.full([HALF, BLOCK_M], 0.0, gl.float32, layout=layout)
+    s = warpgroup_mma(k_smem.index(2 * SIDE), q_smem.index(2 * stage).permute((1, 0)), s, use_acc=False, is_async=True)
+    return warpgroup_mma(k_smem.index(2 * SIDE + 1), q_smem.index(2 * stage + 1).permute((1, 0)), s, is_async=True)
+
+
+@gluon.jit
+def multiply_dq(ds_smem, k_smem, stage, layout: gl.constexpr, SIDE: gl.constexpr):
+    """Start ds k of all 128 keys, for half of the columns."""
+    dq = gl.full([BLOCK_M, HALF], 0.0, gl.float32, layout=layout)
+    dq = warpgroup_mma(ds_smem.index(2 * stage).permute((1, 0)), k_smem.index(SIDE), dq, use_acc=False, is_async=True)
+    return warpgroup_mma(ds_smem.index(2 * stage + 1).permute((1, 0)), k_smem.index(2 + SIDE), dq, is_async=True)
+
+
+@gluon.jit
+def stage_dq(dq_smem, dq, taken, step, SIDE: gl.constexpr):
+    """Leave a step's half of dq in shared memory, when the engine has taken the one of two steps before.
+
+    Before the first step (step is -1) that is what happens to be there, and nobody reads it.
+    """
+    linear: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    slot = (step + 2) % 2
+    mbarrier.wait(taken.index(slot), (step + 2) // 2 % 2, pred=step >= 0)
+    dq_smem.index(2 * slot + SIDE)._reinterpret(gl.float32, [1024, 4], linear).store(pack(dq))
+    fence_async_shared()
+
+
+@gluon.jit
+def sum_keys(
+    grad_k, grad_v, q_smem, k_smem, v_smem, g_smem, ds_smem, dq_smem, row_smem, kv_full, full, ds_full, done, taken,
+    stride_dkn, stride_dkd, stride_dvn, stride_dve, group, kv_len, softmax_scale, scale_log2, inner_scale,
+    band_lower, band_upper, n_first, end, steps, full_begin, full_end, SIDE: gl.constexpr, HEAD_DIM: gl.constexpr,
+    V_HEAD_DIM: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr,
+):  # fmt: skip
+    """One of the two warp groups.
+
+    Both arrive at `done` at the end of a step: its queries and gradients are no longer needed, ds of the step before
+    has been used, and dq of that step is staged.
+    """
+    dtype: gl.constexpr = q_smem.dtype
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    ds_operand: gl.constexpr = gl.DotOperandLayout(0, scores, 2)
+    p_operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
+    by_key: gl.constexpr = gl.SliceLayout(1, scores)
+    by_query: gl.constexpr = gl.SliceLayout(0, scores)
+    kv_pos = n_first + SIDE * HALF + gl.arange(0, HALF, layout=by_key)
+    nothing = gl.full([HALF, BLOCK_M], 0.0, gl.float32, layout=scores)
+    dk_left = gl.full([HALF, HALF], 0.0, gl.float32, layout=scores)
+    dk_right = gl.full([HALF, HALF], 0.0, gl.float32, layout=scores)
+    dv = gl.full([HALF, WIDTH], 0.0, gl.float32, layout=result)
+    head = 0
+    block = end - 1
+    mbarrier.wait(kv_full, 0)
+    mbarrier.wait(full.index(0), 0, pred=steps > 0)
+    s = multiply_scores(k_smem, q_smem, 0, scores, SIDE)
+    for step in range(steps):
+        stage = step % 2
+        other = stage ^ 1
+        s = warpgroup_mma_wait(0, deps=[s])
+        if SOFT_CAP == CAP_FAST:
+            s = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [s * inner_scale], dtype=gl.float32,
+                                          is_pure=True, pack=1)  # fmt: skip
+        if (block < full_begin) | (block >= full_end):
+            q_pos = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=by_query)
+            keep = (kv_pos < kv_len)[:, None] & (q_pos >= 0)[None, :]
+            if HAS_UPPER:
+                keep &= kv_pos[:, None] - q_pos[None, :] <= band_upper
+            if HAS_LOWER:
+                keep &= kv_pos[:, None] - q_pos[None, :] >= band_lower
+            s = gl.where(keep, s, NEVER_CAPPED if SOFT_CAP == CAP_FAST else NEVER)
+        dp = warpgroup_mma(v_smem.index(SIDE), g_smem.index(stage).permute((1, 0)), nothing, use_acc=False,
+                           is_async=True)  # fmt: skip
+        # Rounded, they take half of the registers until ds needs them.
+        p = gl.exp2(s * scale_log2 - row_smem.index(2 * stage).load(scores))
+        # In ds with the derivative of the soft cap.
+        weights = (p * (1.0 - s * s)).to(dtype) if SOFT_CAP == CAP_FAST else p.to(dtype)
+        p = p.to(dtype)
+        dv = warpgroup_mma(gl.convert_layout(p, p_operand), g_smem.index(stage), dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=[dp])
+        ds = (weights.to(gl.float32) * (dp - row_smem.index(2 * stage + 1).load(scores))).to(dtype)
+        mbarrier.wait(done.index(other), (step + 1) // 2 % 2 ^ 1, pred=step > 1)
+        ds_smem.index(2 * stage + SIDE).store(ds)
+        fence_async_shared()
+        signal(ds_full.index(stage))
+        # dq of the step before. In the first step it is of what happens to be there, and not used.
+        mbarrier.wait(ds_full.index(other), (step + 1) // 2 % 2 ^ 1, pred=step > 0)
+        dq = multiply_dq(ds_smem, k_smem, other, scores, SIDE)
+        ds = gl.convert_layout(ds, ds_operand)
+        dk_left = warpgroup_mma(ds, q_smem.index(2 * stage), dk_left, is_async=True)
+        dk_right = warpgroup_mma(ds, q_smem.index(2 * stage + 1), dk_right, is_async=True)
+        dv, dq = warpgroup_mma_wait(2, deps=[dv, dq])
+        stage_dq(dq_smem, dq, taken, step - 1, SIDE)
+        mbarrier.wait(full.index(other), (step + 1) // 2 % 2, pred=step + 1 < steps)
+        s = multiply_scores(k_smem, q_smem, other, scores, SIDE)
+        dk_left, dk_right = warpgroup_mma_wait(2, deps=[dk_left, dk_right])
+        signal(done.index(stage))
+        head, block = next_step(head, block, group)
+    s = warpgroup_mma_wait(0, deps=[s])
+    if steps > 0:
+        last = steps - 1
+        mbarrier.wait(ds_full.index(last % 2), last // 2 % 2)
+        dq = multiply_dq(ds_smem, k_smem, last % 2, scores, SIDE)
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        stage_dq(dq_smem, dq, taken, last, SIDE)
+        signal(done.index(steps % 2))
+
+    exists = (kv_pos < kv_len)[:, None]
+    row = kv_pos.to(gl.int64)
+    columns = gl.arange(0, HALF, layout=by_query)
+    at = grad_k + (row * stride_dkn)[:, None]
+    gl.store(at + (columns * stride_dkd)[None, :], (dk_left * softmax_scale).to(grad_k.dtype.element_ty),
+             mask=exists & (columns < HEAD_DIM)[None, :])  # fmt: skip
+    columns += HALF
+    gl.store(at + (columns * stride_dkd)[None, :], (dk_right * softmax_scale).to(grad_k.dtype.element_ty),
+             mask=exists & (columns < HEAD_DIM)[None, :])  # fmt: skip
+    row = gl.convert_layout(row, gl.SliceLayout(1, result))
+    columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, result))
+    gl.store(
+        grad_v + (row * stride_dvn)[:, None] + (columns * stride_dve)[None, :],
+        dv.to(grad_v.dtype.element_ty),
+        mask=(row < kv_len)[:, None] & (columns < V_HEAD_DIM)[None, :],
+    )
+
+
+_SIZES = ["batch_size", "num_heads", "gqa_group_size", "q_len", "kv_len", "heads_at_once", "band_lower", "band_upper"]
+
+
+@gluon.jit(do_not_specialize=_SIZES)
+def backward_hopper_kernel(
+    q, k, v, grad_out, grad_k, grad_v, shift, delta, partial, turns, ticket,
+    stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dve,
+    batch_size, num_heads, gqa_group_size, q_len, kv_len, heads_at_once, softmax_scale, logits_soft_cap,
+    band_lower, band_upper, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, HAS_LOWER: gl.constexpr,
+    HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr,
+):  # fmt: skip
+    """Write `grad_k` `(B, K, N, D)` and `grad_v` `(B, K, N, E)`, and add up dq in `partial`; D and E are at most 128.
+
+    The scores are in the RAW domain of common.py. q, k, v and grad_out are tensor descriptors: of 64 x 64 for q and
+    k, of 64 x 128 for v and grad_out. shift and delta are descriptors of 1 x 64 of `(B * H, M)`.
+
+    Args:
+        partial: Descriptor of PART x 256 of float32 `(B * H * blocks of queries * 32, 256)`, uninitialised. Blocks of
+            queries that see no key are not written.
+        turns: int32 `(B, H, blocks of queries)`, zeros; more than 0 where `partial` has been written.
+        ticket: int32 `(1,)`, zero.
+    """
+    dtype: gl.constexpr = q.dtype
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    in_order: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
+    q_smem = gl.allocate_shared_memory(dtype, [4, BLOCK_M, HALF], shared)
+    g_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M, WIDTH], shared)
+    k_smem = gl.allocate_shared_memory(dtype, [4, HALF, HALF], shared)
+    v_smem = gl.allocate_shared_memory(dtype, [2, HALF, WIDTH], shared)
+    ds_smem = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], shared)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [4, 16, 256], in_order)
+    row_smem = gl.allocate_shared_memory(gl.float32, [4, 1, BLOCK_M], in_order)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(kv_full.index(0), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(ds_full.index(i), count=2)
+        mbarrier.init(done.index(i), count=2)
+        mbarrier.init(taken.index(i), count=1)
+
+    softmax_scale = softmax_scale.to(gl.float32)
+    scale_log2 = softmax_scale * LOG2E
+    inner_scale = softmax_scale
+    if SOFT_CAP == CAP_FAST:
+        inner_scale = softmax_scale / logits_soft_cap
+        scale_log2 = logits_soft_cap * LOG2E
+    num_kv_blocks = gl.cdiv(kv_len, BLOCK_N)
+    num_row_blocks = gl.cdiv(q_len, BLOCK_M)
+    num_kv_heads = num_heads // gqa_group_size
+    number = gl.atomic_add(ticket, 1, sem="relaxed", scope="gpu")
+    # As deal_programs: a head's key blocks in ascending order.
+    first = number // (heads_at_once * num_kv_blocks) * heads_at_once
+    count = gl.minimum(heads_at_once, batch_size * num_kv_heads - first)
+    rest = number - first * num_kv_blocks
+    kv_index = first + rest % count
+    kv_block = rest // count
+    batch = kv_index // num_kv_heads
+    kv_head = kv_index % num_kv_heads
+    n_first = kv_block * BLOCK_N
+    n_last = gl.minimum(n_first + BLOCK_N, kv_len) - 1
+    lo = 0
+    hi = q_len
+    full_lo = 0
+    full_hi = q_len
+    if HAS_UPPER:
+        lo = gl.maximum(lo, n_first - band_upper)
+        full_lo = gl.maximum(full_lo, n_last - band_upper)
+    if HAS_LOWER:
+        hi = gl.minimum(hi, n_last - band_lower + 1)
+        full_hi = gl.minimum(full_hi, n_first - band_lower + 1)
+    begin = lo // BLOCK_M
+    end = gl.maximum(begin, gl.cdiv(gl.maximum(hi, 0), BLOCK_M))
+    steps = (end - begin) * gqa_group_size
+    # Blocks of queries that the mask leaves whole. Absent queries have weight 0 in any case, absent keys have not.
+    full_begin = gl.cdiv(full_lo, BLOCK_M)
+    full_end = gl.where(full_hi >= q_len, num_row_blocks, gl.maximum(full_hi, 0) // BLOCK_M)
+    full_end = gl.where(n_first + BLOCK_N > kv_len, 0, full_end)
+
+    grad_k += batch.to(gl.int64) * stride_dkb + kv_head.to(gl.int64) * stride_dkh
+    grad_v += batch.to(gl.int64) * stride_dvb + kv_head.to(gl.int64) * stride_dvh
+    barrier()
+    # Written out twice: constants stay constants only in the call itself.
+    gl.warp_specialize(
+        [
+            (sum_keys, (
+                grad_k, grad_v, q_smem, k_smem, v_smem, g_smem, ds_smem, dq_smem, row_smem, kv_full.index(0), full,
+                ds_full, done, taken, stride_dkn, stride_dkd, stride_dvn, stride_dve, gqa_group_size, kv_len,
+                softmax_scale, scale_log2, inner_scale, band_lower, band_upper, n_first, end, steps, full_begin,
+                full_end, 0, HEAD_DIM, V_HEAD_DIM, HAS_LOWER, HAS_UPPER, SOFT_CAP,
+            )),
+            (sum_keys, (
+                grad_k, grad_v, q_smem, k_smem, v_smem, g_smem, ds_smem, dq_smem, row_smem, kv_full.index(0), full,
+                ds_full, done, taken, stride_dkn, stride_dkd, stride_dvn, stride_dve, gqa_group_size, kv_len,
+                softmax_scale, scale_log2, inner_scale, band_lower, band_upper, n_first, end, steps, full_begin,
+                full_end, 1, HEAD_DIM, V_HEAD_DIM, HAS_LOWER, HAS_UPPER, SOFT_CAP,
+            )),
+            (copy_in, (
+                q, k, v, grad_out, shift, delta, q_smem, k_smem, v_smem, g_smem, row_smem, kv_full.index(0), full,
+                done, batch, kv_head, num_heads, gqa_group_size, n_first, end, steps,
+            )),
+            (add_in_turn, (
+                partial, turns, dq_smem, done, taken, batch * num_heads + kv_head * gqa_group_size, gqa_group_size,
+                num_row_blocks, band_lower, kv_block, end, steps, HAS_LOWER,
+            )),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )  # fmt: skip

@@ -1,0 +1,122 @@
+"""When the one backward kernel for Hopper takes a call, and its launches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import configs
+from .backward_finish import backward_finish_kernel
+from .common import CAP_FAST, NO_CAP
+from .launch import NO_SWIZZLE, Descriptor, Launch, descriptor
+from .mla_configs import GLUON_KNOWN
+
+BLOCK_M, BLOCK_N, WIDTH, PART = 64, 128, 128, 16
+"""As in backward_hopper_parts.py."""
+
+MIN_SCORES = 2**29
+"""Below this many scores (B * H * M * N) the gradients take less than 0.7 ms. This kernel is none that Inductor can
+launch itself, and an opaque call costs the host up to 1.1 ms."""
+
+_FEATURES = (
+    "HAS_BIAS", "HAS_ATTN_MASK", "HAS_KEY_MASK", "HAS_START", "HAS_END", "HAS_IDS", "HAS_DROPOUT", "HAS_ALIBI",
+)  # fmt: skip
+
+
+def refusal(
+    arch: str, itemsize: int, blocks: tuple[int, int, int], arguments: dict[str, Any], any_size: bool = False
+) -> str:
+    """Why the kernel cannot, or should not, compute a call's gradients; "" where it should.
+
+    That tensor descriptors can be made of q, k, v and grad_out is for the caller to see.
+
+    Args:
+        arch: "sm90", ...
+        itemsize: Bytes of an element of q.
+        blocks: From configs.head_blocks.
+        arguments: What the other backward kernels are given; RAW says that the scores are a plain product.
+        any_size: Also where it is not worth it.
+    """
+    batch, num_heads, q_len, _ = arguments["q"].shape
+    if arch != "sm90" or not triton.__version__.startswith(GLUON_KNOWN):
+        return "written for Hopper, in Gluon, which is experimental, as two releases of Triton have it"
+    if itemsize != 2 or blocks != (WIDTH, 0, WIDTH):
+        return "its accumulators are those of 16-bit heads of 65 to 128 numbers"
+    if batch * num_heads * q_len * arguments["k"].shape[2] < MIN_SCORES and not any_size:
+        return "short, so that the host's time counts"
+    if not arguments["RAW"] or arguments["EMPTY_ROWS"] or any(arguments[name] for name in _FEATURES):
+        return "it knows no mask but the band, no bias, no dropout and no empty rows with a gradient"
+    if arguments["SOFT_CAP"] not in (NO_CAP.value, CAP_FAST.value):
+        return "of soft caps it knows the one by NVIDIA's tanh instruction, for bfloat16"
+    if q_len % 4:
+        return "rows of row statistics do not start at multiples of 16 bytes, as the copy engine needs them"
+    return ""
+
+
+def hopper_launches(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], tensors: dict[str, Any],
+    num_units: int,
+) -> list[Launch]:  # fmt: skip
+    """The launches that fill "dq", "dk" and "dv" of `tensors`.
+
+    They need float32 memory of the size of dq, and 4 bytes for 64 rows.
+
+    Args:
+        grad_out, q, k, v: Tensors that descriptors can be made of.
+        arguments: As for `refusal`.
+        tensors: The gradients, and "shift" and "delta", which backward_rows_kernel fills before.
+        num_units: Multiprocessors.
+    """
+    # Here, since Gluon is experimental, and only Hopper needs it.
+    from .backward_hopper import backward_hopper_kernel
+
+    batch, num_heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    num_row_blocks, kv_blocks = triton.cdiv(q_len, BLOCK_M), triton.cdiv(kv_len, BLOCK_N)
+    tiles = batch * num_heads * num_row_blocks
+    dq, dk, dv = (tensors[name] for name in ("dq", "dk", "dv"))
+    partial = torch.empty((tiles * 2 * PART, BLOCK_M * WIDTH // (2 * PART)), dtype=torch.float32, device=q.device)
+    # Cleared by a memset, which CUDA graphs capture. The first one numbers the programs.
+    counters = torch.zeros((1 + tiles,), dtype=torch.int32, device=q.device)
+    shared = {name: arguments[name] for name in ("num_heads", "q_len", "softmax_scale", "HEAD_DIM")}
+    given = {
+        **arguments,
+        "q": _swizzled(q, BLOCK_M, WIDTH // 2),
+        "k": _swizzled(k, BLOCK_N // 2, WIDTH // 2),
+        "v": _swizzled(v, BLOCK_N // 2, WIDTH),
+        "grad_out": _swizzled(grad_out, BLOCK_M, WIDTH),
+        "grad_k": dk,
+        "grad_v": dv,
+        "shift": _in_order(tensors["shift"].view(-1, q_len), 1, BLOCK_M),
+        "delta": _in_order(tensors["delta"].view(-1, q_len), 1, BLOCK_M),
+        "partial": _in_order(partial, PART, partial.shape[1]),
+        "turns": counters[1:],
+        "ticket": counters,
+        "batch_size": batch,
+        "heads_at_once": configs.backward_heads_at_once(batch * kv_heads, kv_blocks, num_units),
+        **dict(zip(("stride_dkb", "stride_dkh", "stride_dkn", "stride_dkd"), dk.stride())),
+        **dict(zip(("stride_dvb", "stride_dvh", "stride_dvn", "stride_dve"), dv.stride())),
+    }
+    names = [parameter.name for parameter in backward_hopper_kernel.params]
+    main = Launch(
+        backward_hopper_kernel,
+        batch * kv_heads * kv_blocks,
+        {name: given[name] for name in names},
+        {"num_warps": 4, "num_stages": 1},
+    )
+    strides = dict(zip(("stride_dqb", "stride_dqh", "stride_dqm", "stride_dqd"), dq.stride()))
+    found = {**shared, **strides, "partial": partial, "turns": counters[1:], "ticket": counters, "grad_q": dq,
+             "num_row_blocks": num_row_blocks}  # fmt: skip
+    return [main, Launch(backward_finish_kernel, tiles, found, {"num_warps": 4, "num_stages": 1})]
+
+
+def _swizzled(tensor: Tensor, rows: int, columns: int) -> Descriptor:
+    return replace(descriptor(tensor, rows, columns), swizzle=128)
+
+
+def _in_order(tensor: Tensor, rows: int, columns: int) -> Descriptor:
+    return Descriptor(tensor, tuple(tensor.shape), tensor.stride(), (rows, columns), NO_SWIZZLE)

@@ -1,0 +1,142 @@
+"""The two copying warps of the one backward kernel for Hopper, and what all its roles share.
+
+A sum over all keys has to be added up by the programs that own the keys. It stays deterministic because they take
+turns: `turns` counts, for each block of queries, how many programs have added to it, in the order of their keys. The
+copy engine adds; the warp that starts it waits for the turn, for the engine, and passes the turn on, while the others
+compute.
+"""
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+BLOCK_M = gl.constexpr(64)
+"""Queries of a step."""
+BLOCK_N = gl.constexpr(128)
+"""Keys of a program."""
+HALF = gl.constexpr(64)
+WIDTH = gl.constexpr(128)
+"""Columns of a head, and half of them; half of the keys."""
+PART = gl.constexpr(16)
+"""A (64, 64) float32 tile is PART rows of 256 numbers in `partial`, in the order of `pack`."""
+# Its name differs between Triton 3.6 and 3.7.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@builtin
+def async_add(descriptor, coord, source, _semantic=None):
+    """The copy engine adds a tile in shared memory to global memory: Triton compiles it, Gluon has no name for it."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coord, source.handle)
+
+
+@gluon.jit
+def load_acquire(pointer):
+    """The number at `pointer`; the copy engine then sees what had been added before it was stored."""
+    return gl.inline_asm_elementwise(
+        "{ ld.acquire.gpu.global.b32 $0, [$1]; fence.proxy.async.global; }", "=r,l", [pointer], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_release(pointer, value):
+    """Store `value` once the calling warp's copies and additions are in global memory.
+
+    tma.store_wait only waits until shared memory has been read.
+    """
+    gl.inline_asm_elementwise(
+        "{ cp.async.bulk.wait_group 0; bar.warp.sync -1; st.release.gpu.global.b32 [$1], $2; mov.b32 $0, $2; }",
+        "=r,l,r", [pointer, value], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def signal(bar):
+    """Arrive once for the calling warps, after all of them."""
+    barrier()
+    mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
+def next_step(head, block, group):
+    """What follows a block of queries: that of the group's next head, after the last head the block before it.
+
+    Heads change fastest: programs with fewer blocks then simply finish earlier. If each head were walked through, they
+    would start the next one before those with more blocks, on whom they wait.
+    """
+    head += 1
+    done = head == group
+    return gl.where(done, 0, head), gl.where(done, block - 1, block)
+
+
+@gluon.jit
+def pack(tile):
+    """A (64, 64) result as (1024, 4): what a thread holds, by fours, so that memory is written in order."""
+    return tile.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([1024, 4])
+
+
+@gluon.jit
+def copy_in(
+    q, k, v, grad_out, shift, delta, q_smem, k_smem, v_smem, g_smem, row_smem, kv_full, full, done, batch, kv_head,
+    num_heads, group, n_first, end, steps,
+):  # fmt: skip
+    """A warp that copies the keys and values in, then one block of queries and gradients after the other."""
+    mbarrier.expect(kv_full, 2 * BLOCK_N * WIDTH * 2)
+    for side in gl.static_range(2):
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(k, [batch, kv_head, n_first + side * HALF, half * HALF], kv_full,
+                                            k_smem.index(2 * side + half))  # fmt: skip
+        tma.async_copy_global_to_shared(v, [batch, kv_head, n_first + side * HALF, 0], kv_full, v_smem.index(side))
+    head = 0
+    block = end - 1
+    for step in range(steps):
+        stage = step % 2
+        q_first = block * BLOCK_M
+        q_head = kv_head * group + head
+        row = batch * num_heads + q_head
+        mbarrier.wait(done.index(stage), (step // 2 + 1) % 2)
+        mbarrier.expect(full.index(stage), 2 * BLOCK_M * WIDTH * 2 + 2 * BLOCK_M * 4)
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(q, [batch, q_head, q_first, half * HALF], full.index(stage),
+                                            q_smem.index(2 * stage + half))  # fmt: skip
+        tma.async_copy_global_to_shared(grad_out, [batch, q_head, q_first, 0], full.index(stage), g_smem.index(stage))
+        tma.async_copy_global_to_shared(shift, [row, q_first], full.index(stage), row_smem.index(2 * stage))
+        tma.async_copy_global_to_shared(delta, [row, q_first], full.index(stage), row_smem.index(2 * stage + 1))
+        head, block = next_step(head, block, group)
+
+
+@gluon.jit
+def add_in_turn(
+    partial, turns, dq_smem, done, taken, first_row, group, num_row_blocks, band_lower, kv_block, end, steps,
+    HAS_LOWER: gl.constexpr,
+):  # fmt: skip
+    """A warp that adds dq of a block to what the programs with lower keys have left in `partial`; the first one stores.
+
+    `first_row` is the first query head's number among all of them.
+    """
+    head = 0
+    block = end - 1
+    for step in range(steps):
+        stage = step % 2
+        first = 0
+        if HAS_LOWER:
+            # The first keys that the block sees.
+            first = gl.maximum(block * BLOCK_M + band_lower, 0) // BLOCK_N
+        tile = (first_row + head) * num_row_blocks + block
+        # Staged in the step that follows.
+        mbarrier.wait(done.index(stage ^ 1), (step + 1) // 2 % 2)
+        if kv_block > first:
+            while load_acquire(turns + tile) < kv_block - first:
+                pass
+            for half in gl.static_range(2):
+                async_add(partial, [(2 * tile + half) * PART, 0], dq_smem.index(2 * stage + half))
+        else:
+            for half in gl.static_range(2):
+                tma.async_copy_shared_to_global(partial, [(2 * tile + half) * PART, 0], dq_smem.index(2 * stage + half))
+        tma.store_wait(0)
+        mbarrier.arrive(taken.index(stage), count=1)
+        store_release(turns + tile, kv_block - first + 1)
+        head, block = next_step(head, block, group)

@@ -1,0 +1,90 @@
+"""The one backward kernel for Hopper: which calls take it, and that it compiles to what its speed rests on.
+
+Its results need the GPU: tests/gpu/test_backward_hopper.py.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from rocm_attn_compile.kernels.triton import aot, aot_launches, traced
+
+KERNEL = "backward_hopper_kernel"
+LONG = {"arch": "sm90", "dtype": torch.bfloat16, "head_dim": 128, "q_len": 8192, "kv_len": 8192}
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {},
+        {"causal": False},
+        {"band_lower": -1023},
+        {"sinks": True},
+        {"soft_cap": 30.0},
+        {"dtype": torch.float16, "v_head_dim": 112},
+    ],
+    ids=str,
+)
+def test_long_calls_take_it(features):
+    found = aot_launches.launches(**{**LONG, **features})
+    assert [name for name in found if "backward" in name] == ["backward_rows_kernel", KERNEL, "backward_finish_kernel"]
+    assert not traced._trace(list(found.values()), {}, SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"q_len": 1024, "kv_len": 1024}, {"head_dim": 64}, {"head_dim": 96}, {"head_dim": 192, "v_head_dim": 128},
+        {"head_dim": 256}, {"dtype": torch.float32}, {"arch": "sm100"}, {"arch": "gfx942"},
+        {"dtype": torch.float16, "soft_cap": 30.0}, {"dropout_p": 0.1}, {"empty_rows": "mean"}, {"q_len": 8190},
+        *({name: True} for name in ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "alibi_slopes")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_others_keep_the_kernels_for_each_gradient(features):
+    found = aot_launches.launches(**{**LONG, **features})
+    assert KERNEL not in found
+    assert {"backward_dkdv_kernel", "backward_dq_kernel"} <= set(found)
+
+
+def test_programs_of_a_head_have_ascending_numbers():
+    """A program waits for lower numbers only, so each head's blocks of keys must be dealt out in ascending order."""
+    launch = aot_launches.launches(**LONG)[KERNEL]
+    heads, blocks = 2 * 2, 8192 // 128
+    assert launch.grid == heads * blocks
+    at_once = launch.arguments["heads_at_once"]
+    seen: dict[int, list[int]] = {head: [] for head in range(heads)}
+    for number in range(launch.grid):
+        first = number // (at_once * blocks) * at_once
+        count = min(at_once, heads - first)
+        rest = number - first * blocks
+        seen[first + rest % count].append(rest // count)
+    assert all(order == list(range(blocks)) for order in seen.values())
+
+
+@pytest.mark.parametrize("features", [{"band_lower": -1023}, {"causal": False}, {"soft_cap": 30.0}], ids=str)
+def test_machine_code(features):
+    """The products of warp groups, dq added by the copy engine, and registers moved between the roles.
+
+    Where a role does not get by with its registers, ptxas ignores what the roles ask for, and everything spills.
+    """
+    compiled = aot.compile_launch(aot_launches.launches(**{**LONG, **features})[KERNEL], "sm90")
+    ptx, sass = compiled.asm["ptx"], compiled.asm["sass"]
+    assert ptx.count("wgmma.mma_async") > 80
+    assert ptx.count("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add") == 2
+    assert "USETMAXREG" in sass
+    assert sass.count("STL") < 16
+    assert compiled.metadata.shared <= 227 * 1024
+
+
+def test_finish_reads_what_the_roles_pack():
+    """backward_finish_kernel's order is the inverse of backward_hopper_parts.pack, for each half of the columns."""
+    tile = torch.arange(64 * 128).view(64, 128)
+    halves = [half.reshape(4, 2, 8, 8, 4, 2).permute(3, 0, 2, 4, 1, 5).reshape(-1) for half in tile.split(64, dim=1)]
+    found = torch.cat(halves).view(2, 8, 4, 8, 4, 2, 2).permute(2, 5, 3, 0, 1, 4, 6).reshape(64, 128)
+    assert torch.equal(found, tile)
