@@ -37,8 +37,6 @@ LEFT = {
     "is not removed, it keeps a small weight.",
     "sink_axis": "Sinks that vary with the query, beside a mask that writes into the scores: they would become one "
     "more key, which the mask would have to leave out.",
-    "bool_bias": "A bool mask is added to the scores, where it counts as 1 and masks nothing: most likely an error of "
-    "the model, so it is said and not replaced.",
 }
 """The other sites."""
 
