@@ -17,6 +17,7 @@ import torch.fx as fx
 from torch.utils import _pytree as pytree
 
 from rocm_attn_compile import _torch_private as private
+from rocm_attn_compile.capture.questions import Questions
 from rocm_attn_compile.capture.trace import Storage, Value
 from rocm_attn_compile.symbolic import same_size
 
@@ -88,11 +89,13 @@ class Memory:
 
     Attributes:
         values: The SSA, in order of execution.
+        questions: What the values are asked.
         node, time, grad_mode: Stamped on new values; set by the interpreter before each node.
     """
 
     def __init__(self) -> None:
         self.values: list[Value] = []
+        self.questions = Questions()
         self.node: fx.Node | None = None
         self.time = -1
         self.grad_mode = True
@@ -118,6 +121,7 @@ class Memory:
             time=self.time,
             grad_mode=self.grad_mode,
             output_index=index,
+            questions=self.questions,
         )
         self.values.append(value)
         for used in dict.fromkeys(values_in((args, kwargs))):

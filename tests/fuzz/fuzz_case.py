@@ -92,7 +92,9 @@ class Case:
         names = result.strip("(),").split(", ")
         return cls(
             source, program.inputs, program.changes, dtype, grads, dynamic, lowering,
-            has_ones=program.sizes["n"] == "n" and (0, 1) in program.schedule if is_cache else 1 in program.sizes.values(),
+            has_ones=(
+                program.sizes["n"] == "n" and (0, 1) in program.schedule if is_cache else 1 in program.sizes.values()
+            ),
             # What the first call's backward needs is overwritten by the second.
             schedule=program.schedule[: 1 if any(grads) and program.kept and not program.feeds else None],
             kept=program.kept,
