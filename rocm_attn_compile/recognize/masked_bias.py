@@ -4,7 +4,8 @@
 
 Beside a kept key a dropped one has weight 0 either way, if the fill is low enough and the bias is not. In a row that
 keeps none both sums are the fill, if it absorbs what is added to it; whether it does is asked of every mask
-(`empty_rows`). A gradient of the bias is 0 where it was replaced, and in a row that keeps none it would not be.
+(`empty_rows`). A gradient of the bias is 0 where it was replaced, and in a row that keeps none it would not be: a bias
+that gets one is taken apart where no such row can be.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def take_apart(
     is_hard: Callable[[float], bool],
     is_moderate: Callable[[Operand], bool],
     requires_grad: Callable[[Value], bool],
+    is_alone: bool,
 ) -> tuple[Operand, Term] | None:
     """The bias and the mask in it; None if it is no such choice, or something of the above is not proved.
 
@@ -35,6 +37,7 @@ def take_apart(
         is_hard: Whether a number that is added drops a key.
         is_moderate: Whether a bias is nowhere as low as a fill.
         requires_grad: Whether a value gets a gradient.
+        is_alone: The site has no other mask, and no other bias that may be one.
     """
     value = bias.value
     if bias.factor != 1 or value.op == "opaque" or cuts_gradient(value):
@@ -61,6 +64,6 @@ def take_apart(
     form = symbols.prove(prove, condition, [symbols.of(dim) for dim in aligned(bias.dims, condition)])
     if isinstance(form, prover.OpaqueMask) or form.residual:
         return None
-    if requires_grad(inner) and not form.every_row_keeps_a_key():
+    if requires_grad(inner) and not (is_alone and form.every_row_keeps_a_key()):
         return None
     return rest, Term(form, (number,), True, bias, True)

@@ -206,6 +206,7 @@ def _take_masks(
 ) -> tuple[list[Operand], list[Term]]:
     """The biases without the masks among them and in them, and these masks."""
     dtype = score_dtype(proof)
+    is_alone = len(logits.biases) == 1 and not (logits.masks or logits.is_causal)
     biases: list[Operand] = []
     added: list[Term] = []
     for bias in logits.biases:
@@ -214,7 +215,8 @@ def _take_masks(
             apart = None, term
         elif not (bias.rounded_to is not None and logits.bias_cast_after_shift):
             is_hard = partial(prover.is_hard, dtype=bias.added_in or dtype)
-            apart = take_apart(bias, symbols, is_hard, partial(_is_moderate, symbols=symbols, live=live), tracks)
+            is_small = partial(_is_moderate, symbols=symbols, live=live)
+            apart = take_apart(bias, symbols, is_hard, is_small, tracks, is_alone)
         rest, term = apart or (bias, None)
         biases += [rest] if rest is not None else []
         added += [term] if term is not None else []

@@ -78,6 +78,13 @@ def learned_and_empty_rows(q, k, v, bias, tokens):
     return (q @ k.mT * SCALE + bias).softmax(-1) @ v
 
 
+def learned_beside_a_window(q, k, v, bias, tokens):
+    """Two masks may leave a row without a key that neither empties."""
+    bias = torch.tanh(bias).masked_fill(~causal(q, k), -math.inf)
+    near = torch.arange(N)[None, :] > torch.arange(M)[:, None] - 3
+    return ((q @ k.mT * SCALE).masked_fill(~near, -math.inf) + bias).softmax(-1) @ v
+
+
 def low_bias(q, k, v, bias, tokens):
     """It may be lower than the fill."""
     bias = (bias * 2.0**125).masked_fill(~causal(q, k), lowest(q))
@@ -181,6 +188,11 @@ def test_what_is_not_the_same_stays_a_tensor(function):
     site, bias, _ = run(function)
     assert site.data["has_bias"] and site.data["mask"]["text"] == "none"
     assert bias[-2:] == ((1, N) if function is fill_that_does_not_absorb else (M, N))
+
+
+def test_a_learned_bias_beside_another_mask_stays_a_tensor():
+    site, bias, _ = run(learned_beside_a_window)
+    assert site.data["mask"]["band_upper"] is None and bias[-2:] == (M, N)
 
 
 def test_beside_another_fill_in_inference():
