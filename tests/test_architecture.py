@@ -138,13 +138,15 @@ def test_every_private_torch_name_has_a_test():
 
 
 def test_recognition_reads_a_program_through_its_values():
-    """What is read past `Value` and `LiveUsers` is on no record: sites would be taken for equal without it."""
+    """What is read past `Value` and `LiveUsers` is on no record: sites would be taken for equal whatever it says."""
     may_see_graphs = {"recognize.attention", "recognize.live", "recognize.unseen"}
     seen = set()
     for path in package_files():
         if module_of(path).startswith("recognize"):
-            words = set(re.findall(r"\w+", path.read_text()))
-            seen |= {module_of(path)} if words & {"fx", "Trace", "__dict__", "vars", "current_shape_env"} else set()
+            looks_past = re.search(
+                r"\bimport torch\.fx\b|\b(Trace|__dict__|vars|current_shape_env)\b", path.read_text()
+            )
+            seen |= {module_of(path)} if looks_past else set()
     assert seen == may_see_graphs
 
 

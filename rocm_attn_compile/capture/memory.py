@@ -88,8 +88,7 @@ class Memory:
     """Values, and the tensors and storages that hold them.
 
     Attributes:
-        values: The SSA, in order of execution.
-        questions: What the values are asked.
+        values, questions: The SSA, in order of execution, and what it is asked.
         node, time, grad_mode: Stamped on new values; set by the interpreter before each node.
     """
 
@@ -97,8 +96,7 @@ class Memory:
         self.values: list[Value] = []
         self.questions = Questions()
         self.node: fx.Node | None = None
-        self.time = -1
-        self.grad_mode = True
+        self.time, self.grad_mode = -1, True
         self._states: dict[int, TensorState] = {}
         # Keyed by the address of the untyped storage, which the entry keeps alive.
         self._storages: dict[int, tuple[Any, Storage]] = {}
