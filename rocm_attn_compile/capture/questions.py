@@ -23,18 +23,24 @@ class Record:
     Attributes:
         answers: `(ask, *arguments)` -> answer, in the order in which they were first asked. `ask` is called with a
             reader of the program (see `recognize.live`) and the arguments. A raised `Refusal` is an answer, too.
-        names: What values were called in texts. A text with such a name is about one site.
+        names: What was called by name in texts -> `(how, value)` for each value that is called so, where `how(value)`
+            is the name; None for what is no value.
     """
 
     def __init__(self) -> None:
         self.answers: dict[tuple, Any] = {}
-        self.names: set[str] = set()
+        self.names: dict[str, set[tuple[Callable[[Any], str], Any] | None]] = {}
 
     def add(self, other: Record) -> None:
         """Put what is on another record on this one."""
         for question, answer in other.answers.items():
             self.answers.setdefault(question, answer)
-        self.names |= other.names
+        self.add_names(other)
+
+    def add_names(self, other: Record) -> None:
+        """Put the names that are on another record on this one."""
+        for name, bearers in other.names.items():
+            self.names.setdefault(name, set()).update(bearers)
 
 
 class Questions:
@@ -83,16 +89,16 @@ class Questions:
             finally:
                 self.record = outer
             outer.answers[question] = answer
-            outer.names |= inner.names
+            outer.add_names(inner)
         answer = outer.answers[question]
         if isinstance(answer, Refusal):
             raise answer
         return answer
 
-    def called(self, name: str) -> str:
-        """`name`, which is on its way into a text."""
+    def called(self, name: str, how: Callable[[Any], str] | None = None, value: Any = None) -> str:
+        """`name`, which is on its way into a text: `how(value)`, if it is a value's."""
         if self.record is not None:
-            self.record.names.add(name)
+            self.record.names.setdefault(name, set()).add(None if how is None else (how, value))
         return name
 
 

@@ -65,10 +65,14 @@ class Value:
     def place(self) -> str:
         """The name of its node, for texts; "" if it has none."""
         node = self.__dict__["node"]
-        return "" if node is None else self.questions.called(node.name)
+        return "" if node is None else self.questions.called(node.name, _place_of, self)
 
     def __repr__(self) -> str:
-        return self.questions.called(f"%{self.id}:{self.name}{list(self.shape)}")
+        return self.questions.called(f"%{self.id}:{self.name}{list(self.shape)}", repr, self)
+
+
+def _place_of(value: Value) -> str:
+    return value.place
 
 
 LEAF_OPS = ("input", "constant", "opaque")

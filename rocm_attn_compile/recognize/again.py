@@ -13,7 +13,6 @@ not grow with the layers below it.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -21,16 +20,14 @@ from typing import TypeAlias
 from ..capture.questions import Record
 from ..capture.trace import Value
 from ..normalize.softmax import SoftmaxAnchor
-from ..reasons import INTERNAL_ERROR
 from .live import LiveUsers
+from .names import Found, is_about_one_site, rename
 from .pairing import Look, Pairing, look_of
-from .region import LookAlike, Region
 from .translation import Translation
 
 log = logging.getLogger(__name__)
 
 Anchor: TypeAlias = SoftmaxAnchor | Value
-Found: TypeAlias = Region | LookAlike
 
 _REMEMBERED = 8
 """Sites that a new one is compared with, the latest first; models have few kinds of layers, and take turns."""
@@ -61,7 +58,7 @@ class Sites:
                 return found
         with live.questions.recorded() as record:
             found = in_full(anchor, live)
-        if not _is_about_one_site(found, record):
+        if not is_about_one_site(found, record):
             self._remember(_Site(anchor, found, record))
         return found
 
@@ -75,7 +72,7 @@ class Sites:
             log.warning("while translating %s", site.found.anchor, exc_info=True)
             return None
         found.equal_to = site.found.anchor
-        return found
+        return found if rename(found, site.record, pairing.partner) else None
 
     def _remember(self, site: _Site) -> None:
         self._sites = [site, *(other for other in self._sites if other is not site)][:_REMEMBERED]
@@ -97,14 +94,3 @@ def _parts(anchor: Anchor) -> tuple:
         return (anchor,)
     flags = (anchor.dim, anchor.safe, anchor.shifted, anchor.normalized)
     return anchor.weights, anchor.scores, flags, anchor.internals
-
-
-def _is_about_one_site(found: Found, record: Record) -> bool:
-    """True if the report says something of it that is not true of equal ones: names of values, a defect of ours."""
-    if isinstance(found, LookAlike):
-        reasons = [found.reason]
-    else:
-        reasons = [note for note in (found.latent_note, found.cache_note, found.bias_note) if note is not None]
-    text = "\n".join(map(str, reasons))
-    named = (re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in record.names)
-    return any(reason.code == INTERNAL_ERROR for reason in reasons) or any(named)
