@@ -285,6 +285,13 @@ def integers_added(q, k, v):
     return (q @ k.mT * SCALE + torch.arange(M)).softmax(-1) @ v
 
 
+@look_alike("no_contraction", lambda: (*square(), rand(H, H)))
+def scores_mixed_by_a_linear_layer(q, k, v, mix):
+    """Talking heads, as CaiT writes them."""
+    s = F.linear((q @ k.mT).permute(0, 2, 3, 1), mix).permute(0, 3, 1, 2)
+    return s.softmax(-1) @ v
+
+
 @look_alike("score_op")
 def multiplied_by_mask(q, k, v):
     keep = torch.ones(M, M).tril()
