@@ -1,12 +1,14 @@
 """Attention in models that nobody here wrote: which sites are replaced, and are the results right?
 
     python benchmarks/zoo.py run --results FILE [--attention eager] [--padded] [--gradients] [--jobs N]
+    python benchmarks/zoo.py all --results FILE [--jobs N] [--seconds S]
     python benchmarks/zoo.py table --results FILE ...
 
 `run` builds a tiny random model of every architecture in processes of its own, counts its attention sites by
 watching it run, and compares what the package and Inductor's matcher make of it. Finished cases in FILE, one JSON
-object a line, are skipped, so an interrupted run goes on where it was. `table` merges the files into
-results/zoo.jsonl, which is kept, and writes docs/coverage.md from it.
+object a line, are skipped, so an interrupted run goes on where it was. `all` runs every case in every setting of the
+page, by one state of the recogniser. `table` merges the files into results/zoo.jsonl, which is kept, and writes
+docs/coverage.md from it.
 
 Packages other than transformers are optional. They must not change the torch that is there:
 
@@ -29,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from zoo_lib.children import in_children
-from zoo_lib.rows import compact, read, recogniser
+from zoo_lib.plan import Task, everything, setting_of
+from zoo_lib.rows import SETTING, Row, compact, read, recogniser
 
 ROOT = Path(__file__).resolve().parent
 KEPT = ROOT / "results" / "zoo.jsonl"
@@ -44,24 +47,29 @@ _PACKAGES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
-    run.add_argument("--results", type=Path, required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--results", type=Path, required=True)
+    shared.add_argument("--only", nargs="*", default=[], help="patterns of names")
+    shared.add_argument("--timeout", type=int, default=60, help="seconds of processor time per model")
+    shared.add_argument("--jobs", type=int, default=1, help="models at a time")
+    shared.add_argument("--seconds", type=float, help="stop after so long; the next run goes on")
+    run = commands.add_parser("run", parents=[shared])
     run.add_argument("--source", default="huggingface", choices=("huggingface", "vision", "others"))
     run.add_argument("--attention", default="eager", choices=("eager", "sdpa"))
     run.add_argument("--padded", action="store_true")
     run.add_argument("--gradients", action="store_true")
     run.add_argument("--no-peer", action="store_true")
     run.add_argument("--lowering", default="eager", choices=("eager", "aot_eager", "inductor"))
-    run.add_argument("--only", nargs="*", default=[], help="patterns of names")
     run.add_argument("--again", action="store_true", help="also what FILE has")
-    run.add_argument("--timeout", type=int, default=60, help="seconds of processor time per model")
-    run.add_argument("--jobs", type=int, default=1, help="models at a time")
-    run.add_argument("--seconds", type=float, help="stop after so long; the next run goes on")
+    whole = commands.add_parser("all", parents=[shared])
+    whole.add_argument("--kept", type=Path, default=KEPT, help="rows that say what is slow and what had a problem")
     table = commands.add_parser("table")
     table.add_argument("--results", type=Path, nargs="+", default=[KEPT])
     options = parser.parse_args()
     if options.command == "run":
-        run_all(options)
+        run_one_setting(options)
+    elif options.command == "all":
+        run_all_settings(options)
     else:
         write_table(options.results)
 
@@ -77,24 +85,43 @@ def write_table(paths: list[Path]) -> None:
     PAGE.write_text(page(rows, FACTOR))
 
 
-def run_all(options: argparse.Namespace) -> None:
-    """All cases that FILE lacks; progress on stderr."""
-    source = importlib.import_module(f"zoo_lib.{options.source}")
-    setting = {"attention": options.attention, "padded": options.padded, "gradients": options.gradients}
-    setting["lowering"] = options.lowering
-    names = chosen(source.names(), options.only)
-    done = set() if options.again else finished(options.results, setting)
-    seen = {row["name"] for row in read(options.results)}
+def run_one_setting(options: argparse.Namespace) -> None:
+    """All cases of one source that FILE lacks."""
+    setting = setting_of(options.attention, options.padded, options.gradients, options.lowering)
+    names = chosen(names_of(options.source), options.only)
+    rows = read(options.results)
+    done = set() if options.again else {row["name"] for row in rows if is_finished(row, setting)}
+    seen = {row["name"] for row in rows}
     todo = sorted((name for name in names if name not in done), key=lambda name: name in seen)  # what is new first
-    tasks = ((name, partial(one, options.source, name, setting, not options.no_peer)) for name in todo)
+    run_tasks([Task(options.source, name, setting, not options.no_peer) for name in todo], options)
+
+
+def run_all_settings(options: argparse.Namespace) -> None:
+    """All cases in all settings that FILE lacks from this state of the recogniser."""
+    state = recogniser()
+    rows = [row for row in read(options.results) if row.get("recogniser") == state]
+    done = {(row["name"], *(row[part] for part in SETTING)) for row in rows if row["status"] in ("run", "not built")}
+    names = {source: chosen(names_of(source), options.only) for source in _PACKAGES}
+    tasks = everything(names, read(options.kept))
+    run_tasks([task for task in tasks if (task.name, *(task.setting[part] for part in SETTING)) not in done], options)
+
+
+def run_tasks(tasks: list[Task], options: argparse.Namespace) -> None:
+    """Rows are added to FILE as they come; progress on stderr."""
+    functions = ((task, partial(one, task.source, task.name, task.setting, task.with_peer)) for task in tasks)
     limits = {"jobs": options.jobs, "timeout": options.timeout, "seconds": options.seconds}
-    results = in_children(tasks, prepare=partial(prepare, options.gradients), **limits)
-    made_by = {"versions": versions(options.source), "recogniser": recogniser()}
-    for number, (name, result) in enumerate(results, 1):
-        result = {"name": name, **setting, **made_by, **result}
+    results = in_children(functions, prepare=partial(prepare, any(t.setting["gradients"] for t in tasks)), **limits)
+    made_by = {source: {"versions": versions(source), "recogniser": recogniser()} for source in _PACKAGES}
+    for number, (task, result) in enumerate(results, 1):
+        result = {"name": task.name, **task.setting, **made_by[task.source], **result}
         with options.results.open("a") as file:
             file.write(json.dumps(compact(result)) + "\n")
-        print(f"[{number}/{len(todo)}] {name:32s} {in_words(result)}", file=sys.stderr, flush=True)
+        print(f"[{number}/{len(tasks)}] {task.name:32s} {in_words(result)}", file=sys.stderr, flush=True)
+
+
+def names_of(source: str) -> list[str]:
+    """All cases that a source knows."""
+    return importlib.import_module(f"zoo_lib.{source}").names()
 
 
 def chosen(names: list[str], patterns: list[str]) -> list[str]:
@@ -103,10 +130,9 @@ def chosen(names: list[str], patterns: list[str]) -> list[str]:
     return list(dict.fromkeys(matching)) if patterns else names
 
 
-def finished(path: Path, setting: dict[str, Any]) -> set[str]:
-    """Models that ran in this setting; those that could not be built are tried again."""
-    rows = read(path)
-    return {row["name"] for row in rows if row["status"] == "run" and all(row[k] == v for k, v in setting.items())}
+def is_finished(row: Row, setting: dict[str, Any]) -> bool:
+    """Whether it ran in this setting; what could not be built is tried again."""
+    return row["status"] == "run" and all(row[key] == value for key, value in setting.items())
 
 
 def prepare(gradients: bool) -> None:

@@ -168,7 +168,7 @@ def _replace_site(
     report: Report,
 ) -> Site:
     """Rewrite one site as chosen; the returned entry says what happened."""
-    possible = (region.latent_note, region.alibi_note, region.cache_note)
+    possible = (region.latent_note, region.bias_note, region.cache_note)
     notes = [note for note in possible if note is not None]
     site = Site.recognized(region.spec, choice, notes=notes, **_place(region.anchor))
     if not isinstance(choice, Choice):

@@ -1,12 +1,13 @@
 """Sizes as sympy expressions, whether Dynamo traced them as ints or as symbols.
 
 Everything after capture compares sizes through this module, so that static and dynamic graphs take
-one code path. Nothing here installs a guard: a comparison that cannot be decided is "not equal".
+one code path. Nothing here installs a guard: a comparison that cannot be decided is "not equal". What Dynamo's own
+guards say is known: the program runs only where they hold.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -17,12 +18,29 @@ Size: TypeAlias = int | torch.SymInt | sympy.Expr
 def to_expr(size: Size) -> sympy.Expr:
     """The sympy expression of an int, a `SymInt` or an expression."""
     if isinstance(size, torch.SymInt):
-        size = size.node.expr
+        size = _as_guarded(size.node.expr, size.node.shape_env)
     if isinstance(size, sympy.Expr):
         if size.is_Atom:
             return size
         return size.replace(_is_exact_floor_div, lambda e: sympy.cancel(e.args[0] / e.args[1]))
     return sympy.Integer(int(size))
+
+
+def _as_guarded(expr: sympy.Expr, shape_env: Any) -> sympy.Expr:
+    """The symbol in an expression that is equal to it by a guard: Dynamo could not put one in the place of the other.
+
+    MPT slices a bias of 64 keys to the s keys that there are: its size is 64 - Max(0, 64 - s), which the addition to
+    the scores has guarded to be s.
+    """
+    if expr.is_Atom:
+        return expr
+    for guard in shape_env.guards:
+        if isinstance(guard.expr, sympy.Eq) and not guard.size_oblivious and expr in guard.expr.args:
+            left, right = guard.expr.args
+            other = right if left == expr else left
+            if other in expr.free_symbols:
+                return other
+    return expr
 
 
 def _is_exact_floor_div(expr: sympy.Basic) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+MIXED = "no_contraction, linear layer"
 ANOTHER = {
+    MIXED: "A linear layer mixes the scores of all heads before the softmax (CaiT of timm).",
     "scores_used_elsewhere": "The scores are read a second time: mixed between heads before the softmax (talking "
     "heads), compared with their own largest values (sparse top-k), summed up to positions (CoPE), kept for other "
     "heads or for the next layer (selective, residual attention). A fused op never has all scores of a row at once.",
@@ -37,14 +39,14 @@ LEFT = {
     "is not removed, it keeps a small weight.",
     "sink_axis": "Sinks that vary with the query, beside a mask that writes into the scores: they would become one "
     "more key, which the mask would have to leave out.",
-    "bool_bias": "A bool mask is added to the scores, where it counts as 1 and masks nothing: most likely an error of "
-    "the model, so it is said and not replaced.",
 }
 """The other sites."""
 
 
 def key_of(code: str, text: str) -> str:
     """The code of a reason, or that of a special case of it."""
+    if code == "no_contraction" and "comes from a linear layer" in text:
+        return MIXED
     return CUT_OFF if code == "no_contraction" and "graph break has cut it off" in text else code
 
 

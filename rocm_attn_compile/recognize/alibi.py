@@ -31,6 +31,7 @@ from . import mask as prover
 from .addends import Addends, symbols_of, total
 from .axes import Atom, Dim, atoms_of
 from .compose import Logits
+from .labels import is_cast, is_view
 from .live import LiveUsers
 from .mask.integers import ZERO, expand
 from .mask.values import Opaque
@@ -39,6 +40,7 @@ from .region import Alibi, Bias, MaskTerm, Operand, PositionBias, Roles
 from .symbols import Symbols
 
 _HALF = (torch.float16, torch.bfloat16)
+_PARTS = frozenset(("slice", "select"))
 
 
 def with_positions(
@@ -58,21 +60,44 @@ def with_positions(
         dtype: Of the op.
         requires_grad: Whether a value gets a gradient, which only the tensor as it is can have.
     """
+    note = next(filter(None, (_note_of(bias, roles, live) for bias in biases)), None)
     if not biases or any(isinstance(bias, MaskTerm) for bias in biases):
-        return biases, None
+        return biases, note
     symbols = Symbols(roles, live)
-    note = None
     found: list[Bias] = []
     for bias in biases:
         line = _line_of(bias, symbols, roles, keep, live) if isinstance(bias, Operand) else None
         if line is not None and any(requires_grad(tensor) for tensor in line.tensors):
             note = Reason("alibi_learned", "ALiBi whose slopes get a gradient stays a tensor")
             line = None
+        if line is not None and line.is_rounded and dtype not in _HALF:
+            note = Reason(
+                "alibi_rounded", f"ALiBi of {dtype} scores that is made in half precision stays as it is rounded"
+            )
+            line = None
         if line is None or not isinstance(bias, Operand):
             found.append(bias)
         else:
             found.append(_form(bias, line, roles, logits.sinks is not None, dtype))
     return found, note
+
+
+def _note_of(bias: Bias, roles: Roles, live: LiveUsers) -> Reason | None:
+    """What is worth saying of a bias: that it comes into the graph as it is (ALiBi of x-transformers), or is a mask."""
+    if isinstance(bias, Operand) and bias.value.dtype == torch.bool:
+        return Reason("bool_bias", "a bool mask is added, where True counts as +1; to mask, use where or masked_fill")
+    if not isinstance(bias, Operand) or not all({*atoms_of(bias.dims)} & {*axis} for axis in (roles.query, roles.key)):
+        return None
+    value = bias.value
+    while is_view(value) or is_cast(value) or (value.name in _PARTS and not isinstance(value.op, str)):
+        value = value.args[0]
+    if value.op != "input" or is_moderate(value, live):
+        return None
+    return Reason(
+        "bias_is_input",
+        f"the bias {live.describe(value)} is an input or a buffer of the graph: what it holds is not known when "
+        "compiling, so it stays a tensor over all pairs",
+    )
 
 
 def is_of_positions(bias: Operand, symbols: Symbols, live: LiveUsers) -> bool:
@@ -106,7 +131,9 @@ class _Line:
         is_exact: Nothing is added per query, and c is q + kv_len - q_len.
         is_of_keys: Nothing at all depends on the query.
         is_tight: The mask keeps k - q = kv_len - q_len.
+        is_far: Of the first: c is at least q + kv_len - q_len.
         is_half: Something is computed in float16, in which a long distance is infinite.
+        is_rounded: Something is computed in float16 or bfloat16.
     """
 
     slopes: Operand | None
@@ -117,7 +144,9 @@ class _Line:
     is_exact: bool
     is_of_keys: bool
     is_tight: bool
+    is_far: bool
     is_half: bool
+    is_rounded: bool
 
 
 def _form(bias: Operand, line: _Line, roles: Roles, has_sinks: bool, dtype: torch.dtype) -> Bias:
@@ -135,9 +164,10 @@ def _keeps_digits(line: _Line, dtype: torch.dtype) -> bool:
     """Whether the op's distance is no longer than eager's, beside the query: c may be far from q + kv_len - q_len.
 
     A bias of keys alone is as large as the longest distance somewhere, and so no better; where the query is at the last
-    key that it sees, the op's is 0 there. In a cache that is not full yet it is far from 0.
+    key that it sees, the op's is 0 there. In a cache that is not full yet it is far from 0, and still no longer than
+    eager's if c is not before the last key that a causal mask keeps.
     """
-    return line.is_exact or (line.is_of_keys and line.is_tight) or dtype in _HALF
+    return line.is_exact or line.is_far or (line.is_of_keys and line.is_tight) or dtype in _HALF
 
 
 def _line_of(bias: Operand, symbols: Symbols, roles: Roles, keep: prover.ClosedForm, live: LiveUsers) -> _Line | None:
@@ -167,8 +197,11 @@ def _line_of(bias: Operand, symbols: Symbols, roles: Roles, keep: prover.ClosedF
     # A number that is added to a whole row changes nothing, but -inf does.
     if any(one is not None and not is_moderate(one.value, live) for one in sums):
         return None
+    dtypes = (bias.value.dtype, bias.rounded_to, bias.added_in)
     # The last term of factor * diagonal.
     is_zero = rest == 0 if is_absolute else expand(rest - factor * (diagonal - context.k)) == 0
+    # c - (q + kv_len - q_len), which is k - diagonal
+    ahead = None if is_absolute or sums else expand(-rest / factor - (context.k - diagonal))
     number = float(factor) * bias.factor
     if number == 0 or not math.isfinite(number):
         return None
@@ -182,7 +215,9 @@ def _line_of(bias: Operand, symbols: Symbols, roles: Roles, keep: prover.ClosedF
         is_of_keys=not is_absolute and not any(context.q in symbols_of(*one) for one in (*sums.items(), (None, rest))),
         is_tight=not (keep.kv_end or keep.key_masks)
         and (keep.band_upper is None or expand(keep.band_upper - (context.kv_len - context.q_len)) == 0),
-        is_half=addends.is_half or torch.float16 in (bias.value.dtype, bias.rounded_to, bias.added_in),
+        is_far=ahead is not None and evaluator.logic.bounds.never_negative(ahead),
+        is_half=addends.is_half or torch.float16 in dtypes,
+        is_rounded=addends.is_rounded or any(dtype in _HALF for dtype in dtypes),
     )
 
 

@@ -121,12 +121,12 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
     requires_grad = _requires_grad(proof, live)
     tracks = partial(_value_requires_grad, live=live)
     if row_sinks is None:
-        masks = prove_masks(proof, roles, logits, requires_grad, live)
+        masks = prove_masks(proof, roles, logits, requires_grad, live, tracks)
         biases, note = with_positions(masks.biases, roles, logits, masks.closed, dtype, live, tracks)
     else:
         masks = masks_beside_row_sinks(proof, roles, logits, live)
         biases, note = masks.biases, None
-    learned = [bias.value for bias in logits.biases if bias in masks.biases]
+    learned = [bias.value for bias in masks.biases if isinstance(bias, Operand)]
     learned += [row_sinks.value] if row_sinks is not None else []
     spec = AttentionSpec(
         batch=_size(roles.batch),
@@ -166,7 +166,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         row_sinks=row_sinks,
         values=proof.values,
         notes=masks.notes,
-        alibi_note=note,
+        bias_note=note,
     )
 
 

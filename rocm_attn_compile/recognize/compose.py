@@ -156,9 +156,7 @@ def _tanh(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
 
 def _bias(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
     value: Value = step.operand
-    if value.dtype == torch.bool:
-        raise Refusal("bool_bias", "a bool mask is added to the scores (True counts as +1); use where or masked_fill")
-    if not value.dtype.is_floating_point:
+    if not value.dtype.is_floating_point and value.dtype != torch.bool:  # True counts as 1
         raise Refusal("integer_bias", f"a tensor of {value.dtype} is added to the scores")
     for mask in logits.masks:
         mask.is_followed_by_bias = True

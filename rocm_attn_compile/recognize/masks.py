@@ -15,11 +15,14 @@ gets NaN, also those that eager gives none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import sympy
 
+from ..capture.trace import Value
 from ..reasons import Reason, Refusal
 from ..spec import EmptyRows, MaskSpec
 from . import mask as prover
@@ -28,6 +31,7 @@ from .compose import Logits, MaskStep
 from .empty_rows import Term, empty_rows, score_dtype
 from .labels import aligned
 from .live import LiveUsers
+from .masked_bias import take_apart
 from .moderate import is_moderate
 from .numbers import rounded
 from .proof import Proof
@@ -51,8 +55,18 @@ class ProvedMasks:
     notes: list[Reason] = field(default_factory=list)
 
 
-def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool, live: LiveUsers) -> ProvedMasks:
-    """Prove all masks of a site; raises Refusal where eager's meaning cannot be kept."""
+def prove_masks(
+    proof: Proof,
+    roles: Roles,
+    logits: Logits,
+    requires_grad: bool,
+    live: LiveUsers,
+    tracks: Callable[[Value], bool],
+) -> ProvedMasks:
+    """Prove all masks of a site; raises Refusal where eager's meaning cannot be kept.
+
+    `requires_grad`: a gradient flows through the site; `tracks`: whether a value gets one.
+    """
     symbols = Symbols(roles, live)
     notes: list[Reason] = []
     replaced = [_boolean(symbols, step, notes) for step in logits.masks]
@@ -61,13 +75,15 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool,
             raise Refusal(
                 "finite_fill", f"masked scores become {term.fills[0]:g}, which is not low enough to count as masked"
             )
-    added = [mask for bias in logits.biases if (mask := _additive(proof, symbols, logits, bias, notes)) is not None]
-    low = _low_biases(logits, added, symbols, live)
-    found = None if low and any(t.is_finite for t in added) else _together(proof, logits, symbols, replaced, added, low)
+    biases, added = _take_masks(proof, symbols, logits, notes, live, tracks)
+    low = not all(_is_moderate(bias, symbols, live) for bias in biases)
+    found = None
+    if not (low and any(t.is_finite for t in added)):
+        found = _together(proof, logits, symbols, replaced, added, biases, low)
     if found is None and added:  # the additive masks stay the tensors they are, which is always exact
         notes.append(Reason("mask_kept_as_bias", "a row may keep no key, and finite masks would not make it uniform"))
-        added, low = [], True
-        found = _together(proof, logits, symbols, replaced, added, low)
+        biases, added, low = list(logits.biases), [], True
+        found = _together(proof, logits, symbols, replaced, added, biases, low)
     if low and logits.bias_cast_after_shift:  # -inf, but in a row of nothing but fills 0
         raise Refusal("cast_after_shift", "scores with a bias are cast after a maximum was subtracted")
     is_filled = low and any(t.is_finite for t in replaced)
@@ -81,22 +97,26 @@ def prove_masks(proof: Proof, roles: Roles, logits: Logits, requires_grad: bool,
     mode = _with_sinks(logits, mode)
     mode = account_for_zeroed(proof, symbols, mode, closed, [*replaced, *added], requires_grad, low)
     dense = [MaskTerm(t.operand, t.keeps) for t in replaced if t.stays_dense]
-    masks = {id(t.operand) for t in added}
-    biases: list[Bias] = [bias for bias in logits.biases if id(bias) not in masks]
     if not low:
-        for bias in logits.biases:
+        for bias in biases:
             bias.added_in = None  # nothing in it is as low as the lowest number
-    return ProvedMasks(_spec(closed, bool(dense), mode), closed, symbols.context, dense, biases, notes)
+    return ProvedMasks(_spec(closed, bool(dense), mode), closed, symbols.context, dense, [*biases], notes)
 
 
 def _together(
-    proof: Proof, logits: Logits, symbols: Symbols, replaced: list[Term], added: list[Term], low_biases: bool
+    proof: Proof,
+    logits: Logits,
+    symbols: Symbols,
+    replaced: list[Term],
+    added: list[Term],
+    biases: list[Operand],
+    low_biases: bool,
 ) -> tuple[prover.ClosedForm, EmptyRows] | None:
     """The conjunction of all closed forms and what empty rows give; None if that is nothing the op knows."""
     forms = [t.form for t in (*replaced, *added) if t.form is not None]
     key = ("together", logits.is_causal, *map(id, forms))  # forms are remembered, too: an id is of one only
     closed = symbols.once(key, lambda: _conjunction(forms, logits.is_causal, symbols.context))
-    mode = empty_rows(proof, replaced, added, closed, len(logits.biases) > len(added), low_biases)
+    mode = empty_rows(proof, replaced, added, closed, bool(biases), low_biases)
     return None if mode is None else (closed, mode)
 
 
@@ -108,14 +128,10 @@ def _conjunction(forms: list[prover.ClosedForm], is_causal: bool, context: prove
     return prover.classify(evaluator, evaluator.logic.all_of(predicates), context)
 
 
-def _low_biases(logits: Logits, added: list[Term], symbols: Symbols, live: LiveUsers) -> bool:
-    """True if a bias that stays a tensor may be as low as a fill."""
-    masks = {id(t.operand) for t in added}
-    biases = [bias for bias in logits.biases if id(bias) not in masks]
-    return any(
-        abs(b.factor) > _LARGEST_FACTOR or not (is_moderate(b.value, live) or is_of_positions(b, symbols, live))
-        for b in biases
-    )
+def _is_moderate(bias: Operand, symbols: Symbols, live: LiveUsers) -> bool:
+    """True if the bias is nowhere as low as a fill."""
+    is_small = abs(bias.factor) <= _LARGEST_FACTOR
+    return is_small and (is_moderate(bias.value, live) or is_of_positions(bias, symbols, live))
 
 
 def _filled_biases(
@@ -178,6 +194,33 @@ def _boolean(symbols: Symbols, step: MaskStep, notes: list[Reason]) -> Term:
     notes.extend([found.reason] if isinstance(found, prover.OpaqueMask) else found.notes)
     operand = Operand(step.value, aligned(step.dims, step.value))
     return Term(form, (step.fill,), False, operand, step.keeps, moved=step.is_followed_by_bias)
+
+
+def _take_masks(
+    proof: Proof,
+    symbols: Symbols,
+    logits: Logits,
+    notes: list[Reason],
+    live: LiveUsers,
+    tracks: Callable[[Value], bool],
+) -> tuple[list[Operand], list[Term]]:
+    """The biases without the masks among them and in them, and these masks."""
+    dtype = score_dtype(proof)
+    is_alone = len(logits.biases) == 1 and not (logits.masks or logits.is_causal)
+    biases: list[Operand] = []
+    added: list[Term] = []
+    for bias in logits.biases:
+        apart: tuple[Operand | None, Term] | None = None
+        if (term := _additive(proof, symbols, logits, bias, notes)) is not None:
+            apart = None, term
+        elif not (bias.rounded_to is not None and logits.bias_cast_after_shift):
+            is_hard = partial(prover.is_hard, dtype=bias.added_in or dtype)
+            is_small = partial(_is_moderate, symbols=symbols, live=live)
+            apart = take_apart(bias, symbols, is_hard, is_small, tracks, is_alone)
+        rest, term = apart or (bias, None)
+        biases += [rest] if rest is not None else []
+        added += [term] if term is not None else []
+    return biases, added
 
 
 def _additive(proof: Proof, symbols: Symbols, logits: Logits, bias: Operand, notes: list[Reason]) -> Term | None:

@@ -14,7 +14,7 @@ from .region import LookAlike, Region
 
 Found: TypeAlias = Region | LookAlike
 
-_REPORTED = ("reason", "latent_note", "cache_note", "alibi_note")
+_REPORTED = ("reason", "latent_note", "cache_note", "bias_note")
 
 
 def is_about_one_site(found: Found, record: Record) -> bool:

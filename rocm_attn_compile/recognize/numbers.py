@@ -18,5 +18,5 @@ def rounded(number: Any, dtype: torch.dtype) -> Any:
 
 
 def narrows(source: torch.dtype, target: torch.dtype) -> bool:
-    """True if a finite number of `source` may be infinite in `target`."""
-    return torch.finfo(target).max < torch.finfo(source).max
+    """True if a finite number of `source`, a float type or bool, may be infinite in `target`."""
+    return source != torch.bool and torch.finfo(target).max < torch.finfo(source).max

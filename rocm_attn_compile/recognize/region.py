@@ -218,7 +218,7 @@ class Region:
         latent_note: Why something near latent attention is a plain one.
         cache: The cache that k and v are gathered or dequantised from, or None.
         cache_note: Why what is near a cache is read after it was gathered or dequantised.
-        alibi_note: Why ALiBi stays a tensor.
+        bias_note: Why a bias stays a tensor over all pairs.
         equal_to: The anchor of the equal site that it was translated from, see `again`; None: recognised in full.
     """
 
@@ -243,7 +243,7 @@ class Region:
     latent_note: Reason | None = None
     cache: KvCache | None = None
     cache_note: Reason | None = None
-    alibi_note: Reason | None = None
+    bias_note: Reason | None = None
     equal_to: Value | None = None
 
 

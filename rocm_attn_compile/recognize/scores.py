@@ -100,10 +100,11 @@ class ScoreWalk:
             if value.op == "dropout" and (value.args[1] == 0 or not value.args[2]):
                 return self._through(value, value.args[0])
             hint = "; if that is q k^T, a graph break has cut it off" if value.op == "input" else ""
-            raise Refusal(
-                "no_contraction",
-                f"the softmax input comes from {value.name!r} at {_where(value)}, not from q k^T{hint}",
-            )
+            kind = repr(value.name)
+            if "linear" in value.kwargs:
+                kind, hint = "a linear layer", "; one behind q k^T mixes the scores of several heads"
+            text = f"the softmax input comes from {kind} at {_where(value)}, not from q k^T{hint}"
+            raise Refusal("no_contraction", text)
         if is_view(value):
             return self._through(value, value.args[0])
         if is_cast(value):

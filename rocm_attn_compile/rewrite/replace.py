@@ -189,6 +189,8 @@ class Rewriter:
                 continue
             scores = region.anchor.args[:1]  # SDPA has none: terms of a mask are added as they are
             added_in = bias.added_in or (scores[0].dtype if scores else builder.look(node).dtype)
+            if builder.look(node).dtype == torch.bool:
+                node = builder.call(aten._to_copy.default, node, dtype=added_in)
             if bias.factor != 1:
                 wide = torch.promote_types(builder.look(node).dtype, added_in)  # eager scales the sum
                 if builder.look(node).dtype != wide:

@@ -14,6 +14,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from zoo_lib.children import in_children
 from zoo_lib.judge import Case, _with_rounded_results, compare
+from zoo_lib.plan import everything
 from zoo_lib.rows import compact, newest
 from zoo_lib.table import page
 from zoo_lib.watch import SiteWatch
@@ -140,6 +141,22 @@ def test_the_page_names_what_is_wrong_and_what_is_missed():
     assert "w (eager, forward): **wrong**: far off" in text
     assert "| transformers | eager, forward | 2 | 2 | 4 | 2 (50.0%) | 2 | 2 (100.0%) | 1 of 2 | - | - |" in text
     assert "- f: not built; no weights" in text
+
+
+def test_all_settings_of_all_cases_what_is_troubled_and_what_is_slow_first():
+    hugging = ["fails", "new", "quick", "slow", "refused"]
+    names = {"huggingface": hugging, "vision": ["timm/v"], "others": ["vit-pytorch/o"]}
+    fine = {"refused": [], "replaced": {"a:1": 2, "b:1": 1}}
+    kept = [result(name="quick", wall=1, **fine), result(name="slow", wall=9, **fine), result(name="refused", wall=2)]
+    kept += [result(name="fails", status="not built")]
+    tasks = everything(names, [*map(compact, kept)])
+    order = list(dict.fromkeys(task.name for task in tasks))
+    assert order[:3] == ["refused", "slow", "quick"] and order[-1] == "fails" and len(order) == 7
+    assert len({(task.name, *task.setting.values()) for task in tasks}) == len(tasks)
+    assert {task.setting["attention"] for task in tasks if task.name == "vit-pytorch/o"} == {"eager"}
+    ways = {(task.setting["attention"], task.setting["gradients"]) for task in tasks if task.name == "new"}
+    assert ways == {("eager", False), ("eager", True), ("sdpa", False), ("sdpa", True)}
+    assert [task.with_peer for task in tasks if task.name == "slow"] == [True, False, False, False, True]
 
 
 def test_functions_run_in_processes_that_may_die():

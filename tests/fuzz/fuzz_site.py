@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fuzz_masks import apply_mask, keep_mask
+from fuzz_masks import HARD_FILLS, SOFT_FILLS, apply_mask, keep_mask
 from fuzz_noise import mislead, noise
 from fuzz_program import Dims, Program, Tensor
 
@@ -179,6 +179,8 @@ def bias(p: Program, s: Tensor) -> Tensor:
     b = p.arrange(p.rand_input(p.shuffled(letters), "bias"), s.dims)
     if p.chance(0.2):
         b = p.arrange(noise(p, b), s.dims)
+    if p.chance(0.2):
+        b = with_fills(p, p.let(p.pick(f"{b.name}.tanh()", b.name), b.dims, "bias"), s)
     x = s.name
     spelled = p.pick(f"{x} + {b.name}", f"{b.name} + {x}", f"{x} - {b.name}", f"torch.add({x}, {b.name}, alpha=2)")
     return p.let(spelled, s.dims)
@@ -210,7 +212,20 @@ def positions(p: Program, s: Tensor) -> Tensor:
         if not joined:
             b = p.let(f"{b.name}.squeeze(-1)", ("m", "n"), "bias")
     b = p.arrange(b, s.dims)
+    if p.chance(0.3):
+        b = with_fills(p, b, s)
     return p.let(p.pick(f"{s.name} + {b.name}", f"{b.name} + {s.name}"), s.dims)
+
+
+def with_fills(p: Program, bias: Tensor, s: Tensor) -> Tensor:
+    """The bias with a number in the place of what a mask drops, as Falcon has it."""
+    if any(isinstance(p.sizes[x], str) for x in "mn"):  # a cache's program has masks of its own
+        return bias
+    keep = p.arrange(keep_mask(p), s.dims).name
+    fill = p.pick(*HARD_FILLS, *SOFT_FILLS).format(s=s.name)
+    x = bias.name
+    filled = p.pick(f"{x}.masked_fill(~{keep}, {fill})", f"torch.where({keep}, {x}, {fill})")
+    return p.let(filled, s.dims, "bias")
 
 
 def scale(p: Program, s: Tensor, anywhere: bool = True) -> Tensor:

@@ -107,6 +107,25 @@ def test_alibi_is_one_number_per_head(name, dtype, dynamic):
     assert peak < PAIRS
 
 
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_a_bias_with_fills_is_taken_apart(dynamic):
+    """As Falcon has it: positions that count the tokens, and the lowest number where a key is dropped."""
+
+    def attention(q, k, v, tokens, slopes):
+        places = ((tokens.cumsum(-1) - 1) * tokens)[:, None, None, :]
+        keep = top_left(q, k, None) & (tokens != 0)[:, None, None, :]
+        bias = (slopes[:, None, None].bfloat16() * places).to(q.dtype).masked_fill(~keep, torch.finfo(q.dtype).min)
+        return (q @ k.mT * SCALE + bias).softmax(-1) @ v
+
+    tokens = torch.ones(B, LENGTH, dtype=torch.long)
+    tokens[0, :7] = 0
+    slopes = 2.0 ** -torch.arange(1, H + 1)
+    inputs = (*(rand(B, H, LENGTH, D) for _ in range(3)), tokens, slopes)
+    peak, eager = peaks(attention, inputs, dynamic)
+    assert eager > B * H * PAIRS * 4
+    assert peak < PAIRS
+
+
 @pytest.mark.parametrize(
     ("name", "heads"), [("window", 3), ("padding_bool", 1), ("padding_int", 1), ("causal_top_left", 1)]
 )

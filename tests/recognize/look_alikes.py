@@ -280,9 +280,16 @@ def finite_fill_ten_thousand(q, k, v):
     return (q @ k.mT * 1e6).masked_fill(~keep, -1e4).softmax(-1) @ v
 
 
-@look_alike("bool_bias")
-def bool_mask_added(q, k, v):
-    return (q @ k.mT * SCALE + torch.ones(M, M, dtype=torch.bool).tril()).softmax(-1) @ v
+@look_alike("integer_bias")
+def integers_added(q, k, v):
+    return (q @ k.mT * SCALE + torch.arange(M)).softmax(-1) @ v
+
+
+@look_alike("no_contraction", lambda: (*square(), rand(H, H)))
+def scores_mixed_by_a_linear_layer(q, k, v, mix):
+    """Talking heads, as CaiT writes them."""
+    s = F.linear((q @ k.mT).permute(0, 2, 3, 1), mix).permute(0, 3, 1, 2)
+    return s.softmax(-1) @ v
 
 
 @look_alike("score_op")

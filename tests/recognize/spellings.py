@@ -524,6 +524,12 @@ def additive_bias(q, k, v, bias):
     return torch.softmax(bias + q @ k.mT * SCALE, -1) @ v
 
 
+@spelling(lambda: (*bhsd(), torch.rand(B, 1, M, N) < 0.8))
+def bool_mask_added(q, k, v, mask):
+    """True counts as 1, and nothing is masked: a mistake of the model's, as in Grounding DINO's text backbone."""
+    return ((q @ k.mT + mask) * SCALE).softmax(-1) @ v
+
+
 @spelling(lambda: (*bhsd(), rand(1, H, M, N)))
 def bias_then_scaled(q, k, v, bias):
     return torch.softmax((q @ k.mT + bias) / math.sqrt(D), -1) @ v

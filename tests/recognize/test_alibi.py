@@ -240,6 +240,19 @@ def into_a_cache_that_is_not_full(q, k, v, slopes):
     return scores.masked_fill(~keep, -math.inf).softmax(-1) @ v
 
 
+def counted_from_the_last_key(q, k, v, slopes):
+    """As MPT, with padding: the op's distance is never longer."""
+    keep = causal(q, k) & (torch.arange(k.shape[-2]) >= (q[0, 0, 0, 0].abs() > -1).long() * 3)
+    bias = (slopes[:, None] * torch.arange(1 - k.shape[-2], 1))[:, None].to(q.dtype)
+    return (q @ k.mT * SCALE + bias).masked_fill(~keep, -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_positions_from_the_last_key_beside_padding(dynamic):
+    site, bias, slopes = run(counted_from_the_last_key, torch.float32, dynamic)
+    assert site.data["has_alibi"] and (bias, slopes.shape) == (None, (H,))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_longer_distance_in_a_cache(dtype):
     site, _, slopes = run(into_a_cache_that_is_not_full, dtype)
@@ -275,6 +288,27 @@ def test_slopes_that_are_learned_keep_the_tensor():
     assert not site.data["has_alibi"] and slopes is None
     assert bias.shape[2] == M
     assert "alibi_learned" in [note.code for note in site.notes]
+
+
+def test_a_buffer_keeps_the_tensor():
+    """x-transformers computes its bias once, and keeps it."""
+    module = torch.nn.Module()
+    i, j = torch.arange(M)[:, None], torch.arange(N)[None, :]
+    module.register_buffer("bias", -(j - i).abs() * inputs(torch.float32)[3][:, None, None])
+
+    def in_a_buffer(q, k, v, slopes):
+        return with_bias(q, k, v, module.bias[:, -q.shape[-2] :])
+
+    recorder = Recorder(lowering="eager")
+    q, k, v, slopes = inputs(torch.float32)
+    actual = torch.compile(in_a_buffer, backend=recorder, fullgraph=True)(q, k, v, slopes)
+    assert_as_accurate_as_eager(
+        actual, in_a_buffer(q, k, v, slopes), in_a_buffer(q.double(), k.double(), v.double(), slopes)
+    )
+    (site,) = rocm_attn_compile.reports()[-1].sites
+    assert (recorder.calls, site.data["has_alibi"], site.data["has_bias"]) == (1, False, True)
+    (note,) = [note for note in site.notes if note.code == "bias_is_input"]
+    assert "module_buffers_bias" in note.text
 
 
 def with_bias(q, k, v, bias):
