@@ -14,13 +14,20 @@ from .region import LookAlike, Region
 
 Found: TypeAlias = Region | LookAlike
 
+_NUMBER = re.compile(r"%|_\d")
+"""In what is surely a name: `linear_1`, `l_x_0_`, `%12:mul[2, 4]`."""
+
 _REPORTED = ("reason", "latent_note", "cache_note", "bias_note")
 
 
 def is_about_one_site(found: Found, record: Record) -> bool:
-    """True if equal sites need not have the same said of them: a defect of ours, a name that is no value's."""
+    """True if equal sites need not have the same said of them: a defect of ours, a name that is no value's.
+
+    So may be a name that is a word, too: in "the softmax input comes from ...", softmax is no name of a node.
+    """
     for reason in _reasons(found).values():
-        if reason.code == INTERNAL_ERROR or any(None in record.names[name] for name in _names_in(reason, record)):
+        names = _names_in(reason, record)
+        if reason.code == INTERNAL_ERROR or any(None in record.names[x] or not _NUMBER.search(x) for x in names):
             return True
     return False
 
