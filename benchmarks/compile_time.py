@@ -3,10 +3,13 @@
     python benchmarks/compile_time.py                              # passes and Inductor, 12 and 24 layers
     python benchmarks/compile_time.py --layers 12 24 48 96 --passes-only
     python benchmarks/compile_time.py --family llama --train
+    python benchmarks/compile_time.py --recognition --layers 12 24 48 96      # equal layers once, and each in full
 
 Each model is compiled in a fresh process with empty caches. "passes" is everything that torch.compile would not do
-without us; "inductor" is what it does afterwards, with the rewritten graph. Ratios of one run can be compared; seconds
-depend on the machine.
+without us; "inductor" is what it does afterwards, with the rewritten graph; "in full" is how many of the sites were not
+found equal to another one. Ratios of one run can be compared; seconds depend on the machine.
+
+With --recognition that stage alone is repeated on what was captured: seconds of the processor, the least of five.
 """
 
 from __future__ import annotations
@@ -28,23 +31,34 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="compile the backward too")
     parser.add_argument("--dynamic", action="store_true", help="with dynamic=True")
     parser.add_argument("--passes-only", action="store_true", help="do not run Inductor")
+    parser.add_argument("--recognition", action="store_true", help="compare equal layers once with each in full")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
-        print(json.dumps(measure(args.family, args.one, args.train, args.dynamic, args.passes_only)))
+        measured = measure if not args.recognition else measure_recognition
+        print(json.dumps(measured(args.family, args.one, args.train, args.dynamic, args.passes_only)))
         return
     rows = []
-    print("layers  capture  recognize  rewrite  passes  per layer  inductor  share  sites")
+    if args.recognition:
+        print("layers  sites  in full    once  per layer    each  per layer  once/each")
+    else:
+        print("layers  capture  recognize  rewrite  passes  per layer  inductor  share  sites  in full")
     for layers in args.layers:
         rows.append(in_new_process(layers))
         row = rows[-1]
+        if args.recognition:
+            print(f"{layers:6}  {row['sites']:5}  {row['in_full']:7}", end="")
+            print(*(f"  {row[how]:6.3f}  {row[how] / layers:9.5f}" for how in ("once", "each")), sep="", end="")
+            print(f"  {row['once'] / row['each']:9.2f}", flush=True)
+            continue
         inductor = (
             f"{row['inductor']:8.2f}  {row['passes'] / row['inductor']:5.1%}" if row["inductor"] else f"{'-':>15}"
         )
         stages = "  ".join(f"{row[name]:{len(name)}.3f}" for name in ("capture", "recognize", "rewrite"))
         passes = row["passes"]
-        print(f"{layers:6}  {stages}  {passes:6.2f}  {passes / layers:9.4f}  {inductor}  {row['sites']:5}", flush=True)
+        print(f"{layers:6}  {stages}  {passes:6.2f}  {passes / layers:9.4f}  {inductor}  {row['sites']:5}", end="")
+        print(f"  {row['in_full']:7}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -98,8 +112,31 @@ def measure(family: str, layers: int, train: bool, dynamic: bool, passes_only: b
         "inductor": 0.0 if passes_only else spent - passes,
         "total": total,
         "sites": sum(site.replaced for r in reports for site in r.sites),
+        "in_full": sum(r.recognized.get("in_full", 0) for r in reports),
         "torch": torch.__version__,
     }
+
+
+def measure_recognition(family: str, layers: int, train: bool, dynamic: bool, passes_only: bool) -> dict:
+    """Recognise one model again and again, with equal layers once and with each in full; seconds of the processor."""
+    from rocm_attn_compile import pipeline
+
+    least = {"once": float("inf"), "each": float("inf")}
+    real = pipeline._recognize_all
+
+    def measured(traces):
+        found = real(traces)  # sizes that have to be numbers are numbers now
+        for _ in range(5):
+            for how in least:
+                sites = pipeline.Sites() if how == "once" else None
+                start = time.process_time()
+                for trace in traces:
+                    pipeline.recognize(trace, sites)
+                least[how] = min(least[how], time.process_time() - start)
+        return found
+
+    pipeline._recognize_all = measured
+    return {**measure(family, layers, train, dynamic, passes_only=True), **least}
 
 
 def _gpt(layers: int):

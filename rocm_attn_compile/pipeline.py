@@ -31,7 +31,7 @@ from .env import Environment
 from .lower import lower
 from .options import Options, follow_mode, guard_environment, split_options
 from .reasons import INTERNAL_ERROR, Reason, Refusal
-from .recognize import recognize
+from .recognize import Sites, counts, recognize
 from .recognize.kv_cache import forget_cache
 from .recognize.latent import forget_latent
 from .recognize.region import LookAlike, Region
@@ -93,6 +93,7 @@ def replace_attention(
             report.notes += _not_looked_into(trace)
         with _timed(report, "recognize"):
             found = _recognize_all(list(_with_nested(trace)))
+            report.recognized = counts(item for f in found for item in f.items)
     # Outside: a choice that breaks the documented rules is the user's to repair.
     choices = {region: _choose(region, env, options) for f in found for region in f.regions}
     tune = Tuner() if options.autotune else None
@@ -100,8 +101,7 @@ def replace_attention(
         for f in found:
             inputs = example_inputs if f is found[0] else ()  # what comes into a nested graph is not known
             rewriter = Rewriter(f.trace, _verification(f.trace, inputs) if options.verify else None, tune)
-            items: list[Region | LookAlike] = [*f.regions, *f.others]
-            for item in sorted(items, key=lambda item: item.anchor.id):
+            for item in sorted(f.items, key=lambda item: item.anchor.id):
                 if isinstance(item, LookAlike):
                     _report_refused(report, env, item)
                 else:
@@ -115,6 +115,10 @@ class _Found(NamedTuple):
     trace: Trace
     regions: list[Region]
     others: list[LookAlike]
+
+    @property
+    def items(self) -> list[Region | LookAlike]:
+        return [*self.regions, *self.others]
 
 
 def _with_nested(trace: Trace) -> Iterator[Trace]:
@@ -134,10 +138,15 @@ def _not_looked_into(trace: Trace) -> Iterator[str]:
 
 def _recognize_all(traces: list[Trace]) -> list[_Found]:
     for _ in range(_ROUNDS):
-        found = [_Found(trace, *recognize(trace)) for trace in traces]
+        found = _recognize_each(traces)
         if not _fix_head_dims([r for f in found for r in f.regions], [o for f in found for o in f.others]):
             return found
-    return [_Found(trace, *recognize(trace)) for trace in traces]
+    return _recognize_each(traces)
+
+
+def _recognize_each(traces: list[Trace]) -> list[_Found]:
+    sites = Sites()
+    return [_Found(trace, *recognize(trace, sites)) for trace in traces]
 
 
 def _choose(region: Region, env: Environment, options: Options) -> Choice | Rejected:

@@ -127,6 +127,7 @@ class Report:
         environment: What the decisions were based on, as plain data.
         options: Ours, as plain data.
         timings: Stage -> seconds.
+        recognized: How many sites and look-alikes were recognised "in_full", how many found "equal" to one that was.
         notes: Anything else to be said, one sentence each.
     """
 
@@ -136,6 +137,7 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    recognized: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -164,6 +166,8 @@ class Report:
         if self.timings:
             times = ", ".join(f"{stage} {seconds:.3f} s" for stage, seconds in self.timings.items())
             lines += ["", f"  time: {times}"]
+        if equal := self.recognized.get("equal"):
+            lines += [f"  recognized in full: {self.recognized['in_full']}; equal to one of these: {equal}"]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

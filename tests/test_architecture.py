@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,6 +135,19 @@ def test_every_private_torch_name_has_a_test():
     tests = (ROOT / "tests" / "test_torch_private.py").read_text()
     untested = {name for name in entries if not name.startswith("_") and name not in tests}
     assert not untested, f"no test in tests/test_torch_private.py mentions {sorted(untested)}"
+
+
+def test_recognition_reads_a_program_through_its_values():
+    """What is read past `Value` and `LiveUsers` is on no record: sites would be taken for equal whatever it says."""
+    may_see_graphs = {"recognize.attention", "recognize.live", "recognize.unseen"}
+    seen = set()
+    for path in package_files():
+        if module_of(path).startswith("recognize"):
+            looks_past = re.search(
+                r"\bimport torch\.fx\b|\b(Trace|__dict__|vars|current_shape_env)\b", path.read_text()
+            )
+            seen |= {module_of(path)} if looks_past else set()
+    assert seen == may_see_graphs
 
 
 def test_files_are_short():

@@ -25,6 +25,7 @@ from rocm_attn_compile.kernels.triton.aot_launches import launches
 from rocm_attn_compile.kernels.triton.aot_mla import launches as latent_launches
 from rocm_attn_compile.kernels.triton.attention import attention_backward, attention_forward
 from rocm_attn_compile.kernels.triton.launch import Launch
+from rocm_attn_compile.kernels.triton.mla import mla_decode
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / "tests" / "kernels" / "isa_baseline.json"
@@ -177,8 +178,9 @@ def bank_conflicts() -> list[str]:
     """LDS clocks with conflicts over those without, from simulated runs; where the simulator's bank model holds."""
     lines = [
         "", "## LDS bank conflicts", "",
-        "Clocks of LDS accesses over those without conflicts, from simulated runs (bf16, causal, 141 x 150).",
-        "1.00 is free of conflicts. CDNA2 and CDNA3 only: the simulator has no model of other chips' banks.", "",
+        "Clocks of LDS accesses over those without conflicts, from simulated runs (bf16, causal, 141 x 150; latent",
+        "decode: one query, 150 keys). 1.00 is free of conflicts. CDNA2 and CDNA3 only: the simulator has no model of",
+        "other chips' banks.", "",
         "| kernel | head size | " + " | ".join(BANKED) + " |", "| --- | --: | " + "--: | " * len(BANKED),
     ]  # fmt: skip
     lines[-1] = lines[-1].rstrip()
@@ -187,7 +189,20 @@ def bank_conflicts() -> list[str]:
         for kernel in columns[0]:
             cells = " | ".join(column[kernel] for column in columns)
             lines.append(f"| {kernel.removesuffix('_kernel')} | {head_dim} | {cells} |")
+    for heads in (16, 128):
+        cells = " | ".join(f"{latent_conflicts(arch, heads):.2f}" for arch in BANKED)
+        lines.append(f"| mla_decode, {heads} heads | 512 + 64 | {cells} |")
     return lines
+
+
+def latent_conflicts(arch: str, heads: int) -> float:
+    """The same of the decode kernel of latent attention."""
+    q, kv = torch.randn((1, heads, 1, 576)).bfloat16(), torch.randn((1, 150, 576)).bfloat16()
+    (q_latent, q_pe), (kv_c, k_pe) = (tensor.split([512, 64], dim=-1) for tensor in (q, kv))
+    with simulated_device(arch, banks=True, races=False) as device:
+        mla_decode(q_latent, q_pe, kv_c, k_pe, softmax_scale=0.1, band_upper=149)
+    report = device.runs[0].report
+    return report.lds_cycles / report.lds_ideal
 
 
 @functools.cache

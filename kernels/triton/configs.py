@@ -28,7 +28,7 @@ class KernelConfig:
         waves_per_eu: AMD only: occupancy that the compiler makes, no less and no more; 0 lets it choose.
         matrix_instr_nonkdim: AMD CDNA only: 16 or 32 picks the MFMA shape, 0 lets the compiler choose.
         merged: One loop over cut and uncut blocks with a branch, instead of one loop for each kind.
-        first_max: Forward with bfloat16 only: no running maximum, see forward.py. For fewer instructions a score, but a
+        first_max: Forward with bfloat16, on AMD float16: no running maximum, see forward.py. Fewer instructions, but a
             third copy of the loop, which can need more registers.
     """
 

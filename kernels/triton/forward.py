@@ -10,10 +10,10 @@ never visited; their range comes from the band and, on the device, from kv_start
 what its valid part costs. Masks and bias are loaded before q k^T: then Triton keeps row statistics in the layout of
 that product. The other way round it computed the softmax once in each layout.
 
-What is subtracted from the scores (SHIFT) may be any number, as long as float32 holds the exponentials:
-RUNNING_MAX, the online softmax, has to find each block's maximum and rescale the sums. FIRST_MAX is the maximum of the
-first block of keys: a lower bound of the row's, so nothing that matters underflows. Should it be off by more than 2^64,
-the row's sum shows it, and the tile is computed again with the running maximum. NO_MAX is for a small soft cap.
+What is subtracted from the scores (SHIFT) may be any number that lets float32 hold the exponentials: RUNNING_MAX, that
+of the online softmax, needs every block's maximum and rescaled sums. FIRST_MAX, of the first block, is at most the
+row's: nothing that matters underflows. Where it is off by more than 2^64, or weights in float16 (AMD only) overflow or
+have a sum below 1, the row shows it, and the tile is computed again with RUNNING_MAX. NO_MAX is for a small soft cap.
 
 Letters as in common.py.
 """

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import common, configs
+from . import common, configs, forward_hopper_launch
 from .bias import BIAS_TILES
 from .cache_launch import COMBINE_NAMES, FP8, NO_CACHE, CacheLayout, cache_layout, check_cache, is_cache
 from .combine import attention_combine_kernel
@@ -140,6 +140,12 @@ def forward_launches(
         aligned(q, k, v, *(rope or ()), traced=traced), tuning, *bias_storage(attn_bias, traced),
         (layout(rope[0]), layout(rope[1])) if rope else (None, None), cache,
     )  # fmt: skip
+    tuning = tuning or Tuning()
+    tile = forward_hopper_launch.choose(arch, q.dtype, plan.arguments, tuning)
+    if tile:
+        tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "kv_start": kv_start, "kv_end": kv_end,
+                   "sinks": sinks}  # fmt: skip
+        return [forward_hopper_launch.launch(tile, tuning, num_units, plan.arguments, tensors, rope)], out, lse
     tensors = {
         "q": q, "k": k, "v": v, "q_rest": None, "k_rest": None, "out": out, "lse": lse, "partial": None,
         "partial_stats": None, "attn_bias": attn_bias, "attn_mask": attn_mask, "key_mask": key_mask,

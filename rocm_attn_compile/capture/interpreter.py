@@ -44,7 +44,7 @@ class Shadow:
     def __init__(self, graph_module: fx.GraphModule, ambient: Ambient) -> None:
         self.trace = Trace(graph_module)
         self.memory = Memory()
-        self.trace.values = self.memory.values
+        self.trace.values, self.trace.questions = self.memory.values, self.memory.questions
         self.recorder = Recorder(self.memory)
         self.ambient = ambient
         self.inputs: list[Any] = []

@@ -17,6 +17,7 @@ import torch.fx as fx
 from torch.utils import _pytree as pytree
 
 from rocm_attn_compile import _torch_private as private
+from rocm_attn_compile.capture.questions import Questions
 from rocm_attn_compile.capture.trace import Storage, Value
 from rocm_attn_compile.symbolic import same_size
 
@@ -87,15 +88,15 @@ class Memory:
     """Values, and the tensors and storages that hold them.
 
     Attributes:
-        values: The SSA, in order of execution.
+        values, questions: The SSA, in order of execution, and what it is asked.
         node, time, grad_mode: Stamped on new values; set by the interpreter before each node.
     """
 
     def __init__(self) -> None:
         self.values: list[Value] = []
+        self.questions = Questions()
         self.node: fx.Node | None = None
-        self.time = -1
-        self.grad_mode = True
+        self.time, self.grad_mode = -1, True
         self._states: dict[int, TensorState] = {}
         # Keyed by the address of the untyped storage, which the entry keeps alive.
         self._storages: dict[int, tuple[Any, Storage]] = {}
@@ -118,6 +119,7 @@ class Memory:
             time=self.time,
             grad_mode=self.grad_mode,
             output_index=index,
+            questions=self.questions,
         )
         self.values.append(value)
         for used in dict.fromkeys(values_in((args, kwargs))):

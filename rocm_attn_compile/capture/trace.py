@@ -12,7 +12,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from .questions import Questions, edges
 
+
+@edges("args", "kwargs", "node", "time", "users")
 @dataclass(eq=False)
 class Value:
     """One tensor value, immutable: an in-place op makes a new Value.
@@ -31,6 +34,7 @@ class Value:
         grad_mode: Whether autograd would have recorded the computation.
         output_index: Which output of a multi-output op, else None.
         users: Values that have this one among their arguments (views included), in order of execution.
+        questions: Where it is told what the value is asked: see `questions`.
     """
 
     id: int
@@ -46,6 +50,7 @@ class Value:
     grad_mode: bool
     output_index: int | None = None
     users: list[Value] = field(default_factory=list)
+    questions: Questions = field(default_factory=Questions)
 
     @property
     def name(self) -> str:
@@ -56,8 +61,18 @@ class Value:
     def ndim(self) -> int:
         return len(self.shape)
 
+    @property
+    def place(self) -> str:
+        """The name of its node, for texts; "" if it has none."""
+        node = self.__dict__["node"]
+        return "" if node is None else self.questions.called(node.name, _place_of, self)
+
     def __repr__(self) -> str:
-        return f"%{self.id}:{self.name}{list(self.shape)}"
+        return self.questions.called(f"%{self.id}:{self.name}{list(self.shape)}", repr, self)
+
+
+def _place_of(value: Value) -> str:
+    return value.place
 
 
 LEAF_OPS = ("input", "constant", "opaque")
@@ -125,6 +140,7 @@ class Trace:
         subgraphs: `(node, attribute name)` of nested GraphModules that may be compiled on their own.
         subtraces: Attribute name -> trace of that nested GraphModule, in the modes (grad, autocast) it is called in.
         transformed: Nodes inside a vmap, grad or jvp level: their tensors carry a level that shapes do not show.
+        questions: What its values are asked.
     """
 
     graph_module: fx.GraphModule
@@ -135,6 +151,7 @@ class Trace:
     subgraphs: list[tuple[fx.Node, str]] = field(default_factory=list)
     subtraces: dict[str, Trace] = field(default_factory=dict)
     transformed: set[fx.Node] = field(default_factory=set)
+    questions: Questions = field(default_factory=Questions)
     _index: _Index | None = field(default=None, repr=False)
 
     def nodes_holding(self, value: Value, time: int) -> list[fx.Node]:

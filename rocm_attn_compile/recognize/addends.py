@@ -34,12 +34,13 @@ class Addends:
 
     Attributes:
         is_half: Something in it was computed in float16.
+        is_rounded: Something in it was computed in float16 or bfloat16.
     """
 
     def __init__(self, evaluator: Evaluator, keep: Any, context: prover.MaskContext) -> None:
         self._evaluator, self._keep = evaluator, keep
         self._positions = {context.q, context.k}
-        self.is_half = False
+        self.is_half = self.is_rounded = False
 
     def of(self, scalar: Any, depth: int = 0) -> Iterator[Term]:
         """The addends; raises Opaque, or ValueError, where there are none of this form."""
@@ -91,6 +92,7 @@ class Addends:
             yield Term(1.0, load, sympy.Integer(1))
             return
         self.is_half |= value.dtype == torch.float16
+        self.is_rounded |= value.dtype in (torch.float16, torch.bfloat16)
         if value.name == "mul":
             left, right = (operand(x) for x in value.args[:2])
             for a in left:

@@ -63,12 +63,17 @@ def with_positions(
     note = next(filter(None, (_note_of(bias, roles, live) for bias in biases)), None)
     if not biases or any(isinstance(bias, MaskTerm) for bias in biases):
         return biases, note
-    symbols = Symbols(roles, live.proofs)
+    symbols = Symbols(roles, live)
     found: list[Bias] = []
     for bias in biases:
         line = _line_of(bias, symbols, roles, keep, live) if isinstance(bias, Operand) else None
         if line is not None and any(requires_grad(tensor) for tensor in line.tensors):
             note = Reason("alibi_learned", "ALiBi whose slopes get a gradient stays a tensor")
+            line = None
+        if line is not None and line.is_rounded and dtype not in _HALF:
+            note = Reason(
+                "alibi_rounded", f"ALiBi of {dtype} scores that is made in half precision stays as it is rounded"
+            )
             line = None
         if line is None or not isinstance(bias, Operand):
             found.append(bias)
@@ -128,6 +133,7 @@ class _Line:
         is_tight: The mask keeps k - q = kv_len - q_len.
         is_far: Of the first: c is at least q + kv_len - q_len.
         is_half: Something is computed in float16, in which a long distance is infinite.
+        is_rounded: Something is computed in float16 or bfloat16.
     """
 
     slopes: Operand | None
@@ -140,6 +146,7 @@ class _Line:
     is_tight: bool
     is_far: bool
     is_half: bool
+    is_rounded: bool
 
 
 def _form(bias: Operand, line: _Line, roles: Roles, has_sinks: bool, dtype: torch.dtype) -> Bias:
@@ -190,6 +197,7 @@ def _line_of(bias: Operand, symbols: Symbols, roles: Roles, keep: prover.ClosedF
     # A number that is added to a whole row changes nothing, but -inf does.
     if any(one is not None and not is_moderate(one.value, live) for one in sums):
         return None
+    dtypes = (bias.value.dtype, bias.rounded_to, bias.added_in)
     # The last term of factor * diagonal.
     is_zero = rest == 0 if is_absolute else expand(rest - factor * (diagonal - context.k)) == 0
     # c - (q + kv_len - q_len), which is k - diagonal
@@ -208,7 +216,8 @@ def _line_of(bias: Operand, symbols: Symbols, roles: Roles, keep: prover.ClosedF
         is_tight=not (keep.kv_end or keep.key_masks)
         and (keep.band_upper is None or expand(keep.band_upper - (context.kv_len - context.q_len)) == 0),
         is_far=ahead is not None and evaluator.logic.bounds.never_negative(ahead),
-        is_half=addends.is_half or torch.float16 in (bias.value.dtype, bias.rounded_to, bias.added_in),
+        is_half=addends.is_half or torch.float16 in dtypes,
+        is_rounded=addends.is_rounded or any(dtype in _HALF for dtype in dtypes),
     )
 
 

@@ -18,6 +18,7 @@ from ..normalize.softmax import SoftmaxAnchor, find_softmaxes
 from ..reasons import INTERNAL_ERROR, Reason, Refusal
 from ..spec import AttentionSpec
 from ..symbolic import product
+from .again import Sites
 from .alibi import with_positions
 from .axes import Atom, atoms_of, resolve
 from .compose import Logits, compose, sink_atoms
@@ -42,26 +43,35 @@ log = logging.getLogger(__name__)
 _PRECISION = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
 
-def recognize(trace: Trace) -> tuple[list[Region], list[LookAlike]]:
-    """All attentions of the trace in order of execution, and all softmaxes that are none (with reasons)."""
+def recognize(trace: Trace, sites: Sites | None = None) -> tuple[list[Region], list[LookAlike]]:
+    """All attentions of the trace in order of execution, and all softmaxes that are none (with reasons).
+
+    With `sites`, those that equal one of them are not recognised anew.
+    """
     live = LiveUsers(trace)
     regions: list[Region] = []
     others = list(unseen(trace))
     anchors: list[tuple[int, SoftmaxAnchor | Value]] = [(a.weights.id, a) for a in find_softmaxes(trace)]
     anchors += [(value.id, value) for value in trace.values if value.op == "sdpa"]
     for _, anchor in sorted(anchors, key=lambda pair: pair[0]):
-        value = anchor if isinstance(anchor, Value) else anchor.weights
-        try:
-            region = recognize_site(anchor, live)
-            add_latent(region, live)
-            add_cache(region)
-            regions.append(region)
-        except Refusal as refusal:
-            others.append(LookAlike(value, refusal.reason, _is_kin(anchor), refusal.needs_numbers))
-        except Exception as error:  # a defect of ours; other sites are independent of it
-            log.warning("while proving %s", value, exc_info=True)
-            others.append(LookAlike(value, Reason(INTERNAL_ERROR, repr(error)), is_attention=True))
+        found = _in_full(anchor, live) if sites is None else sites.recognize(anchor, live, _in_full)
+        regions += [found] if isinstance(found, Region) else []
+        others += [found] if isinstance(found, LookAlike) else []
     return regions, others
+
+
+def _in_full(anchor: SoftmaxAnchor | Value, live: LiveUsers) -> Region | LookAlike:
+    value = anchor if isinstance(anchor, Value) else anchor.weights
+    try:
+        region = recognize_site(anchor, live)
+        add_latent(region, live)
+        add_cache(region)
+        return region
+    except Refusal as refusal:
+        return LookAlike(value, refusal.reason, _is_kin(anchor), refusal.needs_numbers)
+    except Exception as error:  # a defect of ours; other sites are independent of it
+        log.warning("while proving %s", value, exc_info=True)
+        return LookAlike(value, Reason(INTERNAL_ERROR, repr(error)), is_attention=True)
 
 
 def _is_kin(anchor: SoftmaxAnchor | Value) -> bool:
@@ -114,7 +124,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         masks = prove_masks(proof, roles, logits, requires_grad, live, tracks)
         biases, note = with_positions(masks.biases, roles, logits, masks.closed, dtype, live, tracks)
     else:
-        masks = masks_beside_row_sinks(proof, roles, logits, live.proofs)
+        masks = masks_beside_row_sinks(proof, roles, logits, live)
         biases, note = masks.biases, None
     learned = [bias.value for bias in masks.biases if isinstance(bias, Operand)]
     learned += [row_sinks.value] if row_sinks is not None else []
@@ -239,10 +249,8 @@ def _value_requires_grad(value: Value, live: LiveUsers) -> bool:
     """Whether autograd tracks the value; True where it cannot be told."""
     if not value.dtype.is_floating_point or value.op == "constant":
         return False
-    for node in live.holders(value):
-        example = node.meta.get("example_value")
-        if isinstance(example, torch.Tensor):
-            return example.requires_grad
+    if known := live.requires_grad(value):
+        return known[0]
     if isinstance(value.op, str):
         return True
     return value.grad_mode and any(_value_requires_grad(a, live) for a in value.args if isinstance(a, Value))

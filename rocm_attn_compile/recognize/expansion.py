@@ -94,7 +94,7 @@ def _factors(what: str, base: Value, labels: Labels) -> tuple[tuple[Value, Label
         labels.set(base, [*rows, columns])
         return (left, left_labels), (right, right_labels), depth
     if not is_contraction(base):
-        at = base.node.name if base.node is not None else base.name
+        at = base.place or base.name
         raise Refusal("latent_not_linear", f"{what} come from {base.name} ({at}), not from a product with a weight")
     left, right = operands_of(base)
     if base.name in ("addmm", "baddbmm") and (base.kwargs.get("beta", 1) != 0 or base.kwargs.get("alpha", 1) != 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,39 +13,14 @@ from ..symbolic import is_one, same_size
 from .axes import Atom, Dim, broadcast, check_distinct, fresh_dims, regroup, resolve, unify
 from .numbers import rounded
 
-VIEW_NAMES = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "_reshape_copy",
-        "expand",
-        "permute",
-        "transpose",
-        "t",
-        "mT",
-        "unsqueeze",
-        "squeeze",
-        "clone",
-        "contiguous",
-        "alias",
-        "lift_fresh",
-        "lift_fresh_copy",
-        "repeat",
-        "view_copy",
-        "expand_copy",
-        "permute_copy",
-        "transpose_copy",
-        "unsqueeze_copy",
-        "squeeze_copy",
-        "t_copy",
-        "alias_copy",
-        "unflatten",
-        "flatten",
-        "swapaxes",
-        "movedim",
-    ]
-)
+# fmt: off
+VIEW_NAMES = frozenset((
+    "view", "_unsafe_view", "reshape", "_reshape_copy", "expand", "permute", "transpose", "t", "mT", "unsqueeze",
+    "squeeze", "clone", "contiguous", "alias", "lift_fresh", "lift_fresh_copy", "repeat", "view_copy", "expand_copy",
+    "permute_copy", "transpose_copy", "unsqueeze_copy", "squeeze_copy", "t_copy", "alias_copy", "unflatten",
+    "flatten", "swapaxes", "movedim",
+))
+# fmt: on
 SAME_INDEX = frozenset(["clone", "contiguous", "alias", "lift_fresh", "lift_fresh_copy", "alias_copy"])
 CAST_NAMES = frozenset(("_to_copy", "to"))
 CONTRACTION_NAMES = frozenset(("bmm", "mm", "baddbmm", "addmm"))
@@ -134,6 +110,10 @@ class Labels:
 
     def known(self, value: Value) -> bool:
         return value.id in self._dims
+
+    def items(self) -> Iterator[tuple[Value, list[Dim]]]:
+        """Every labelled value and its dimensions."""
+        return ((value, self._dims[key]) for key, value in self._values.items())
 
     def of(self, value: Value) -> list[Dim]:
         """Dimensions of `value`; a value that is not a view of something gets fresh ones."""

@@ -106,8 +106,7 @@ def _only_user(value: Value, live: LiveUsers) -> Value:
 
 
 def _wants_gradient(value: Value, live: LiveUsers) -> bool:
-    examples = [node.meta.get("example_value") for node in live.holders(value)]
-    return value.grad_mode and any(getattr(example, "requires_grad", False) for example in examples)
+    return value.grad_mode and any(live.requires_grad(value))
 
 
 def _check_axes(operand: Operand, allowed: set) -> None:

@@ -67,7 +67,7 @@ def prove_masks(
 
     `requires_grad`: a gradient flows through the site; `tracks`: whether a value gets one.
     """
-    symbols = Symbols(roles, live.proofs)
+    symbols = Symbols(roles, live)
     notes: list[Reason] = []
     replaced = [_boolean(symbols, step, notes) for step in logits.masks]
     for step, term in zip(logits.masks, replaced):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch.utils import _pytree as pytree
 
 from ..capture.trace import Value
@@ -45,13 +44,12 @@ def _judge(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
     if value.name in _BOUNDED and not isinstance(value.op, str):
         return True
     if value.op == "input":
-        return any(_is_learned(node.meta.get("example_value")) for node in live.holders(value))
+        return live.is_parameter(value)
     if value.op == "constant":
         number = value.kwargs.get("value")
         return number is not None and _is_small(number)
     if value.op == "opaque":  # a lookup in a table, or a layer
-        inputs = value.node.all_input_nodes if value.node is not None else []
-        return any(_is_learned(node.meta.get("example_value")) for node in inputs)
+        return live.reads_parameter(value)
     leaves = pytree.tree_leaves((list(value.args), value.kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Value)]
     if not all(_is_small(leaf) for leaf in leaves if isinstance(leaf, float)):
@@ -81,10 +79,6 @@ def _number(value: object) -> float | None:
     if len(factors) < len(value.args):
         return None
     return math.sqrt(factors[0]) if value.name == "sqrt" else math.prod(factors)
-
-
-def _is_learned(example: object) -> bool:
-    return isinstance(example, torch.nn.Parameter)
 
 
 def _is_free_of_inputs(value: Value) -> bool:

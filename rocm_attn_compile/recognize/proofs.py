@@ -1,4 +1,4 @@
-"""What was proved is remembered, so that the equal layers of a model are proved once.
+"""What was proved is remembered, so that a mask is proved once, however many sites it serves.
 
 A mask's proof depends on how its tensor is computed, on its index and on the sizes, and on nothing else. So it holds
 for every tensor that is computed by the same ops from the same tensors: each layer of a model makes its own causal
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
+from ..capture.questions import Questions, Record
 from ..capture.trace import Value
 from ..symbolic import to_expr
 from .labels import number_of
@@ -24,28 +25,38 @@ T = TypeVar("T")
 
 
 class Proofs:
-    """Numbers values, equal ones alike, and keeps results by key. Made once per trace."""
+    """Knows values that are computed alike, and keeps results by key. Made once per trace."""
 
-    def __init__(self) -> None:
-        self._numbers: dict[int, int] = {}
-        self._by_key: dict[Hashable, int] = {}
-        self._results: dict[Hashable, Any] = {}
+    def __init__(self, questions: Questions) -> None:
+        self._questions = questions
+        self._first: dict[int, Value] = {}
+        self._by_key: dict[Hashable, Value] = {}
+        self._results: dict[Hashable, tuple[Any, Record]] = {}
 
     def once(self, key: Hashable, prove: Callable[[], T]) -> T:
-        """The result for `key`, computed when it is asked for first."""
+        """The result for `key`, computed when it is asked for first; what was asked then is asked again."""
         if key not in self._results:
-            self._results[key] = prove()
-        return self._results[key]
+            with self._questions.recorded() as record:
+                result = prove()
+            self._results[key] = result, record
+        result, record = self._results[key]
+        if self._questions.record is not None:
+            self._questions.record.add(record)
+        return result
 
-    def number(self, value: Value) -> int:
-        """The same for two values if they are computed alike from the same values."""
-        return self._number(value, 0)
+    def first(self, value: Value) -> Value:
+        """The same for two values if they are computed alike from the same values: the one that was asked for first.
 
-    def _number(self, value: Value, depth: int) -> int:
-        if value.id not in self._numbers:
+        What it reads is on no record: see `LiveUsers.first_alike`.
+        """
+        with self._questions.unrecorded():
+            return self._first_alike(value, 0)
+
+    def _first_alike(self, value: Value, depth: int) -> Value:
+        if value.id not in self._first:
             key = self._key(value, depth)
-            self._numbers[value.id] = self._by_key.setdefault(key, value.id)
-        return self._numbers[value.id]
+            self._first[value.id] = self._by_key.setdefault(key, value)
+        return self._first[value.id]
 
     def _key(self, value: Value, depth: int) -> Hashable:
         number = number_of(value) if value.shape == () else None
@@ -60,7 +71,7 @@ class Proofs:
 
     def _part(self, leaf: Any, depth: int) -> Hashable:
         if isinstance(leaf, Value):
-            return "value", self._number(leaf, depth + 1)
+            return "value", self._first_alike(leaf, depth + 1).id
         if isinstance(leaf, torch.SymInt):
             return "size", to_expr(leaf)
         # 1, 1.0 and True are equal to Python, and other arguments to an op.

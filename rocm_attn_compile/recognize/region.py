@@ -219,6 +219,7 @@ class Region:
         cache: The cache that k and v are gathered or dequantised from, or None.
         cache_note: Why what is near a cache is read after it was gathered or dequantised.
         bias_note: Why a bias stays a tensor over all pairs.
+        equal_to: The anchor of the equal site that it was translated from, see `again`; None: recognised in full.
     """
 
     spec: AttentionSpec
@@ -243,6 +244,7 @@ class Region:
     cache: KvCache | None = None
     cache_note: Reason | None = None
     bias_note: Reason | None = None
+    equal_to: Value | None = None
 
 
 @dataclass(eq=False)
@@ -254,9 +256,11 @@ class LookAlike:
         reason: What stopped the proof.
         needs_numbers: Symbolic sizes that would have to be numbers for the proof.
         is_attention: It stands between two matrix products (or is SDPA): an attention, but one we cannot prove.
+        equal_to: As in `Region`.
     """
 
     anchor: Value
     reason: Reason
     is_attention: bool = False
     needs_numbers: tuple[Any, ...] = ()
+    equal_to: Value | None = None

@@ -12,9 +12,9 @@ from ..reasons import Refusal
 from ..spec import EmptyRows, MaskSpec
 from . import mask as prover
 from .compose import Logits
+from .live import LiveUsers
 from .masks import ProvedMasks
 from .proof import Proof
-from .proofs import Proofs
 from .region import Operand, Roles
 from .symbols import Symbols
 
@@ -29,13 +29,13 @@ def take_row_sinks(logits: Logits) -> Operand:
     return sinks
 
 
-def masks_beside_row_sinks(proof: Proof, roles: Roles, logits: Logits, proofs: Proofs) -> ProvedMasks:
+def masks_beside_row_sinks(proof: Proof, roles: Roles, logits: Logits, live: LiveUsers) -> ProvedMasks:
     """No mask in closed form, all biases as they are; raises Refusal where eager's meaning cannot be kept."""
     if logits.masks:
         raise Refusal("sink_axis", "the sinks vary with the query, beside a mask that replaces scores")
     if proof.zeroed:
         raise Refusal("sink_axis", "the sinks vary with the query, and weights are zeroed afterwards")
-    symbols = Symbols(roles, proofs)
+    symbols = Symbols(roles, live)
     closed = prover.classify(prover.make_evaluator(symbols.context), True, symbols.context)
     spec = MaskSpec(empty_rows=EmptyRows.NAN_ADDED, text=prover.mask_in_words(closed))
     return ProvedMasks(spec, closed, symbols.context, [], list(logits.biases))

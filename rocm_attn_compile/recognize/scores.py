@@ -261,4 +261,4 @@ def bias_steps(at: Value, bias: Value, factor: Any) -> list[Step]:
 
 
 def _where(value: Value) -> str:
-    return value.node.name if value.node is not None else "the graph's start"
+    return value.place or "the graph's start"

@@ -12,8 +12,8 @@ from ..reasons import Refusal
 from ..symbolic import is_one, product
 from . import mask as prover
 from .axes import Atom, Dim, resolve
+from .live import LiveUsers
 from .mask.integers import FloorDiv, modulo
-from .proofs import Proofs
 from .region import Roles
 
 T = TypeVar("T")
@@ -22,8 +22,8 @@ T = TypeVar("T")
 class Symbols:
     """Index symbols for the atoms of a site, as `recognize.mask` wants them, and what is proved with them."""
 
-    def __init__(self, roles: Roles, proofs: Proofs) -> None:
-        self._proofs = proofs
+    def __init__(self, roles: Roles, live: LiveUsers) -> None:
+        self._live = live
         self._of: dict[Atom, sympy.Expr] = {}
         # Dynamo's shape symbols are s0, u1, ...: these names must stay apart from them
         q, k = (prover.index_symbol(name) for name in ("q", "k"))
@@ -60,18 +60,20 @@ class Symbols:
 
     def prove(self, how: Callable[..., Any], value: Value, index: list[sympy.Expr], **kwargs: Any) -> Any:
         """`how(value, index, context, **kwargs)`, one of the functions of `recognize.mask`."""
-        key = (how, self._proofs.number(value), tuple(index), *kwargs.values())
+        if self._live.proofs.first(value) is not value:  # else the proof's own questions are enough
+            value = self._live.first_alike(value)
+        key = (how, value.id, tuple(index), *kwargs.values())
         return self.once(key, lambda: how(value, index, self.context, **kwargs))
 
     def once(self, key: Hashable, prove: Callable[[], T]) -> T:
         """What was proved under `key` with the same symbols and sizes."""
         context = self.context
         sizes = (context.q_len, context.kv_len, *context.batch.items(), *context.heads.items())
-        return self._proofs.once((key, sizes), prove)
+        return self._live.proofs.once((key, sizes), prove)
 
     def are_equal(self, left: Value, right: Value) -> bool:
         """True if two values are computed alike from the same values."""
-        return self._proofs.number(left) == self._proofs.number(right)
+        return self._live.are_alike(left, right)
 
     def index(self, dims: list[Dim], shape: tuple, value: Value) -> list[sympy.Expr]:
         """Index of `value`, broadcast against a tensor with axes `dims` (aligned right)."""

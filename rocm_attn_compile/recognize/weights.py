@@ -113,7 +113,7 @@ def _step(path: WeightsPath, anchor: SoftmaxAnchor, value: Value, user: Value) -
         if user.name == "detach":
             raise Refusal("weights_detached", "the attention weights are detached from autograd before they meet V")
     if user.op == "opaque":
-        raise Refusal("weights_used_elsewhere", f"the attention weights go into {user.node}")
+        raise Refusal("weights_used_elsewhere", f"the attention weights go into {user.place}")
     raise Refusal("weights_changed", f"{user.name} changes the attention weights after the softmax")
 
 

@@ -98,12 +98,9 @@ class GraphBuilder:
         """A node that holds `value` at this place; raises Refusal if there is none and none can be made."""
         if value.id in self._values:
             return self._values[value.id]
-        holders = self.trace.nodes_holding(value, self.time)
-        node = self._replaced.get(holders[0], holders[0]) if holders else None
+        node = self._held(value) or self._snapshot(value)
         if node is None:
-            node = self._snapshot(value)
-        if node is None:
-            node = self._emit_again(value)
+            node = self._under_view(value) or self._emit_again(value)
             self.remade[node] = value
         else:
             self.sources[node] = value
@@ -141,6 +138,27 @@ class GraphBuilder:
         with _torch_private.only_fakes(self._shape_env), torch.set_grad_enabled(self._records_gradient):
             args, kwargs = pytree.tree_map_only(torch.Tensor, _look_alike, (args, kwargs))
             return op(*args, **kwargs)
+
+    def _held(self, value: Value) -> fx.Node | None:
+        holders = self.trace.nodes_holding(value, self.time)
+        return self._replaced.get(holders[0], holders[0]) if holders else None
+
+    def _under_view(self, value: Value) -> fx.Node | None:
+        """From a node that holds all its elements otherwise: the product inside a `matmul` is in no node itself."""
+        for user in value.users:
+            if user.grad_mode < value.grad_mode or isinstance(user.op, str) or user.args[0] is not value:
+                continue
+            if user.name in ("view", "_unsafe_view", "unsqueeze", "squeeze"):
+                undo, arguments = aten.reshape.default, [self.size(size) for size in value.shape]
+            elif user.name == "permute":
+                order = [dim % value.ndim for dim in user.args[1]]
+                undo, arguments = aten.permute.default, [order.index(dim) for dim in range(value.ndim)]
+            else:
+                continue
+            node = self.tensor(user) if self._held(user) is not None else self._under_view(user)
+            if node is not None:
+                return self.call(undo, node, arguments)
+        return None
 
     def _snapshot(self, value: Value) -> fx.Node | None:
         """A copy made where the value was still intact, for small tensors (a cache position that is counted up)."""

@@ -238,8 +238,8 @@ def _meanwhile(p: Program, pos: Positions, first: int, extras: list[str]) -> Non
         p.change("another view of a cache")
         aliased = p.name("alias")
         p.inputs.append((aliased, f"{p.pick(*names)}{p.pick('[:1]', '', '.transpose(0, 1)', '[..., :1]')}"))
-    if p.chance(0.12):
-        place = _place(p, first)
+    if p.chance(0.2):
+        place = _place(p, p.pick(first, (first + len(p.lines)) // 2))
         if place < len(p.lines):
             p.change("written in between")
         c = p.pick(*names) if aliased is None else aliased

@@ -14,6 +14,7 @@ from spellings import SPELLINGS, Spelling, inputs_of, results_of
 
 import rocm_attn_compile
 from rocm_attn_compile import _torch_private
+from rocm_attn_compile.kernels.triton.launch import Launch
 from rocm_attn_compile.ops.schemas import OPTIONAL_TENSORS
 from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, to_float64
 
@@ -118,6 +119,33 @@ def test_kernels_written_out_into_inductors_program(name: str, dtype: torch.dtyp
     assert codes and not any("torch.ops.rocm_attn.attention" in code for code in codes)
     assert any("attention_forward_kernel" in code for code in codes)
     assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact), factor=FACTOR)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0),
+    reason="a kernel for Hopper",
+)
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_hopper_runs_its_own_forward(mode: str, monkeypatch: pytest.MonkeyPatch):
+    """A call long enough for it, with scores that grow after the first keys in one head."""
+    launched = []
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (launched.append(self.kernel.__name__), run(self)))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 4096, 128, device="cuda").bfloat16() for heads in (32, 8, 8))
+    k[:, 3, 1000:] *= 40
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    with torch.no_grad():
+        eager = attend(q, k, v)
+        exact = attend(q.double(), k.double(), v.double())
+        compiled = torch.compile(attend, backend="rocm_attn", mode=mode, fullgraph=True)
+        for _ in range(3):
+            actual = compiled(q, k, v).clone()
+    assert set(launched) == {"attention_forward_hopper_kernel"}
+    assert_as_accurate_as_eager(actual, eager, exact, factor=FACTOR)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

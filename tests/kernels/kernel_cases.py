@@ -249,6 +249,51 @@ def cache_cases() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+HOPPER = {"config": (128, 128, 4, 2), "tma": True, "in_flight": True, "num_splits": 1}
+"""Of launch.Tuning: Hopper's own forward kernel, also where it would not be chosen."""
+
+
+def hopper_forward_cases() -> list[dict[str, Any]]:
+    """What forward_hopper.py's kernel takes, on a GPU: more tiles than multiprocessors, and ragged ends."""
+    base = {"B": 2, "H": 40, "K": 8, "M": 517, "N": 700, "D": 128, "E": 128, "tuning": HOPPER}
+    sizes = ((64, 64), (128, 128), (192, 128), (256, 256))
+    features: list[dict[str, Any]] = [
+        {"band_upper": 183},
+        {},
+        {"M": 700, "band_lower": -100, "band_upper": 0},
+        {"band_lower": -60, "band_upper": 60, "sinks": True},
+        {"limits": (False, False), "band_upper": 183},
+        {"limits": (True, True), "sinks": True},
+        {"limits": (True, False), "empty": ("limits",), "empty_rows": "nan"},
+        {"limits": (False, True), "empty": ("limits",), "empty_rows": "zero"},
+        {"limits": (True, True), "empty": ("limits",), "sinks": True, "scale": 1.0},
+        {"M": 700, "N": 400, "band_upper": -300, "empty_rows": "zero"},
+        {"M": 700, "N": 400, "band_upper": -300, "empty_rows": "nan_added", "H": 8},
+        {"band_upper": 183, "scale": 8.0},
+        {"scale": 8.0, "sinks": True},
+        {"M": 1200, "N": 1, "H": 8},
+        {"M": 130, "N": 129, "band_upper": 0, "H": 8},
+        {"layout": "packed", "M": 700, "band_upper": 0, "out_layout": "bshd"},
+    ]
+    caps: list[dict[str, Any]] = [
+        {"soft_cap": 3.0, "band_upper": 183, "limits": (False, True), "empty": ("limits",), "empty_rows": "nan"},
+        {"soft_cap": 50.0, "scale": 5.0, "band_upper": 183, "sinks": True},
+        {"soft_cap": 80.0, "scale": 1.0, "limits": (True, True)},
+    ]
+    cases = []
+    for index, (feature, (D, E)) in enumerate(itertools.product(features, sizes)):
+        dtype = torch.float16 if index % 3 == 2 else torch.bfloat16
+        if D == E or feature.get("layout") != "packed":
+            cases.append({**base, "dtype": dtype, **feature, "D": D, "E": E})
+            if dtype == torch.bfloat16:
+                cases.append({**cases[-1], "tuning": {**HOPPER, "shift": 1}})
+    for shift in (0, 1):
+        cases.append({**base, "dtype": torch.bfloat16, "D": 120, "E": 104, "tuning": {**HOPPER, "shift": shift}})
+    for cap, (D, E) in itertools.product(caps, sizes):
+        cases.append({**base, "dtype": torch.bfloat16, **cap, "D": D, "E": E})
+    return cases
+
+
 def decode_cases() -> list[dict[str, Any]]:
     """Forward only: query heads packed into one tile and the keys split between programs."""
     cases = []

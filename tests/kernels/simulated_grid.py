@@ -180,6 +180,12 @@ FEATURES = tuple(Row(f"feature {name}", fields) for name, fields in _FEATURES.it
     for name, fields in _FEATURES.items()
     if not {"M", "N", "H", "layout", "dtype"} & set(fields)
 )
+# What touches the weights that forward.py cuts to bfloat16, and their sums.
+CUT_WEIGHTS = tuple(
+    Row(f"bf16 {name}", {**_FEATURES[name], "dtype": BF16}, backward=False, archs=("gfx90a", "gfx942", "gfx1100"))
+    for name in ("bias with holes", "soft cap and bias", "alibi, bias, window", "sinks, empty rows", "dropout",
+                 "negative scale", "one key", "empty rows, mean, dropout")
+)  # fmt: skip
 
 # A KV cache in pages, of each relation to the tiles, and in float8, of each head size and on each architecture.
 _CACHES: dict[str, dict[str, Any]] = {
@@ -217,4 +223,4 @@ CACHES = (
     ),
 )
 
-GRID = CUT + CONFIGURATIONS + FEATURES + CACHES
+GRID = CUT + CONFIGURATIONS + FEATURES + CUT_WEIGHTS + CACHES

@@ -114,6 +114,13 @@ def test_only_a_descriptor_with_its_tensors_strides_is_traced():
     assert descriptor(odd, 8, 64).strides == (8, *usual.stride()[1:]) and not traced._is_plain(descriptor(odd, 8, 64))
 
 
+def test_a_kernel_in_gluon_is_not_traced(launches_for):
+    sizes = {"batch": 1, "num_heads": 32, "num_kv_heads": 32, "q_len": 8192, "kv_len": 8192, "backward": False}
+    launches = list(launches_for("sm90", 192, v_head_dim=128, **sizes))
+    assert [launch.kernel.__name__ for launch in launches] == ["attention_forward_hopper_kernel"]
+    assert not traced._trace(launches, {}, SimpleNamespace())
+
+
 def test_every_feature(launches_for):
     found = {launch.kernel.__name__: read(launch) for launch in launches_for("gfx942", **EVERYTHING)}
     extra = {"backward_rows_kernel": {"correction", "any_empty"}}

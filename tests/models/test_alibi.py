@@ -1,4 +1,4 @@
-"""Models that count distances: what their ALiBi becomes, in float32."""
+"""Models that count distances: what their ALiBi becomes."""
 
 from __future__ import annotations
 
@@ -58,23 +58,25 @@ class Kept:
 
 
 @pytest.mark.parametrize(
-    ("make", "padded", "attention"),
+    ("make", "padded", "attention", "dtype"),
     [
-        (mpt, False, "eager"),
-        (mpt, True, "eager"),
-        (bloom, True, "eager"),
-        (falcon, False, "eager"),
-        (falcon, True, "eager"),
-        (falcon, False, "sdpa"),
-        (falcon, True, "sdpa"),
+        (mpt, False, "eager", torch.float32),
+        (mpt, True, "eager", torch.float32),
+        (bloom, True, "eager", torch.float32),
+        (falcon, False, "eager", torch.bfloat16),
+        (falcon, False, "eager", torch.float32),
+        (falcon, True, "eager", torch.float32),
+        (falcon, False, "sdpa", torch.bfloat16),
+        (falcon, True, "sdpa", torch.float32),
     ],
 )
-def test_forward(make, padded, attention):
+def test_forward(make, padded, attention, dtype):
     """Positions are numbers in MPT; Bloom and Falcon count the tokens that are no padding: a number per head and key.
 
-    Falcon rounds them to bfloat16, and puts the lowest number into them where a key is dropped.
+    Falcon rounds them to bfloat16, which a float32 model keeps, and puts the lowest number into them where a key is
+    dropped.
     """
-    model = build(make, attention)
+    model = build(make, attention).to(dtype)
     arguments = ids(13, padded)
     kept = Kept()
     with torch.no_grad():
@@ -85,10 +87,12 @@ def test_forward(make, padded, attention):
     (report,) = rocm_attn_compile.reports()
     assert [site.replaced for site in report.sites] == [True] * 2, str(report)
     counts = padded and make is not mpt
+    stays = counts or (make is falcon and dtype == torch.float32)
     for site, (bias, slopes) in zip(report.sites, kept.shapes):
-        assert (site.data["has_alibi"], site.data["has_bias"]) == (not counts, counts)
+        assert (site.data["has_alibi"], site.data["has_bias"]) == (not stays, stays)
+        assert ("alibi_rounded" in [note.code for note in site.notes]) == (stays and not counts)
         assert site.mask.startswith("causal")
-        assert (slopes, bias) == ((None, (2, 6, 1, 13)) if counts else ((6,), None))
+        assert (slopes, bias) == ((None, (2, 6, 1, 13)) if stays else ((6,), None))
     assert_as_accurate_as_eager(actual, eager, exact)
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from pipeline_harness import INF, SCALE, B, D, H, M, N, Pipeline, attend, check, qkv, rand, reports, square
 
+from rocm_attn_compile.testing import count_calls
+
 CACHE_LEN = 12
 
 
@@ -376,3 +378,19 @@ def test_another_scale_compiles_again():
     assert pipeline.calls == 2
     # Dynamo gives up its first graph, with the scale as an input, when AOTAutograd makes the scale a number.
     assert [(report.graph, len(report.sites)) for report in reports()] == [("0/0", 1), ("0/1", 1)]
+
+
+def test_an_attention_on_the_result_of_another_reads_that_result():
+    """Behind its scale and views lies the product inside `matmul`, which no node holds: it was computed again."""
+
+    def twice(q, k, v):
+        return attend(attend(q, k, v) * 0.5, k, v)
+
+    def twice_by_einsum(q, k, v):
+        out = torch.einsum("bhmn,bhnd->bhmd", weights(q, k), v)
+        return torch.einsum("bhmn,bhnd->bhmd", weights(out * 0.5, k), v)
+
+    for function in (twice, twice_by_einsum):
+        pipeline = check(function, trains=True, calls=2)
+        left = count_calls(pipeline.graphs[0])
+        assert not any("softmax" in name or "bmm" in name or "matmul" in name for name in left), left

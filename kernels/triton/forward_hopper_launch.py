@@ -1,0 +1,145 @@
+"""Which forward calls Hopper's own kernel takes, and how it is launched; see forward_hopper.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from .common import CAP_FAST, FIRST_MAX, NO_CAP, RUNNING_MAX
+from .launch import EMPTY_ROWS, Descriptor, Launch, Rope, Tuning, descriptor
+from .mla_configs import GLUON_KNOWN
+
+TAKES_FIRST_MAX = False
+"""Whether bfloat16 calls take the first maximum, as forward.py's do. Faster; see docs/kernels.md for what is open."""
+
+MIN_SCORES, MIN_KEYS = (2**29, 2**10) if TAKES_FIRST_MAX else (2**30, 2**11)
+"""From how many scores, and keys of a query, on a call is given to the kernel. It is launched by Triton, not by
+Inductor, and that takes the host some 300 us, as long as the device works then. A window's scores count, not those
+outside; half of a causal mask's are none, but they count."""
+
+
+class Tile(NamedTuple):
+    """Keys of a block, and how many blocks of keys and of values lie in shared memory."""
+
+    block_n: int
+    stages: int
+
+
+Blocks = tuple[int, int, int]
+"""BLOCK_D, BLOCK_REST, BLOCK_E, see configs.head_blocks."""
+
+TILES: dict[Blocks, Tile] = {
+    (64, 0, 64): Tile(128, 4),
+    (128, 0, 128): Tile(128, 2),
+    (128, 64, 128): Tile(128, 2),
+    (256, 0, 256): Tile(64, 2),
+}
+"""What fits: 227 KiB of shared memory hold 128 queries and all stages, a thread's 240 registers 64 x block_n scores,
+half as many weights, and the result."""
+
+FASTER: frozenset[Blocks] = frozenset({(128, 0, 128), (128, 64, 128), (256, 0, 256)})
+"""Where the kernel was faster than forward.py's on an H200, see docs/kernels.md."""
+
+_MEANS = (EMPTY_ROWS["mean"], EMPTY_ROWS["mean_added"])
+_ABSENT = ("HAS_BIAS", "HAS_ATTN_MASK", "HAS_KEY_MASK", "HAS_IDS", "HAS_DROPOUT", "HAS_ALIBI", "SPLIT", "PAGE")
+_SHARED = (
+    "stride_ob", "stride_oh", "stride_om", "stride_start_b", "stride_start_m", "stride_end_b", "stride_end_m",
+    "num_heads", "gqa_group_size", "q_len", "kv_len", "softmax_scale", "logits_soft_cap",
+    "band_lower", "band_upper", "V_HEAD_DIM", "BLOCK_D", "BLOCK_REST", "BLOCK_E", "ROPE", "SOFT_CAP", "HAS_START",
+    "HAS_END", "HAS_LOWER", "HAS_UPPER", "HAS_SINKS", "EMPTY_ROWS",
+)  # fmt: skip
+"""Arguments that mean the same in both kernels."""
+
+
+def choose(arch: str, dtype: torch.dtype, arguments: dict[str, Any], tuning: Tuning) -> Tile | None:
+    """The tile if the kernel takes the call, else None.
+
+    Args:
+        arch: "sm90" is Hopper.
+        dtype: Of q, k, v.
+        arguments: Those of attention_forward_kernel, as planned.
+        tuning: `in_flight` asks for the kernel wherever it can run; other choices than the tables' are for forward.py.
+    """
+    blocks = arguments["BLOCK_D"], arguments["BLOCK_REST"], arguments["BLOCK_E"]
+    tile = TILES.get(blocks)
+    fits = (
+        tile is not None
+        and arch == "sm90"
+        and triton.__version__.startswith(GLUON_KNOWN)
+        and dtype.itemsize == 2
+        and arguments["TMA"]
+        and arguments["RAW"]
+        and arguments["PACK"] == 1
+        and arguments["SOFT_CAP"] in (NO_CAP.value, CAP_FAST.value)
+        and arguments["EMPTY_ROWS"] not in _MEANS
+        and not any(arguments[name] for name in _ABSENT)
+    )
+    if not fits or tuning.in_flight:
+        return tile if fits else None
+    keys = _longest_row(arguments)
+    scores = arguments["batch_size"] * arguments["num_heads"] * arguments["q_len"] * keys
+    is_long = keys >= MIN_KEYS and scores >= MIN_SCORES
+    # Narrower heads are padded with zeros, as in forward.py, but were not measured.
+    sizes = arguments["HEAD_DIM"] + arguments["ROPE"], arguments["V_HEAD_DIM"]
+    is_whole = sizes == (blocks[0] + blocks[1], blocks[2])
+    is_free = not (tuning.config or tuning.pack or tuning.num_splits or tuning.shift is not None)
+    is_free = is_free and all(direction != "forward" for direction, _, _ in tuning.chosen)
+    return tile if is_free and is_long and is_whole and blocks in FASTER else None
+
+
+def _longest_row(arguments: dict[str, Any]) -> int:
+    """The most keys that the band leaves a query."""
+    lower, upper = arguments["band_lower"], arguments["band_upper"]
+    bounded = lower is not None and upper is not None
+    return min(arguments["kv_len"], max(upper - lower + 1, 0)) if bounded else arguments["kv_len"]
+
+
+def launch(
+    tile: Tile, tuning: Tuning, num_units: int, arguments: dict[str, Any], tensors: dict[str, Any], rope: Rope
+) -> Launch:
+    """The launch.
+
+    Args:
+        tile, tuning: From and for `choose`.
+        num_units: Multiprocessors of the device: as many programs, each of which takes many tiles.
+        arguments: As of `choose`.
+        tensors: q, k, v, out, lse, kv_start, kv_end, sinks.
+        rope: The second pieces of queries and keys, if these lie elsewhere.
+    """
+    # Here, since Gluon is experimental, and only Hopper needs it.
+    from .forward_hopper import BLOCK_M, ROWS, attention_forward_hopper_kernel
+
+    given = {name: arguments[name] for name in _SHARED} | tensors
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    q_rest, k_rest = (rope[0], rope[1].unsqueeze(1)) if rope else (q, k)
+    rest = arguments["BLOCK_REST"]
+    shift = arguments["SHIFT"]
+    if shift == FIRST_MAX.value and not TAKES_FIRST_MAX and tuning.shift is None:
+        shift = RUNNING_MAX.value
+    num_tiles = arguments["batch_size"] * arguments["num_heads"] * triton.cdiv(arguments["q_len"], BLOCK_M.value)
+    given.update(
+        q=_blocks(q, ROWS.value, arguments["BLOCK_D"]),
+        k=_blocks(k, tile.block_n, arguments["BLOCK_D"]),
+        v=_blocks(v, tile.block_n, arguments["BLOCK_E"]),
+        q_rest=_blocks(q_rest, ROWS.value, rest) if rest else None,
+        k_rest=_blocks(k_rest, tile.block_n, rest) if rest else None,
+        counters=torch.zeros(2, dtype=torch.int32, device=q.device),
+        num_tiles=num_tiles,
+        BLOCK_N=tile.block_n,
+        STAGES=tile.stages,
+        SHIFT=shift,
+    )
+    names = [parameter.name for parameter in attention_forward_hopper_kernel.params]
+    return Launch(
+        attention_forward_hopper_kernel,
+        min(num_tiles, num_units),
+        {name: given[name] for name in names},
+        {"num_warps": 4, "num_stages": 1},
+    )
+
+
+def _blocks(tensor: torch.Tensor, rows: int, columns: int) -> Descriptor:
+    return replace(descriptor(tensor, rows, columns), swizzle=min(128, columns * tensor.element_size()))

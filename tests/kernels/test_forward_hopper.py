@@ -1,0 +1,107 @@
+"""Hopper's own forward kernel, compiled for it: which calls it takes, and what the assembler makes of its schedule."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+
+from rocm_attn_compile.kernels.triton import aot, aot_launches, aot_mla, configs
+from rocm_attn_compile.kernels.triton.common import FIRST_MAX
+from rocm_attn_compile.kernels.triton.forward_hopper_launch import FASTER, MIN_KEYS, TILES
+from rocm_attn_compile.kernels.triton.launch import Launch, Tuning
+
+HALF = torch.bfloat16
+KERNEL = "attention_forward_hopper_kernel"
+LONG = {"q_len": 8192, "kv_len": 8192, "batch": 1, "num_heads": 128, "num_kv_heads": 128, "backward": False}
+FORCED = Tuning(arch="sm90", config=configs.KernelConfig(128, 128, 4, 2), tma=True, in_flight=True, num_splits=1)
+
+
+def launch(head_dim: int, v_head_dim: int, dtype: torch.dtype = HALF, **features: Any) -> Launch:
+    """The one launch of a long call, if that is Hopper's kernel."""
+    (found,) = aot_launches.launches("sm90", dtype, head_dim, v_head_dim, **{**LONG, **features}).values()
+    return found
+
+
+def machine_code(found: Launch, folder: Path) -> tuple[str, str]:
+    """What ptxas says, and the disassembly, of Triton's own tools."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    ptx, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
+    ptx.write_text(aot.compile_launch(found, "sm90").asm["ptx"])
+    command = [tools / "ptxas", "-v", "-arch=sm_90a", ptx, "-o", cubin]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return told, subprocess.run([tools / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True).stdout
+
+
+CASES: dict[str, Callable[[], Launch]] = {
+    "192/128, causal": lambda: launch(192, 128),
+    "latent": lambda: aot_mla.launches("sm90", HALF, 128, absorbed=False, q_len=8192, kv_len=8192, batch=1)[KERNEL],
+    "128, soft cap": lambda: launch(128, 128, soft_cap=30.0, tuning=FORCED),
+    "256": lambda: launch(256, 256, tuning=FORCED, causal=False),
+    "first maximum": lambda: launch(128, 128, tuning=replace(FORCED, shift=FIRST_MAX.value)),
+}
+SLOW = ("latent", "256", "first maximum")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
+)
+def test_exponentials_overlap_with_the_second_product(case: str, tmp_path: Path) -> None:
+    """No spills in the loop, and all exponentials in it lie between the wait for the scores and that for the values."""
+    found = CASES[case]()
+    assert found.kernel.__name__ == KERNEL
+    told, code = machine_code(found, tmp_path)
+    assert "setmaxnreg" not in told, told  # else it says that it ignores it
+    parts = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", code)
+    loops = 2 if found.arguments["SHIFT"] == FIRST_MAX.value else 1
+    assert len(parts) == 1 + 2 * loops, "so many in each of two groups"
+    scores = found.arguments["BLOCK_N"] * 64 // 128
+    for part in parts[1:]:
+        softmax = part[: part.index("WARPGROUP.DEPBAR")]
+        assert "LDL" not in softmax
+        assert softmax.count("MUFU.EX2") >= scores
+        assert softmax.count("MUFU.TANH") == (scores if "cap" in case else 0)
+
+
+def test_chosen_where_it_is_faster() -> None:
+    """Long calls of the measured sizes, in half precision, with a mask in closed form."""
+    for blocks in FASTER:
+        size = blocks[0] + blocks[1], blocks[2]
+        window = {"band_lower": 1 - MIN_KEYS}
+        masks: list[dict[str, Any]] = [{}, {"kv_start": True, "kv_end": True}, {"causal": False}, window]
+        for features in ({**mask, "sinks": True} for mask in masks):
+            assert launch(*size, **features).kernel.__name__ == KERNEL
+        assert launch(*size, torch.float16).kernel.__name__ == KERNEL
+        others: list[dict[str, Any]] = [
+            {"q_len": 256, "kv_len": 256}, {"kv_len": MIN_KEYS // 2}, {"band_lower": -63}, {"attn_bias": True},
+            {"key_mask": True}, {"attn_mask": True}, {"q_ids": True, "kv_ids": True}, {"dropout_p": 0.1},
+            {"empty_rows": "mean"}, {"alibi_slopes": True}, {"tuning": Tuning(arch="sm90", tma=False)},
+            {"tuning": Tuning(arch="sm90", num_splits=1)},
+        ]  # fmt: skip
+        for features in others:
+            assert launch(*size, **features).kernel.__name__ == "attention_forward_kernel", features
+        assert launch(size[0] - 8, size[1]).kernel.__name__ == "attention_forward_kernel"
+        assert launch(*size, torch.float32).kernel.__name__ == "attention_forward_kernel"
+        # Only a bfloat16 result may take the cap's fast tanh.
+        assert launch(*size, torch.float16, soft_cap=30.0).kernel.__name__ == "attention_forward_kernel"
+
+
+def test_what_was_not_faster_stays() -> None:
+    for blocks in TILES.keys() - FASTER:
+        assert launch(blocks[0] + blocks[1], blocks[2]).kernel.__name__ == "attention_forward_kernel"
+
+
+def test_other_gpus_have_no_such_kernel() -> None:
+    for arch in ("gfx942", "sm80", "sm120"):
+        (found,) = aot_launches.launches(arch, HALF, 192, 128, **LONG).values()
+        assert found.kernel.__name__ == "attention_forward_kernel"
