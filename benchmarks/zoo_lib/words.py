@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-MIXED = "no_contraction, linear layer"
+MIXED = "no_contraction, a layer"
 ANOTHER = {
-    MIXED: "A linear layer mixes the scores of all heads before the softmax (CaiT of timm).",
+    MIXED: "A linear layer or a convolution mixes the scores of all heads before the softmax (CaiT, EfficientFormer "
+    "V2).",
     "scores_used_elsewhere": "The scores are read a second time: mixed between heads before the softmax (talking "
     "heads), compared with their own largest values (sparse top-k), summed up to positions (CoPE), kept for other "
     "heads or for the next layer (selective, residual attention). A fused op never has all scores of a row at once.",
@@ -45,7 +46,7 @@ LEFT = {
 
 def key_of(code: str, text: str) -> str:
     """The code of a reason, or that of a special case of it."""
-    if code == "no_contraction" and "comes from a linear layer" in text:
+    if code == "no_contraction" and ("comes from a linear layer" in text or "comes from 'opaque'" in text):
         return MIXED
     return CUT_OFF if code == "no_contraction" and "graph break has cut it off" in text else code
 
