@@ -23,13 +23,13 @@ class Record:
     Attributes:
         answers: `(ask, *arguments)` -> answer, in the order in which they were first asked. `ask` is called with a
             reader of the program (see `recognize.live`) and the arguments. A raised `Refusal` is an answer, too.
-        names: What was called by name in texts -> `(how, value)` for each value that is called so, where `how(value)`
-            is the name; None for what is no value.
+        names: What was called by name in texts -> `(how, value)` for each value that is called so, where
+            `how(reader, value)` is the name; None for what is no value.
     """
 
     def __init__(self) -> None:
         self.answers: dict[tuple, Any] = {}
-        self.names: dict[str, set[tuple[Callable[[Any], str], Any] | None]] = {}
+        self.names: dict[str, set[tuple[Callable[[Any, Any], str], Any] | None]] = {}
 
     def add(self, other: Record) -> None:
         """Put what is on another record on this one."""
@@ -95,8 +95,8 @@ class Questions:
             raise answer
         return answer
 
-    def called(self, name: str, how: Callable[[Any], str] | None = None, value: Any = None) -> str:
-        """`name`, which is on its way into a text: `how(value)`, if it is a value's."""
+    def called(self, name: str, how: Callable[[Any, Any], str] | None = None, value: Any = None) -> str:
+        """`name`, which is on its way into a text: `how(reader, value)`, if it is a value's."""
         if self.record is not None:
             self.record.names.setdefault(name, set()).add(None if how is None else (how, value))
         return name

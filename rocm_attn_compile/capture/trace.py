@@ -68,11 +68,15 @@ class Value:
         return "" if node is None else self.questions.called(node.name, _place_of, self)
 
     def __repr__(self) -> str:
-        return self.questions.called(f"%{self.id}:{self.name}{list(self.shape)}", repr, self)
+        return self.questions.called(f"%{self.id}:{self.name}{list(self.shape)}", _repr_of, self)
 
 
-def _place_of(value: Value) -> str:
+def _place_of(reader: Any, value: Value) -> str:
     return value.place
+
+
+def _repr_of(reader: Any, value: Value) -> str:
+    return repr(value)
 
 
 LEAF_OPS = ("input", "constant", "opaque")

@@ -72,7 +72,7 @@ class Sites:
             log.warning("while translating %s", site.found.anchor, exc_info=True)
             return None
         found.equal_to = site.found.anchor
-        return found if rename(found, site.record, pairing.partner) else None
+        return found if rename(found, site.record, pairing.partner, live) else None
 
     def _remember(self, site: _Site) -> None:
         self._sites = [site, *(other for other in self._sites if other is not site)][:_REMEMBERED]

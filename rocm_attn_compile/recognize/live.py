@@ -96,11 +96,11 @@ class LiveUsers:
         """True if two values are computed alike from the same values."""
         return self.proofs.first(left) is self.proofs.first(right)
 
-    @_question
     def describe(self, value: Value) -> str:
-        """The value by the name of its Dynamo node."""
-        names = ", ".join(self.questions.called(node.name) for node in self._held_by(value))
-        return names or value.place or value.name
+        """The value by the name of its Dynamo node, for texts."""
+        with self.questions.unrecorded():
+            names = ", ".join(node.name for node in self._held_by(value)) or value.place or value.name
+        return self.questions.called(names, LiveUsers.describe, value)
 
     def _held_by(self, value: Value) -> list[fx.Node]:
         """Dynamo nodes whose tensor has (or at some time had) this value."""

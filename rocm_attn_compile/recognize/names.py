@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ..capture.questions import Record
 from ..capture.trace import Value
@@ -32,19 +32,20 @@ def is_about_one_site(found: Found, record: Record) -> bool:
     return False
 
 
-def rename(found: Found, record: Record, partner: dict[Value, Value]) -> bool:
+def rename(found: Found, record: Record, partner: dict[Value, Value], reader: Any) -> bool:
     """Name what is reported of `found` as it is called at the other site; False if that is not one name for one.
 
     Args:
         found: Translated, but for the names.
         record: Of the site it was translated from.
         partner: That site's values -> those of this one.
+        reader: Of the program of this one.
     """
     for field, reason in _reasons(found).items():
         names: dict[str, str] = {}
         for name in _names_in(reason, record):
             bearers = [bearer for bearer in record.names[name] if bearer is not None]
-            now = {how(partner[value]) if value in partner else "" for how, value in bearers}
+            now = {how(reader, partner[value]) if value in partner else "" for how, value in bearers}
             if len(now) != 1 or "" in now:
                 return False
             (names[name],) = now
