@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from .. import ops
-from ..capture.trace import Trace, Value
+from ..capture.trace import NodeTensor, Trace, Value
 from ..reasons import Refusal
 from ..recognize.labels import is_cast, is_view
 from ..recognize.region import Alibi, Bias, MaskTerm, Operand, PositionBias, Region
@@ -46,6 +46,7 @@ class Rewriter:
         self.replaced: dict[fx.Node, fx.Node] = {}
         self._regions: list[Region] = []
         self._examples: dict[Any, Any] = {}
+        self._written: dict[fx.Node, str] = {}
 
     def apply(self, region: Region, impl: str) -> fx.Node:
         """Emit the op for `region` and make every later reader use it.
@@ -98,6 +99,8 @@ class Rewriter:
         spec, dims = region.spec, output.labels.of(value)
         layout = choose_out_layout(builder, target, output.groups, dims)
         masks = emit_masks(builder, region)
+        if spec.requires_grad:
+            self._refuse_written(vars(masks).values())
         if region.latent is not None and is_latent(impl):
             out = emit_latent(builder, region, region.latent, masks, layout, impl, self._operand)
         else:
@@ -137,6 +140,8 @@ class Rewriter:
             "kv_start": masks.kv_start, "kv_end": kv_end, "q_ids": masks.q_ids, "kv_ids": masks.kv_ids,
             "sinks": sinks, "dropout_seed": seed, "alibi_slopes": emit_slopes(builder, region),
         }  # fmt: skip
+        if spec.requires_grad:
+            self._refuse_written(node for name, node in tensors.items() if name not in ("q", "k", "v"))
         settings = {
             "softmax_scale": spec.softmax_scale, "logits_soft_cap": spec.logits_soft_cap,
             "band_lower": masks.band_lower, "band_upper": masks.band_upper, "dropout_p": spec.dropout_p,
@@ -149,6 +154,35 @@ class Rewriter:
             impl = self.tuned[region].impl
         call = builder.call(ops.attention, *tensors.values(), **settings, impl=impl, **cache)
         return builder.call(operator.getitem, call, 0)
+
+    def _refuse_written(self, arguments: Iterable[Any]) -> None:
+        """Masks and biases of a call with a gradient must not come from a number that the graph counts up.
+
+        AOTAutograd's partitioner may compute them again in the backward, from the input as it is then.
+        """
+        for node in arguments:
+            name = self._written_input(node) if isinstance(node, fx.Node) else ""
+            if name:
+                raise Refusal(
+                    "mask_input_written",
+                    f"the mask or bias is made from the input {name}, which the graph writes to: PyTorch may make it "
+                    "again in the backward, from what that holds then",
+                )
+
+    def _written_input(self, last: fx.Node) -> str:
+        """The name of an input, no float, that `last` is computed from and that is written in the graph; or ""."""
+        known, path = self._written, [last]
+        while path:
+            node = path[-1]
+            inputs = [i for i in node.all_input_nodes if i not in known]
+            if node not in known and inputs:
+                path += inputs
+                continue
+            path.pop()
+            tensor = self.trace.tensors.get(node)
+            is_written = tensor is not None and node.op in ("placeholder", "get_attr") and _is_counted(tensor)
+            known[node] = node.name if is_written else next(filter(None, (known[i] for i in node.all_input_nodes)), "")
+        return known[last]
 
     def _operand(self, builder: GraphBuilder, operand: Operand, groups: list, dtype: torch.dtype) -> fx.Node:
         node, dims = take_cuts(builder, builder.tensor(operand.value), operand)
@@ -237,6 +271,10 @@ class Rewriter:
         if region.sinks is None:
             return None
         return to_layout(builder, builder.tensor(region.sinks.value), region.sinks.dims, [region.roles.heads], [True])
+
+
+def _is_counted(tensor: NodeTensor) -> bool:
+    return bool(tensor.storage.write_times) and not tensor.value.dtype.is_floating_point
 
 
 def _is_added_in_half(bias: Bias) -> bool:

@@ -394,3 +394,26 @@ def test_an_attention_on_the_result_of_another_reads_that_result():
         pipeline = check(function, trains=True, calls=2)
         left = count_calls(pipeline.graphs[0])
         assert not any("softmax" in name or "bmm" in name or "matmul" in name for name in left), left
+
+
+def counted(q, k, v, position):
+    keep = torch.arange(k.shape[2])[None, :] <= (torch.arange(q.shape[2]) + position)[:, None]
+    out = (q @ k.mT * SCALE).masked_fill(~keep, -INF).softmax(-1) @ v
+    position.add_(q.shape[2])
+    return out
+
+
+def test_a_position_that_is_counted_up_in_training():
+    """AOTAutograd saves the position for the backward, makes the mask from it again, and finds it counted up."""
+    found = []
+    for function in (counted, torch.compile(counted, backend="rocm_attn", fullgraph=True)):
+        torch.manual_seed(0)
+        tensors = [torch.randn(B, H, n, D, dtype=torch.bfloat16, requires_grad=True) for n in (M, N, N)]
+        position = torch.tensor(2)
+        out = function(*tensors, position)
+        found.append([out, *torch.autograd.grad(out, tensors, torch.ones_like(out)), position])
+    for actual, expected in zip(*reversed(found)):
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    (site,) = reports()[-1].sites
+    assert [reason.code for reason in site.reasons] == ["mask_input_written"] and not site.replaced
+    check(counted, lambda: (*qkv(), torch.tensor(2)), calls=1)  # without gradients it is replaced
