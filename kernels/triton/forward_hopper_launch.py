@@ -8,14 +8,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from .common import CAP_FAST, FIRST_MAX, NO_CAP, RUNNING_MAX
+from .common import CAP_FAST, NO_CAP
 from .launch import EMPTY_ROWS, Descriptor, Launch, Rope, Tuning, descriptor
 from .mla_configs import GLUON_KNOWN
 
-TAKES_FIRST_MAX = False
-"""Whether bfloat16 calls take the first maximum, as forward.py's do. Faster; see docs/kernels.md for what is open."""
-
-MIN_SCORES, MIN_KEYS = (2**29, 2**10) if TAKES_FIRST_MAX else (2**30, 2**11)
+MIN_SCORES, MIN_KEYS = 2**29, 2**10
 """From how many scores, and keys of a query, on a call is given to the kernel. It is launched by Triton, not by
 Inductor, and that takes the host some 300 us, as long as the device works then. A window's scores count, not those
 outside; half of a causal mask's are none, but they count."""
@@ -97,13 +94,11 @@ def _longest_row(arguments: dict[str, Any]) -> int:
     return min(arguments["kv_len"], max(upper - lower + 1, 0)) if bounded else arguments["kv_len"]
 
 
-def launch(
-    tile: Tile, tuning: Tuning, num_units: int, arguments: dict[str, Any], tensors: dict[str, Any], rope: Rope
-) -> Launch:
+def launch(tile: Tile, num_units: int, arguments: dict[str, Any], tensors: dict[str, Any], rope: Rope) -> Launch:
     """The launch.
 
     Args:
-        tile, tuning: From and for `choose`.
+        tile: From `choose`.
         num_units: Multiprocessors of the device: as many programs, each of which takes many tiles.
         arguments: As of `choose`.
         tensors: q, k, v, out, lse, kv_start, kv_end, sinks.
@@ -116,9 +111,6 @@ def launch(
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     q_rest, k_rest = (rope[0], rope[1].unsqueeze(1)) if rope else (q, k)
     rest = arguments["BLOCK_REST"]
-    shift = arguments["SHIFT"]
-    if shift == FIRST_MAX.value and not TAKES_FIRST_MAX and tuning.shift is None:
-        shift = RUNNING_MAX.value
     num_tiles = arguments["batch_size"] * arguments["num_heads"] * triton.cdiv(arguments["q_len"], BLOCK_M.value)
     given.update(
         q=_blocks(q, ROWS.value, arguments["BLOCK_D"]),
@@ -130,7 +122,7 @@ def launch(
         num_tiles=num_tiles,
         BLOCK_N=tile.block_n,
         STAGES=tile.stages,
-        SHIFT=shift,
+        SHIFT=arguments["SHIFT"],
     )
     names = [parameter.name for parameter in attention_forward_hopper_kernel.params]
     return Launch(
