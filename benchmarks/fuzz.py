@@ -58,7 +58,7 @@ def main() -> int:
     _on_interruption(signal.default_int_handler)
     # Spawned: a fork of a process that has threads, or a GPU, may hang.
     with multiprocessing.get_context("spawn").Pool(args.jobs, _prepare) as pool:
-        finished = pool.imap_unordered(_Chunk(args.only), chunks.values())
+        finished = pool.imap_unordered(_Chunk(args.only), list(chunks.values()))
         while chunks:
             left = None if args.seconds is None else args.seconds - (time.perf_counter() - start)
             try:
