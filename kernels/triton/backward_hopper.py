@@ -30,17 +30,13 @@ from .backward_hopper_parts import (
     HALF,
     WIDTH,
     add_in_turn,
-    barrier,
     copy_in,
     next_step,
     pack,
-    signal,
 )
+from .common import CAP_FAST
+from .hopper_parts import LOG2E, NEVER, barrier, signal
 
-LOG2E = gl.constexpr(1.4426950408889634)
-NEVER = gl.constexpr(float("-inf"))
-CAP_FAST = gl.constexpr(3)
-"""As common.CAP_FAST, the only soft cap that is known here."""
 NEVER_CAPPED = gl.constexpr(-1e18)
 """Far below what tanh gives, and its square is still a number."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor
 from . import configs
 from .backward_finish import backward_finish_kernel
 from .common import CAP_FAST, NO_CAP
-from .launch import NO_SWIZZLE, Descriptor, Launch, descriptor
-from .mla_configs import GLUON_KNOWN
+from .launch import NO_SWIZZLE, Descriptor, Launch, swizzled
 
 BLOCK_M, BLOCK_N, WIDTH, PART = 64, 128, 128, 16
 """As in backward_hopper_parts.py."""
@@ -42,7 +40,7 @@ def refusal(
         any_size: Also where it is not worth it.
     """
     batch, num_heads, q_len, _ = arguments["q"].shape
-    if arch != "sm90" or not triton.__version__.startswith(GLUON_KNOWN):
+    if not configs.has_hopper_kernels(arch):
         return "written for Hopper, in Gluon, which is experimental, as two releases of Triton have it"
     if itemsize != 2 or blocks != (WIDTH, 0, WIDTH):
         return "its accumulators are those of 16-bit heads of 65 to 128 numbers"
@@ -85,10 +83,10 @@ def hopper_launches(
     shared = {name: arguments[name] for name in ("num_heads", "q_len", "softmax_scale", "HEAD_DIM")}
     given = {
         **arguments,
-        "q": _swizzled(q, BLOCK_M, WIDTH // 2),
-        "k": _swizzled(k, BLOCK_N // 2, WIDTH // 2),
-        "v": _swizzled(v, BLOCK_N // 2, WIDTH),
-        "grad_out": _swizzled(grad_out, BLOCK_M, WIDTH),
+        "q": swizzled(q, BLOCK_M, WIDTH // 2),
+        "k": swizzled(k, BLOCK_N // 2, WIDTH // 2),
+        "v": swizzled(v, BLOCK_N // 2, WIDTH),
+        "grad_out": swizzled(grad_out, BLOCK_M, WIDTH),
         "grad_k": dk,
         "grad_v": dv,
         "shift": _in_order(tensors["shift"].view(-1, q_len), 1, BLOCK_M),
@@ -112,10 +110,6 @@ def hopper_launches(
     found = {**shared, **strides, "partial": partial, "turns": counters[1:], "ticket": counters, "grad_q": dq,
              "num_row_blocks": num_row_blocks}  # fmt: skip
     return [main, Launch(backward_finish_kernel, tiles, found, {"num_warps": 4, "num_stages": 1})]
-
-
-def _swizzled(tensor: Tensor, rows: int, columns: int) -> Descriptor:
-    return replace(descriptor(tensor, rows, columns), swizzle=128)
 
 
 def _in_order(tensor: Tensor, rows: int, columns: int) -> Descriptor:

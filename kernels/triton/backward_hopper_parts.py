@@ -21,8 +21,6 @@ WIDTH = gl.constexpr(128)
 """Columns of a head, and half of them; half of the keys."""
 PART = gl.constexpr(16)
 """A (64, 64) float32 tile is PART rows of 256 numbers in `partial`, in the order of `pack`."""
-# Its name differs between Triton 3.6 and 3.7.
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @builtin
@@ -51,13 +49,6 @@ def store_release(pointer, value):
         "{ cp.async.bulk.wait_group 0; bar.warp.sync -1; st.release.gpu.global.b32 [$1], $2; mov.b32 $0, $2; }",
         "=r,l,r", [pointer, value], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-
-
-@gluon.jit
-def signal(bar):
-    """Arrive once for the calling warps, after all of them."""
-    barrier()
-    mbarrier.arrive(bar, count=1)
 
 
 @gluon.jit

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import triton
+
 
 @dataclass(frozen=True)
 class KernelConfig:
@@ -354,6 +356,20 @@ def select_tma(arch: str, direction: str, head_block: int, itemsize: int, featur
         if head_block <= max_head and itemsize <= max_bytes:
             return config
     return None
+
+
+GLUON_KNOWN = ("3.6.", "3.7.")
+"""Releases of Triton with which the Hopper kernels were compiled; Gluon is experimental, and changes."""
+
+
+def gluon_is_known() -> bool:
+    """Whether this Triton is one of them."""
+    return triton.__version__.startswith(GLUON_KNOWN)
+
+
+def has_hopper_kernels(arch: str) -> bool:
+    """Whether the kernels in Gluon can run."""
+    return arch == "sm90" and gluon_is_known()
 
 
 def kv_heads_first(arch: str) -> bool:

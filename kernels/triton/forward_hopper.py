@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .common import EMPTY_NAN, EMPTY_NAN_ADDED, FIRST_MAX, LARGEST_SUM, NO_CAP, RUNNING_MAX, SMALLEST_SUM
-from .mla_hopper_parts import LN2, LOG2E, NEVER, barrier, finite, row_limits, signal
+from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, row_limits, signal
 
 ROWS = gl.constexpr(64)
 """Rows of a warp group."""

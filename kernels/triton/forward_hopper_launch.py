@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
+from . import configs
 from .common import CAP_FAST, NO_CAP
-from .launch import EMPTY_ROWS, Descriptor, Launch, Rope, Tuning, descriptor
-from .mla_configs import GLUON_KNOWN
+from .launch import EMPTY_ROWS, Launch, Rope, Tuning, swizzled
 
 MIN_SCORES, MIN_KEYS = 2**29, 2**10
 """From how many scores, and keys of a query, on a call is given to the kernel. It is launched by Triton, not by
@@ -64,8 +63,7 @@ def choose(arch: str, dtype: torch.dtype, arguments: dict[str, Any], tuning: Tun
     tile = TILES.get(blocks)
     fits = (
         tile is not None
-        and arch == "sm90"
-        and triton.__version__.startswith(GLUON_KNOWN)
+        and configs.has_hopper_kernels(arch)
         and dtype.itemsize == 2
         and arguments["TMA"]
         and arguments["RAW"]
@@ -113,11 +111,11 @@ def launch(tile: Tile, num_units: int, arguments: dict[str, Any], tensors: dict[
     rest = arguments["BLOCK_REST"]
     num_tiles = arguments["batch_size"] * arguments["num_heads"] * triton.cdiv(arguments["q_len"], BLOCK_M.value)
     given.update(
-        q=_blocks(q, ROWS.value, arguments["BLOCK_D"]),
-        k=_blocks(k, tile.block_n, arguments["BLOCK_D"]),
-        v=_blocks(v, tile.block_n, arguments["BLOCK_E"]),
-        q_rest=_blocks(q_rest, ROWS.value, rest) if rest else None,
-        k_rest=_blocks(k_rest, tile.block_n, rest) if rest else None,
+        q=swizzled(q, ROWS.value, arguments["BLOCK_D"]),
+        k=swizzled(k, tile.block_n, arguments["BLOCK_D"]),
+        v=swizzled(v, tile.block_n, arguments["BLOCK_E"]),
+        q_rest=swizzled(q_rest, ROWS.value, rest) if rest else None,
+        k_rest=swizzled(k_rest, tile.block_n, rest) if rest else None,
         counters=torch.zeros(2, dtype=torch.int32, device=q.device),
         num_tiles=num_tiles,
         BLOCK_N=tile.block_n,
@@ -131,7 +129,3 @@ def launch(tile: Tile, num_units: int, arguments: dict[str, Any], tensors: dict[
         {name: given[name] for name in names},
         {"num_warps": 4, "num_stages": 1},
     )
-
-
-def _blocks(tensor: torch.Tensor, rows: int, columns: int) -> Descriptor:
-    return replace(descriptor(tensor, rows, columns), swizzle=min(128, columns * tensor.element_size()))

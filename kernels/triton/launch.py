@@ -6,7 +6,7 @@ A launch is data first (`Launch`), so that the ahead-of-time tests compile exact
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -278,6 +278,11 @@ def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Descriptor:
         for size, stride in zip(shape[:3], tensor.stride()[:3])
     ]
     return Descriptor(tensor, shape, (*strides, 1), (1, 1, rows, columns))
+
+
+def swizzled(tensor: torch.Tensor, rows: int, columns: int) -> Descriptor:
+    """The same for a kernel in Gluon, in whose shared memory rows of up to 128 bytes are swizzled."""
+    return replace(descriptor(tensor, rows, columns), swizzle=min(128, columns * tensor.element_size()))
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty_rows: str, out_layout: str = "bhsd") -> None:

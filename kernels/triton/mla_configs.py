@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import triton
-
-from .configs import KernelConfig, family, power_of_two
+from .configs import KernelConfig, family, gluon_is_known, power_of_two
 
 C = KernelConfig
 
@@ -99,13 +97,9 @@ def searched_rows(arch: str, rows: int, batch: int, kv_len: int, num_units: int)
     return min(rows, 16) if is_short and arch == "sm90" else rows
 
 
-GLUON_KNOWN = ("3.6.", "3.7.")
-"""Releases of Triton with which the Hopper kernel was compiled; Gluon is experimental, and changes."""
-
-
 def fits_in_flight(blocks: tuple[int, int]) -> bool:
     """Whether the Hopper kernel takes these padded sizes of kv_lora_rank and qk_rope_head_dim, with this Triton."""
-    return blocks[0] == 512 and blocks[1] <= 64 and triton.__version__.startswith(GLUON_KNOWN)
+    return blocks[0] == 512 and blocks[1] <= 64 and gluon_is_known()
 
 
 def blocks(arch: str, itemsize: int, latent: int, rope: int) -> tuple[int, int]:

@@ -19,21 +19,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, row_limits, signal
 from .mla_hopper_parts import (
     BLOCK_N,
     HALF,
-    LN2,
-    LOG2E,
-    NEVER,
-    barrier,
     clear_rows,
     copy_half,
-    finite,
     load_queries,
     places,
-    row_limits,
     row_of,
-    signal,
 )
 
 BLOCK_M = gl.constexpr(16)

@@ -1,4 +1,4 @@
-"""What the two Hopper kernels of latent attention share: rows and their limits, and the copies of blocks of tokens.
+"""What the two Hopper kernels of latent attention share: rows, and the copies of blocks of tokens.
 
 A block has 64 tokens and comes in two halves of 256 columns, each with a barrier of its own. A page of fewer tokens, or
 of no multiple of 64, is copied BOX tokens at a time; BOX divides both.
@@ -8,15 +8,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
 BLOCK_N = gl.constexpr(64)
 """Tokens of a block."""
 HALF = gl.constexpr(256)
 """Columns of half a block."""
-NEVER = gl.constexpr(float("-inf"))
-# Its name differs between Triton 3.6 and 3.7.
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
@@ -25,26 +20,6 @@ def row_of(tile, num_heads, rows_len, ROWS: gl.constexpr, layout: gl.constexpr):
     row_store = tile * ROWS + gl.arange(0, ROWS, layout=layout)
     row = gl.minimum(row_store, rows_len - 1)
     return row_store < rows_len, row // num_heads, (row % num_heads).to(gl.int64)
-
-
-@gluon.jit
-def row_limits(
-    q_pos, kv_len, kv_start, kv_end, stride_start_m, stride_end_m, band_lower, band_upper, HAS_START: gl.constexpr,
-    HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr,
-):  # fmt: skip
-    """The keys [lower, upper) of each row; the pointers already point at the batch entry."""
-    lower = q_pos * 0
-    upper = lower + kv_len
-    at = q_pos.to(gl.int64)
-    if HAS_START:
-        lower = gl.minimum(gl.maximum(gl.load(kv_start + at * stride_start_m), 0), kv_len).to(gl.int32)
-    if HAS_END:
-        upper = gl.minimum(gl.maximum(gl.load(kv_end + at * stride_end_m), 0), kv_len).to(gl.int32)
-    if HAS_LOWER:
-        lower = gl.maximum(lower, q_pos + band_lower)
-    if HAS_UPPER:
-        upper = gl.minimum(upper, q_pos + band_upper + 1)
-    return lower, upper
 
 
 @gluon.jit
@@ -70,19 +45,6 @@ def clear_rows(tile, first, last):
         part = tile.slice(column, 64, dim=1)
         kept = part.load(layout)
         part.store(gl.where(((row >= first) & (row < last))[:, None], kept, 0.0))
-
-
-@gluon.jit
-def finite(m):
-    """The maximum to subtract: 0 for a row that has seen no key, where -inf would give NaN."""
-    return gl.where(m == NEVER, 0.0, m)
-
-
-@gluon.jit
-def signal(bar):
-    """Arrive once for the calling warps, after all of them."""
-    barrier()
-    mbarrier.arrive(bar, count=1)
 
 
 @gluon.jit

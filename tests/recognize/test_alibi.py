@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from bias_harness import site_with_bias
 from recorder import Recorder
 
 import rocm_attn_compile
-from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager
+from rocm_attn_compile.testing import assert_as_accurate_as_eager
 
 B, H, M, N, D = 2, 6, 23, 37, 16
 SCALE = D**-0.5
@@ -167,16 +168,7 @@ def run(function, dtype, dynamic=None, slopes_train=False):
             out, [a for a in args if a.requires_grad], gradient, allow_unused=True
         )
 
-    with Float64Everywhere():
-        exact = call(function, *inputs(torch.float64, dtype))
-    eager = call(function, *inputs(dtype))
-    recorder = Recorder(lowering="aot_eager")
-    actual = call(torch.compile(function, backend=recorder, fullgraph=True, dynamic=dynamic), *inputs(dtype))
-    assert recorder.calls == 1
-    assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact))
-    (site,) = [site for report in rocm_attn_compile.reports() for site in report.sites]
-    (node,) = [n for g in recorder.graphs for n in g.graph.nodes if n.target is torch.ops.rocm_attn.attention.default]
-    return site, *(None if a is None else a.meta["example_value"] for a in (node.args[3], node.args[12]))
+    return site_with_bias(function, call, inputs, dtype, dynamic)
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])

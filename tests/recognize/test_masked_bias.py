@@ -7,10 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from recorder import Recorder
-
-import rocm_attn_compile
-from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager
+from bias_harness import site_with_bias
 
 B, H, M, N, D = 2, 6, 13, 17, 8
 SCALE = D**-0.5
@@ -150,17 +147,8 @@ def run(function, dtype=torch.float32, dynamic=None, trains=True):
         found = torch.autograd.grad(out, args[:4], gradient, allow_unused=True)
         return out.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(args, found))
 
-    with Float64Everywhere():
-        exact = call(function, *inputs(torch.float64, dtype))
-    eager = call(function, *inputs(dtype))
-    recorder = Recorder(lowering="aot_eager")
-    actual = call(torch.compile(function, backend=recorder, fullgraph=True, dynamic=dynamic), *inputs(dtype))
-    assert recorder.calls == 1
-    assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact))
-    (site,) = [site for report in rocm_attn_compile.reports() for site in report.sites]
-    (node,) = [n for g in recorder.graphs for n in g.graph.nodes if n.target is torch.ops.rocm_attn.attention.default]
-    shapes = [None if a is None else tuple(a.meta["example_value"].shape) for a in (node.args[3], node.args[12])]
-    return site, *shapes
+    site, *tensors = site_with_bias(function, call, inputs, dtype, dynamic)
+    return site, *(None if tensor is None else tuple(tensor.shape) for tensor in tensors)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,44 @@
+"""What Hopper's kernels in Gluon share, whichever attention they compute."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+NEVER = gl.constexpr(float("-inf"))
+# Its name differs between Triton 3.6 and 3.7.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.jit
+def row_limits(
+    q_pos, kv_len, kv_start, kv_end, stride_start_m, stride_end_m, band_lower, band_upper, HAS_START: gl.constexpr,
+    HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr,
+):  # fmt: skip
+    """The keys [lower, upper) of each row; the pointers already point at the batch entry."""
+    lower = q_pos * 0
+    upper = lower + kv_len
+    at = q_pos.to(gl.int64)
+    if HAS_START:
+        lower = gl.minimum(gl.maximum(gl.load(kv_start + at * stride_start_m), 0), kv_len).to(gl.int32)
+    if HAS_END:
+        upper = gl.minimum(gl.maximum(gl.load(kv_end + at * stride_end_m), 0), kv_len).to(gl.int32)
+    if HAS_LOWER:
+        lower = gl.maximum(lower, q_pos + band_lower)
+    if HAS_UPPER:
+        upper = gl.minimum(upper, q_pos + band_upper + 1)
+    return lower, upper
+
+
+@gluon.jit
+def finite(m):
+    """The maximum to subtract: 0 for a row that has seen no key, where -inf would give NaN."""
+    return gl.where(m == NEVER, 0.0, m)
+
+
+@gluon.jit
+def signal(bar):
+    """Arrive once for the calling warps, after all of them."""
+    barrier()
+    mbarrier.arrive(bar, count=1)
