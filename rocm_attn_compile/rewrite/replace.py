@@ -99,9 +99,9 @@ class Rewriter:
         spec, dims = region.spec, output.labels.of(value)
         layout = choose_out_layout(builder, target, output.groups, dims)
         masks = emit_masks(builder, region)
-        if spec.requires_grad:
-            self._refuse_written(vars(masks).values())
         if region.latent is not None and is_latent(impl):
+            if spec.requires_grad:
+                self._refuse_written(vars(masks).values())
             out = emit_latent(builder, region, region.latent, masks, layout, impl, self._operand)
         else:
             out = self._attention(builder, region, masks, layout, impl)
