@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .backward import load_empty, load_row_statistics, tile_gradients
+from .backward_ranges import q_block_range
 from .bias import BIAS_TILES, load_bias
 from .common import (
     EMPTY_MEAN_ADDED,
@@ -23,36 +24,9 @@ from .common import (
 from .tiles import load_head_tile, store_tile, tile_ptrs
 
 
-@triton.jit
-def q_block_range(n_first, n_last, q_len, band_lower, band_upper, BLOCK_M: tl.constexpr, HAS_LOWER: tl.constexpr,
-                  HAS_UPPER: tl.constexpr, NO_FULL: tl.constexpr):  # fmt: skip
-    """Which query blocks the keys `n_first..n_last` need: `(begin, full_begin, full_end, end)`, see kv_block_range.
-
-    NO_FULL: limits per row exist, so no block is known to be uncut.
-    """
-    lo = 0
-    hi = q_len
-    full_lo = 0
-    full_hi = q_len
-    if HAS_UPPER:
-        lo = tl.maximum(lo, n_first - band_upper)
-        full_lo = tl.maximum(full_lo, n_last - band_upper)
-    if HAS_LOWER:
-        hi = tl.minimum(hi, n_last - band_lower + 1)
-        full_hi = tl.minimum(full_hi, n_first - band_lower + 1)
-    begin = lo // BLOCK_M
-    end = tl.maximum(begin, tl.cdiv(tl.maximum(hi, 0), BLOCK_M))
-    full_begin = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_M), begin), end)
-    full_end = tl.minimum(tl.maximum(tl.maximum(full_hi, 0) // BLOCK_M, full_begin), end)
-    if NO_FULL:
-        full_begin = begin
-        full_end = begin
-    return begin, full_begin, full_end, end
-
-
 @triton.jit(do_not_specialize=["q_len", "kv_len", "heads_at_once", "band_lower", "band_upper"])
 def backward_dkdv_kernel(
-    q, k, v, grad_out, q_rest, k_rest, grad_k, grad_v, grad_k_rest, lse, shift, delta, correction, any_empty,
+    q, k, v, grad_out, q_rest, k_rest, grad_k, grad_v, grad_k_rest, lse, shift, delta, correction, any_empty, ranges,
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed, alibi_slopes,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_gb, stride_gh, stride_gm, stride_ge,
@@ -73,6 +47,8 @@ def backward_dkdv_kernel(
     HAS_DROPOUT: tl.constexpr, HAS_ALIBI: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write `grad_k` `(B, K, N, D)` (WANT_DK) and `grad_v` `(B, K, N, E)` (WANT_DV). Phases and TMA as in dq.
+
+    Where rows have limits, which of them to walk over is read from `ranges`, see backward_ranges.
 
     With ROPE > 0, the part of every head in the gradient of the shared piece goes to `grad_k_rest` `(B, K, N, ROPE)`.
     """
@@ -144,9 +120,16 @@ def backward_dkdv_kernel(
         k_rest_tile = load_head_tile(k_rest, batch, rest_head, n_first, stride_k_rest, stride_k_rest_d, kv_len,
                                      REST_COL, REST_SIZE, BLOCK_N, BLOCK_REST, True, WIDE, TMA)  # fmt: skip
         dk_rest = tl.zeros((BLOCK_N, BLOCK_REST), tl.float32)
-    begin, full_begin, full_end, end = q_block_range(
-        n_first, n_last, q_len, band_lower, band_upper, BLOCK_M, HAS_LOWER, HAS_UPPER, ROW_LIMITS
-    )
+    if ROW_LIMITS:
+        ranges += (batch * num_kv_blocks + kv_block) * 4
+        begin = tl.load(ranges)
+        full_begin = tl.load(ranges + 1)
+        full_end = tl.load(ranges + 2)
+        end = tl.load(ranges + 3)
+    else:
+        begin, full_begin, full_end, end = q_block_range(
+            n_first, n_last, q_len, band_lower, band_upper, BLOCK_M, HAS_LOWER, HAS_UPPER
+        )
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
@@ -163,7 +146,7 @@ def backward_dkdv_kernel(
         else:
             first = 0
             count = num_row_blocks
-        if (phase == 0 and (MERGED or not ROW_LIMITS)) or (phase == 1 and not MERGED) or (phase == 2 and EMPTY_MATTERS):
+        if phase == 0 or (phase == 1 and not MERGED) or (phase == 2 and EMPTY_MATTERS):
             head = kv_head * gqa_group_size
             at = first
             for _ in range(count * gqa_group_size):
@@ -180,12 +163,9 @@ def backward_dkdv_kernel(
                     kv_start, kv_end, q_ids, stride_start_m, stride_end_m, stride_qid_m, q_pos, kv_len,
                     HAS_START, HAS_END, HAS_IDS,
                 )  # fmt: skip
+                visit = True
                 if phase == 2:
                     visit = tl.load(any_empty + batch * num_heads + head) != 0
-                elif ROW_LIMITS:
-                    visit = row_block_meets(starts, ends, n_first, n_last, HAS_START, HAS_END)
-                else:
-                    visit = True
                 if visit:
                     m, d, fix = load_row_statistics(
                         shift, delta, correction, row_base + q_first, row_ok, HAS_BIAS, MERGED or phase > 0, BLOCK_M
@@ -274,14 +254,3 @@ def backward_dkdv_kernel(
     if WANT_DV:
         grad_v += batch * stride_dvb + kv_head * stride_dvh
         store_tile(grad_v, dv, n_first, stride_dvn, stride_dve, kv_len, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E, WIDE)
-
-
-@triton.jit
-def row_block_meets(starts, ends, n_first, n_last, HAS_START: tl.constexpr, HAS_END: tl.constexpr):
-    """Whether some row's [kv_start, kv_end) may touch the keys n_first..n_last."""
-    meets = n_first <= n_last
-    if HAS_START:
-        meets &= tl.min(starts) <= n_last
-    if HAS_END:
-        meets &= tl.max(ends) > n_first
-    return meets

@@ -18,6 +18,7 @@ from .backward_dq import backward_dq_kernel
 from .backward_hopper_launch import hopper_launches, refusal
 from .backward_large_launch import large_launches
 from .backward_large_launch import refusal as large_refusal
+from .backward_ranges import backward_ranges_kernel
 from .forward_launch import feature, forward_descriptors
 from .launch import (
     EMPTY_ROWS,
@@ -41,6 +42,13 @@ from .launch import (
     takes_tma_rope,
 )
 
+ROWS_AT_ONCE = 1024
+"""Rows whose limits a program of backward_ranges_kernel reads in one go: two or four loads a thread."""
+_RANGE_ARGUMENTS = (
+    "kv_start", "kv_end", "stride_start_b", "stride_start_m", "stride_end_b", "stride_end_m", "q_len", "kv_len",
+    "band_lower", "band_upper", "HAS_START", "HAS_END", "HAS_LOWER", "HAS_UPPER",
+)  # fmt: skip
+
 
 def of_rope(name: str, stride: str, gradient: Tensor | None, letters: str) -> dict[str, Any]:
     """The arguments for the gradient of a piece that lies elsewhere: the tensor and its outer strides."""
@@ -62,6 +70,15 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, correction: Tensor 
     # lse is -inf only where the sink is -inf too: no weight there.
     weight = torch.where(lse == -math.inf, 0.0, weight)
     return -(weight * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def ranges_launch(arguments: dict[str, Any], batch: int, block_m: int, block_n: int) -> Launch:
+    """The launch that finds which blocks of queries a block of keys meets, where rows have limits."""
+    programs = batch * triton.cdiv(arguments["kv_len"], block_n)
+    ranges = torch.empty((programs, 4), dtype=torch.int32, device=arguments["q"].device)
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCKS": ROWS_AT_ONCE // block_m, "ranges": ranges}
+    given = {name: arguments[name] for name in _RANGE_ARGUMENTS} | blocks
+    return Launch(backward_ranges_kernel, programs, given, {"num_warps": 4, "num_stages": 1})
 
 
 def backward_launches(
@@ -235,17 +252,20 @@ def backward_launches(
         pieces = (
             [("backward_k", True, False), ("backward_v", False, True)] if separate else [("backward_kv", True, True)]
         )
-        launches += [
-            launch_main(
+        for direction, want_dk, want_dv in pieces:
+            main = launch_main(
                 backward_dkdv_kernel,
                 direction,
                 lambda c: batch * kv_heads * triton.cdiv(kv_len, c.block_n),
                 **outputs,
                 WANT_DK=want_dk,
                 WANT_DV=want_dv,
+                ranges=None,
             )
-            for direction, want_dk, want_dv in pieces
-        ]
+            if kv_start is not None or kv_end is not None:
+                launches.append(ranges_launch(arguments, batch, main.arguments["BLOCK_M"], main.arguments["BLOCK_N"]))
+                main.arguments["ranges"] = launches[-1].arguments["ranges"]
+            launches.append(main)
     if computed[0] and not in_one:
         dq = tensors["dq"]
         launches.append(

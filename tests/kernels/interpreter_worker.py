@@ -109,6 +109,25 @@ def backward(**arguments: Any) -> Any:
     return attention_backward(**arguments)
 
 
+def backward_ranges(block_m: int, block_n: int, rows_at_once: int, **arguments: Any) -> Any:
+    """The ranges of query blocks, `(B, blocks of keys, 4)`; positions and limits as backward_ranges_kernel's."""
+    from rocm_attn_compile.kernels.triton import backward_launch
+
+    backward_launch.ROWS_AT_ONCE = rows_at_once
+    kv_start, kv_end = arguments["kv_start"], arguments["kv_end"]
+    for name, limits in (("start", kv_start), ("end", kv_end)):
+        strides = (None, None) if limits is None else limits.stride()
+        names = (f"stride_{name}_b", f"stride_{name}_m", f"HAS_{name.upper()}")
+        arguments.update(zip(names, (*strides, limits is not None)))
+    for name in ("lower", "upper"):
+        arguments[f"HAS_{name.upper()}"] = arguments[f"band_{name}"] is not None
+    limits = kv_end if kv_start is None else kv_start
+    launch = backward_launch.ranges_launch({**arguments, "q": limits}, limits.shape[0], block_m, block_n)
+    launch.arguments["ranges"].fill_(-77)
+    launch.run()
+    return launch.arguments["ranges"].view(limits.shape[0], -1, 4)
+
+
 def autotune(
     store: dict[str, Any], times: dict[str, float], corrupt: str, failing: str, wants_grad: bool, **arguments: Any
 ) -> Any:
