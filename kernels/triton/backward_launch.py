@@ -16,6 +16,8 @@ from .backward_bias import backward_bias_kernel
 from .backward_dkdv import backward_dkdv_kernel
 from .backward_dq import backward_dq_kernel
 from .backward_hopper_launch import hopper_launches, refusal
+from .backward_large_launch import large_launches
+from .backward_large_launch import refusal as large_refusal
 from .forward_launch import feature, forward_descriptors
 from .launch import (
     EMPTY_ROWS,
@@ -214,10 +216,13 @@ def backward_launches(
             **dict(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out.stride())),
         )
     ]
-    in_one = can_tma and tuning.config is None and not rope and all(computed[:3])
-    in_one = in_one and not refusal(arch, itemsize, blocks, arguments, tuning.in_flight)
-    if in_one:
+    in_one = can_tma and tuning.config is None and all(computed[:3])
+    if in_one and not rope and not refusal(arch, itemsize, blocks, arguments, tuning.in_flight):
         launches += hopper_launches(grad_out, q, k, v, arguments, tensors, num_units)
+    elif in_one and not large_refusal(arch, itemsize, blocks, arguments, tuning.in_flight):
+        launches += large_launches(grad_out, q, k, v, rope, blocks, arguments, tensors, num_units)
+    else:
+        in_one = False
     if computed[1] and not in_one:
         dk, dv = tensors["dk"], tensors["dv"]
         outputs = {

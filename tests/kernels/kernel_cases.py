@@ -164,6 +164,39 @@ def hopper_backward_cases() -> list[dict[str, Any]]:
     return [{**base, **feature, "one_backward": True} for feature in features]
 
 
+def large_backward_cases() -> list[dict[str, Any]]:
+    """The same for backward_large.py's, of 192 or 256 numbers a head; rope: the last 64 in tensors of their own."""
+    base = {"B": 2, "H": 4, "K": 2, "D": 256, "E": 256, "dtype": torch.bfloat16, "empty_rows": "zero"}
+    latent = {"D": 192, "E": 128, "K": 4}
+    features: list[dict[str, Any]] = [
+        {"M": 512, "N": 512, "band_upper": 0},
+        {"M": 332, "N": 517, "band_upper": 185},
+        {"M": 300, "N": 301},
+        {"M": 300, "N": 1},
+        {"M": 4, "N": 300},
+        {"M": 700, "N": 700, "band_lower": -200, "band_upper": 0},
+        {"M": 700, "N": 700, "band_lower": -3, "band_upper": 3},
+        {"M": 700, "N": 300, "band_upper": -400},
+        {"M": 700, "N": 300, "band_lower": -100},
+        {"M": 300, "N": 700, "band_upper": 0},
+        {"M": 300, "N": 300, "band_lower": 200, "band_upper": 0},
+        {"M": 200, "N": 400, "H": 8, "K": 1, "band_upper": 200},
+        {"M": 332, "N": 517, "D": 232, "E": 240, "dtype": torch.float16, "band_upper": 185},
+        {"M": 332, "N": 332, "sinks": True, "band_upper": 0},
+        {"M": 332, "N": 332, "layout": "packed", "out_layout": "bshd", "band_upper": 0},
+        {"B": 1, "H": 2, "K": 1, "M": 4100, "N": 4100, "band_upper": 0},
+        {"M": 332, "N": 517, "soft_cap": 3.0, "band_upper": 185},
+        {"M": 700, "N": 500, "soft_cap": 50.0, "scale": 5.0, "band_lower": -200, "band_upper": 0, "sinks": True},
+        {"M": 512, "N": 512, "band_upper": 0, "D": 192, "E": 128},
+        {"M": 332, "N": 517, "D": 176, "E": 112, "dtype": torch.float16, "band_lower": -150, "band_upper": 185},
+        {**latent, "M": 512, "N": 512, "band_upper": 0, "rope": True},
+        {**latent, "M": 332, "N": 517, "band_upper": 185, "dtype": torch.float16, "rope": True},
+        {**latent, "M": 700, "N": 700, "band_lower": -200, "band_upper": 0, "rope": True},
+        {**latent, "M": 2052, "N": 1300, "rope": True},
+    ]
+    return [{**base, **feature} for feature in features]
+
+
 def random_cases(count: int) -> list[dict[str, Any]]:
     """Seeded mixtures of everything."""
     rng = random.Random(2024)
