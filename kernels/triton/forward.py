@@ -53,6 +53,7 @@ from .common import (
     truncate,
 )
 from .float8 import WEIGHT_BITS, queries_to_half, widen
+from .mask_ranges import load_range
 from .pages import pages_of_tile, place_tile
 from .tiles import load_head_tile, q_k_product
 
@@ -64,7 +65,7 @@ _RUNTIME_SIZES = ["q_len", "kv_len", "num_blocks", "num_splits", "heads_at_once"
 def attention_forward_kernel(
     q, k, v, q_rest, k_rest, out, lse, partial, partial_stats,
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes,
-    block_table, k_scale, v_scale,
+    block_table, k_scale, v_scale, ranges,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_ob, stride_oh, stride_om, stride_oe,
     stride_qpb, stride_qph, stride_qpm, stride_kpb, stride_kpn,
@@ -81,7 +82,7 @@ def attention_forward_kernel(
     HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr, FLOAT8_ASM: tl.constexpr,
     HALF: tl.constexpr,
     BIAS: tl.constexpr,
-    ROUND_BITS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr,
+    ROUND_BITS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr, RANGED: tl.constexpr,
     RAW: tl.constexpr, SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -99,6 +100,9 @@ def attention_forward_kernel(
     those of its blocks. k and v may be of a narrower dtype than q, and have a factor per key/value head, or one for
     all: these are given to the scores and to the result. With HALF bfloat16 queries and weights become float16 for the
     products, see float8.py.
+
+    With RANGED (never with PACK > 1 or SPLIT) the ranges of key blocks are read from `ranges`, see mask_ranges: blocks
+    in which padding or ids leave nothing are not visited, nor masks read in those that they leave whole.
 
     With ROPE > 0 the second piece of the head dimension lies elsewhere: q_rest is `(B, H, M, ROPE)`, k_rest
     `(B, N, ROPE)`, shared by all heads (descriptors of 4-D tensors with one head); last strides are 1. See mla_prefill.
@@ -224,9 +228,13 @@ def attention_forward_kernel(
         HAS_ALIBI, HAS_BIAS,
     )  # fmt: skip
 
-    begin, full_begin, full_end, end = kv_block_range(
-        q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END
-    )
+    if RANGED:
+        begin, full_begin, full_end, end = load_range(ranges, batch * num_row_blocks + row_block)
+    else:
+        begin, full_begin, full_end, end = kv_block_range(
+            q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER, HAS_START,
+            HAS_END,
+        )  # fmt: skip
     if SPLIT:
         share = tl.cdiv(end - begin, num_splits)
         begin = tl.minimum(begin + split * share, end)
@@ -313,8 +321,9 @@ def attention_forward_kernel(
                     mask_ptrs = attn_mask + start_long * stride_mn + mask_row[:, None] + offs_n[None, :] * stride_mn
                     mask_keep = tl.load(mask_ptrs, mask=(n_ok | (phase == 0))[None, :], other=0) != 0
                 key_keep, kv_id = load_key_masks(
-                    key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
-                )
+                    key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len,
+                    HAS_KEY_MASK and (phase > 0 or not RANGED), HAS_IDS and (phase > 0 or not RANGED),
+                )  # fmt: skip
                 page = start_n
                 if PAGE > 0:
                     page = pages_of_tile(block_table, start_n, last_page, num_blocks, stride_tn, PAGE, BLOCK_N)
@@ -338,7 +347,8 @@ def attention_forward_kernel(
                 s = mask_scores(
                     s, q_pos[:, None], kv_pos[None, :], kv_len, starts[:, None], ends[:, None], q_id[:, None],
                     kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper, cut, phase, HAS_LOWER,
-                    HAS_UPPER, HAS_START, HAS_END, HAS_IDS, HAS_KEY_MASK, HAS_ATTN_MASK,
+                    HAS_UPPER, HAS_START, HAS_END, HAS_IDS and (phase > 0 or not RANGED),
+                    HAS_KEY_MASK and (phase > 0 or not RANGED), HAS_ATTN_MASK,
                 )  # fmt: skip
 
                 if SHIFT == RUNNING_MAX or (SHIFT == FIRST_MAX and attempt == 1):

@@ -38,6 +38,7 @@ from .launch import (
     takes_tma,
     takes_tma_rope,
 )
+from .mask_ranges_launch import is_ranged, ranges_launch
 
 MAX_DECODE_M = 32
 """Tallest packed tile. Not 64, which on Hopper would take the warp-group matrix instructions for a few rows; see also
@@ -154,7 +155,7 @@ def forward_launches(
         "partial_stats": None, "attn_bias": attn_bias, "attn_mask": attn_mask, "key_mask": key_mask,
         "kv_start": kv_start, "kv_end": kv_end, "q_ids": q_ids, "kv_ids": kv_ids, "sinks": sinks,
         "dropout_seed": dropout_seed if dropout_p > 0.0 else None, "alibi_slopes": alibi_slopes,
-        "block_table": block_table, "k_scale": k_scale, "v_scale": v_scale,
+        "block_table": block_table, "k_scale": k_scale, "v_scale": v_scale, "ranges": None,
     }  # fmt: skip
     if rope:
         tensors["q_rest"], tensors["k_rest"] = rope
@@ -165,7 +166,11 @@ def forward_launches(
     arguments = {**plan.arguments, **tensors}
     if plan.arguments["TMA"]:
         arguments.update(forward_descriptors(q, k, v, attn_bias, plan.arguments, rope))
-    launches = [Launch(attention_forward_kernel, plan.grid, arguments, plan.options, plan.direction, plan.config)]
+    launches = []
+    if arguments["RANGED"]:
+        launches.append(ranges_launch(arguments, arguments["BLOCK_M"], arguments["BLOCK_N"]))
+        arguments["ranges"] = launches[0].arguments["ranges"]
+    launches.append(Launch(attention_forward_kernel, plan.grid, arguments, plan.options, plan.direction, plan.config))
     if plan.num_splits > 1:
         names = ("partial", "partial_stats", "v", "out", "lse", "sinks", "block_table", "v_scale")
         combined = {name: tensors[name] for name in names}
@@ -342,6 +347,10 @@ def forward_plan(
         MERGED=config.merged,
         BIAS=bias_kind(layouts[3], bias_itemsize, tma and bias_is_aligned, pack),
         SHIFT=shift,
+        RANGED=pack == 1
+        and num_splits == 1
+        and cache == NO_CACHE
+        and is_ranged(arguments, batch * num_heads * q_len * kv_len, tuning),
         FLOAT8_ASM=in_place,
         HALF=half,
         ROUND_BITS=configs.rounds_bits(arch),

@@ -121,6 +121,22 @@ def feature_cases() -> list[dict[str, Any]]:
     return cases
 
 
+def ranged_cases() -> list[dict[str, Any]]:
+    """Padding and ids of which a table of ranges is made first: with whole blocks, cut blocks and blocks of nothing."""
+    base = {"M": 90, "N": 75, "tuning": {"ranged": True}}
+    return [
+        case("ranged-key-mask", **base, key_mask=True, band_upper=-8),
+        case("ranged-ids", **base, ids=True, H=2, empty_rows="zero"),
+        case("ranged-everything", **base, key_mask=True, ids=True, limits=(True, True), bias=FULL, mask=FULL,
+             band_lower=-60, dropout_p=0.2, empty_rows="zero"),
+        case("ranged-first-max", **{**base, "tuning": {"ranged": True, "shift": 1}}, key_mask=True, scale=3.0),
+        *(
+            case(f"ranged-empty-{mode}", **base, key_mask=True, empty=("key_mask",), empty_rows=mode, band_upper=9)
+            for mode in ("nan", "nan_added", "zero", "mean", "mean_added")
+        ),
+    ]  # fmt: skip
+
+
 def hopper_backward_cases() -> list[dict[str, Any]]:
     """What backward_hopper.py's kernel takes, on a GPU: sizes that cut its blocks in every way."""
     base = {"B": 2, "H": 4, "K": 2, "D": 128, "E": 128, "dtype": torch.bfloat16, "empty_rows": "zero"}
