@@ -22,8 +22,10 @@ import triton
 import triton.language as tl
 
 from .bias import BIAS_TILES, load_bias
+from .cap_series import capped_exponent, series_holds
 from .combine import finish_rows
 from .common import (
+    CAP_SERIES,
     EMPTY_MEAN,
     EMPTY_MEAN_ADDED,
     FIRST_MAX,
@@ -257,7 +259,7 @@ def attention_forward_kernel(
     scale_log2 = score_factor(softmax_scale, logits_soft_cap, SOFT_CAP) * LOG2E
     offset = score_offset(logits_soft_cap, SOFT_CAP, HAS_BIAS)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if SHIFT == NO_MAX:
+    if SHIFT == NO_MAX or SHIFT == CAP_SERIES:
         m_i = tl.zeros((BLOCK_M,), tl.float32) - offset
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
@@ -272,16 +274,20 @@ def attention_forward_kernel(
             ),
             1,
         )  # fmt: skip
-    for attempt in tl.static_range(2 if SHIFT == FIRST_MAX else 1):
+    for attempt in tl.static_range(2 if SHIFT == FIRST_MAX or SHIFT == CAP_SERIES else 1):
         if attempt == 1:
             # Not a number is out of bounds, too.
-            holds = (l_i > SMALLEST_SUM) & (l_i < LARGEST_SUM)
+            if SHIFT == CAP_SERIES:
+                holds = series_holds(l_i, (end - begin) * BLOCK_N, logits_soft_cap * LOG2E) | (begin >= end)
+            else:
+                holds = (l_i > SMALLEST_SUM) & (l_i < LARGEST_SUM)
             if q_tile.dtype == tl.float16:
                 # Small weights lose no more than with the running maximum, whose sum is at least 1; a weight that has
                 # overflowed leaves no finite number in its row.
                 holds &= (l_i >= 1.0) & (tl.sum(acc * 0.0, 1) == 0.0)
             again = tl.max(tl.where(holds, 0, 1)) != 0
-            m_i = tl.where(again, float("-inf"), m_i)
+            if SHIFT == FIRST_MAX:
+                m_i = tl.where(again, float("-inf"), m_i)
             l_i = tl.where(again, 0.0, l_i)
             acc = tl.where(again, 0.0, acc)
             end = tl.where(again, end, begin)
@@ -333,7 +339,10 @@ def attention_forward_kernel(
                     REST_SIZE, BLOCK_N, BLOCK_D, BLOCK_REST, phase > 0, WIDE, TMA, TRANSPOSE_KEYS, PRECISION, k_at,
                     SCATTERED, FLOAT8_ASM,
                 )  # fmt: skip
-                s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
+                if SHIFT == CAP_SERIES and attempt == 0:
+                    s = capped_exponent(qk, logits_soft_cap * LOG2E, softmax_scale / logits_soft_cap)
+                else:
+                    s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
                 s = add_alibi(s, alibi, q_pos[:, None], kv_pos[None, :], start_n, q_len, kv_len, HAS_ALIBI)
                 s = mask_scores(
                     s, q_pos[:, None], kv_pos[None, :], kv_len, starts[:, None], ends[:, None], q_id[:, None],
@@ -342,7 +351,7 @@ def attention_forward_kernel(
                     HAS_KEY_MASK and (phase > 0 or not RANGED), HAS_ATTN_MASK,
                 )  # fmt: skip
 
-                if SHIFT == RUNNING_MAX or attempt == 1:
+                if SHIFT == RUNNING_MAX or (SHIFT == FIRST_MAX and attempt == 1):
                     top = tl.max(s, 1)
                     if RAW:
                         top = top * scale_log2
@@ -357,7 +366,10 @@ def attention_forward_kernel(
                         m_safe = m_safe - WEIGHT_SHIFT
                 else:
                     m_safe = m_i
-                p = tl.exp2(exponent(s, m_safe[:, None], scale_log2, RAW, HAS_BIAS, LARGER))
+                if SHIFT == CAP_SERIES and attempt == 0:
+                    p = tl.exp2(s + LARGER)
+                else:
+                    p = tl.exp2(exponent(s, m_safe[:, None], scale_log2, RAW, HAS_BIAS, LARGER))
                 l_i += tl.sum(p, 1)
                 if HAS_DROPOUT:
                     p = tl.where(dropout_keep(seed, row_index[:, None], kv_pos[None, :], kv_len, dropout_p), p, 0.0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import common, configs, forward_hopper_launch
 from .bias import BIAS_TILES
 from .cache_launch import COMBINE_NAMES, FP8, NO_CACHE, CacheLayout, cache_layout, check_cache, is_cache
+from .cap_series import series_fits
 from .combine import attention_combine_kernel
 from .forward import attention_forward_kernel
 from .launch import (
@@ -50,7 +51,9 @@ MAX_SPLIT_KEYS = 4096
 """Of prefill. A decode step in one wave of programs of 8192 keys was 3 % faster than in two of 4096."""
 MAX_SPLITS = 128
 
-RUNNING_MAX, FIRST_MAX, NO_MAX = (mode.value for mode in (common.RUNNING_MAX, common.FIRST_MAX, common.NO_MAX))
+RUNNING_MAX, FIRST_MAX, NO_MAX, CAP_SERIES = (
+    mode.value for mode in (common.RUNNING_MAX, common.FIRST_MAX, common.NO_MAX, common.CAP_SERIES)
+)
 
 
 def choose_splits(tiles: int, kv_len: int, programs: int, decode: bool = True) -> int:
@@ -217,14 +220,20 @@ def score_shift(arguments: dict[str, Any], dtype: torch.dtype, special: str, fir
     """What the forward kernel of prefill subtracts from the scores before it exponentiates them; see forward.py.
 
     Anything but the running maximum needs weights with the exponents of float32; those of float16 are checked.
-    A soft cap up to 50 bounds the weights to exp(-50) .. exp(50). A million of them, times values up to 1e10, fit.
+    A soft cap up to 50 bounds the weights to exp(-50) .. exp(50). A million of them, times values up to 1e10, fit. It
+    may then be a polynomial (cap_series.py), with code that computes a tile again as for the first maximum.
     """
     if special.endswith("first") and first_max:
         return FIRST_MAX
     cap = arguments["logits_soft_cap"]
     bounded = cap is not None and cap <= 50.0 and dtype == torch.bfloat16
     bounded = bounded and not arguments["HAS_BIAS"] and not arguments["HAS_ALIBI"]
-    return NO_MAX if bounded else RUNNING_MAX
+    if not bounded:
+        return RUNNING_MAX
+    # Other masks may leave rows without a key, whose tiles would all be computed twice.
+    plain = not any(arguments[name] for name in ("HAS_ATTN_MASK", "HAS_KEY_MASK", "HAS_IDS"))
+    fits = first_max and plain and series_fits(arguments["softmax_scale"], cap, arguments["kv_len"])
+    return CAP_SERIES if fits else NO_MAX
 
 
 class ForwardPlan(NamedTuple):

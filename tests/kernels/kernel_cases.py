@@ -248,6 +248,7 @@ def random_cases(count: int) -> list[dict[str, Any]]:
 def shift_cases() -> list[dict[str, Any]]:
     """Forward only: a maximum of the first keys that holds, one that does not (a large scale), and none at all."""
     first, none = {"shift": 1}, {"shift": 2}
+    series = {"dtype": torch.bfloat16, "tuning": {"shift": 3}}
     return [
         case("first-max", H=4, K=2, tuning=first),
         case("first-max-causal", M=50, N=50, band_upper=0, tuning=first),
@@ -268,7 +269,12 @@ def shift_cases() -> list[dict[str, Any]]:
         case("no-max-loud", soft_cap=50.0, scale=40.0, N=90, limits=(True, True), sinks=True, tuning=none),
         case("no-max-empty", soft_cap=30.0, mask=FULL, empty=("mask_rows",), empty_rows="mean_added", tuning=none),
         case("no-max-bf16", soft_cap=30.0, dtype=torch.bfloat16, scale=20.0, band_upper=16),
-    ]
+        case("cap-series", soft_cap=30.0, band_upper=16, limits=(True, True), sinks=True, **series),
+        case("cap-series-loud", soft_cap=50.0, scale=20.0, N=90, limits=(True, True), **series),
+        case("cap-series-split", soft_cap=30.0, N=90, H=2, dtype=torch.bfloat16,
+             tuning={"pack": 1, "num_splits": 3, "shift": 3}),
+        case("cap-series-empty", soft_cap=30.0, mask=FULL, empty=("mask_rows",), empty_rows="nan", **series),
+    ]  # fmt: skip
 
 
 def cache_cases() -> list[dict[str, Any]]:
@@ -338,7 +344,13 @@ def hopper_forward_cases() -> list[dict[str, Any]]:
                 cases.append({**cases[-1], "tuning": {**HOPPER, "shift": 1}})
     for shift in (0, 1):
         cases.append({**base, "dtype": torch.bfloat16, "D": 120, "E": 104, "tuning": {**HOPPER, "shift": shift}})
-    for cap, (D, E) in itertools.product(caps, sizes):
+    series: list[dict[str, Any]] = [
+        {"soft_cap": 50.0, "band_upper": 183, "tuning": {**HOPPER, "shift": 3}},
+        {"soft_cap": 30.0, "limits": (True, True), "empty": ("limits",), "empty_rows": "nan",
+         "tuning": {**HOPPER, "shift": 3}},
+        {"soft_cap": 50.0, "scale": 5.0, "sinks": True, "tuning": {**HOPPER, "shift": 3}},
+    ]  # fmt: skip
+    for cap, (D, E) in itertools.product(caps + series, sizes):
         cases.append({**base, "dtype": torch.bfloat16, **cap, "D": D, "E": E})
     return cases
 

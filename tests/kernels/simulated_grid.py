@@ -93,9 +93,21 @@ CUT = (
         ci=("gfx942", "gfx1100"),
     ),
     Row(
-        "bf16, 128: no maximum under a soft cap",
+        "bf16, 128: soft cap by a polynomial, where scores come near the cap",
         {"dtype": BF16, "D": 128, "E": 128, "soft_cap": 30.0, "scale": 1.0, "limits": (True, True)},
         ci=("gfx950",),
+    ),
+    Row(
+        "bf16, 64: soft cap by a polynomial",
+        {"dtype": BF16, "soft_cap": 30.0, "band_upper": 9, "sinks": True, "M": 77, "N": 90},
+        ci=("gfx942", "gfx1100"),
+        backward=False,
+    ),
+    Row(
+        "bf16, 64: no maximum under a soft cap",
+        {"dtype": BF16, "soft_cap": 20.0, "scale": 1.0, "limits": (True, True)},
+        ci=("gfx942",),
+        backward=False,
     ),
     Row(
         "decode: bias, mask, ids, empty rows give NaN",
