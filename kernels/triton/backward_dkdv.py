@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from .backward import load_empty, load_row_statistics, tile_gradients
-from .backward_ranges import q_block_range
 from .bias import BIAS_TILES, load_bias
 from .common import (
     EMPTY_MEAN_ADDED,
@@ -21,6 +20,7 @@ from .common import (
     load_row_masks,
     narrow,
 )
+from .mask_ranges import load_range, q_block_range
 from .tiles import load_head_tile, store_tile, tile_ptrs
 
 
@@ -40,7 +40,8 @@ def backward_dkdv_kernel(
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr,
-    MERGED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, ROUND_BITS: tl.constexpr, BIAS: tl.constexpr,
+    MERGED: tl.constexpr, RANGED: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, ROUND_BITS: tl.constexpr, BIAS: tl.constexpr,
     RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
@@ -48,7 +49,7 @@ def backward_dkdv_kernel(
 ):  # fmt: skip
     """Write `grad_k` `(B, K, N, D)` (WANT_DK) and `grad_v` `(B, K, N, E)` (WANT_DV). Phases and TMA as in dq.
 
-    Where rows have limits, which of them to walk over is read from `ranges`, see backward_ranges.
+    With RANGED, which must be where rows have limits, the queries to walk over are read from `ranges`, see mask_ranges.
 
     With ROPE > 0, the part of every head in the gradient of the shared piece goes to `grad_k_rest` `(B, K, N, ROPE)`.
     """
@@ -58,7 +59,6 @@ def backward_dkdv_kernel(
         logits_soft_cap = tl.full((), logits_soft_cap, tl.float32)
     if HAS_DROPOUT:
         dropout_p = tl.full((), dropout_p, tl.float32)
-    ROW_LIMITS: tl.constexpr = HAS_START or HAS_END
     EMPTY_MATTERS: tl.constexpr = EMPTY_ROWS != EMPTY_ZERO
     EMPTY_HAS_DS: tl.constexpr = (EMPTY_ROWS == EMPTY_NAN_ADDED) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
     num_kv_blocks = tl.cdiv(kv_len, BLOCK_N)
@@ -120,12 +120,8 @@ def backward_dkdv_kernel(
         k_rest_tile = load_head_tile(k_rest, batch, rest_head, n_first, stride_k_rest, stride_k_rest_d, kv_len,
                                      REST_COL, REST_SIZE, BLOCK_N, BLOCK_REST, True, WIDE, TMA)  # fmt: skip
         dk_rest = tl.zeros((BLOCK_N, BLOCK_REST), tl.float32)
-    if ROW_LIMITS:
-        ranges += (batch * num_kv_blocks + kv_block) * 4
-        begin = tl.load(ranges)
-        full_begin = tl.load(ranges + 1)
-        full_end = tl.load(ranges + 2)
-        end = tl.load(ranges + 3)
+    if RANGED:
+        begin, full_begin, full_end, end = load_range(ranges, batch * num_kv_blocks + kv_block)
     else:
         begin, full_begin, full_end, end = q_block_range(
             n_first, n_last, q_len, band_lower, band_upper, BLOCK_M, HAS_LOWER, HAS_UPPER
@@ -225,7 +221,8 @@ def backward_dkdv_kernel(
                         kv_id[:, None], key_keep[:, None], bias, mask_ptrs, seed, (row_base + q_pos)[None, :], alibi,
                         q_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, cut,
                         2 if MERGED and phase == 0 else phase > 0, phase == 2, RAW, SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK,
-                        HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, HAS_ALIBI,
+                        HAS_KEY_MASK and (phase > 0 or MERGED or not RANGED), HAS_START, HAS_END,
+                        HAS_IDS and (phase > 0 or MERGED or not RANGED), HAS_LOWER, HAS_UPPER, HAS_DROPOUT, HAS_ALIBI,
                         EMPTY_ROWS,
                     )  # fmt: skip
                     if WANT_DV:

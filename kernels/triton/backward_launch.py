@@ -18,7 +18,6 @@ from .backward_dq import backward_dq_kernel
 from .backward_hopper_launch import hopper_launches, refusal
 from .backward_large_launch import large_launches
 from .backward_large_launch import refusal as large_refusal
-from .backward_ranges import backward_ranges_kernel
 from .forward_launch import feature, forward_descriptors
 from .launch import (
     EMPTY_ROWS,
@@ -41,13 +40,7 @@ from .launch import (
     takes_tma,
     takes_tma_rope,
 )
-
-ROWS_AT_ONCE = 1024
-"""Rows whose limits a program of backward_ranges_kernel reads in one go: two or four loads a thread."""
-_RANGE_ARGUMENTS = (
-    "kv_start", "kv_end", "stride_start_b", "stride_start_m", "stride_end_b", "stride_end_m", "q_len", "kv_len",
-    "band_lower", "band_upper", "HAS_START", "HAS_END", "HAS_LOWER", "HAS_UPPER",
-)  # fmt: skip
+from .mask_ranges_launch import is_ranged, ranges_launch
 
 
 def of_rope(name: str, stride: str, gradient: Tensor | None, letters: str) -> dict[str, Any]:
@@ -70,15 +63,6 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, correction: Tensor 
     # lse is -inf only where the sink is -inf too: no weight there.
     weight = torch.where(lse == -math.inf, 0.0, weight)
     return -(weight * delta).sum((0, 2)).to(sinks.dtype)
-
-
-def ranges_launch(arguments: dict[str, Any], batch: int, block_m: int, block_n: int) -> Launch:
-    """The launch that finds which blocks of queries a block of keys meets, where rows have limits."""
-    programs = batch * triton.cdiv(arguments["kv_len"], block_n)
-    ranges = torch.empty((programs, 4), dtype=torch.int32, device=arguments["q"].device)
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCKS": ROWS_AT_ONCE // block_m, "ranges": ranges}
-    given = {name: arguments[name] for name in _RANGE_ARGUMENTS} | blocks
-    return Launch(backward_ranges_kernel, programs, given, {"num_warps": 4, "num_stages": 1})
 
 
 def backward_launches(
@@ -195,7 +179,7 @@ def backward_launches(
         return Launch(kernel, grid(config), {**whole, **extra, **tiles}, config.options(is_amd))
 
     def launch_main(kernel: Any, direction: str, grid: Any, **extra: Any) -> Launch:
-        """dk/dv and dq: through tensor descriptors where those can be had."""
+        """dk/dv and dq: through tensor descriptors where those can be had. What finds their ranges goes before."""
         special = feature(arguments, q.dtype, arch, forward=False)
         config, faster = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
         found = {
@@ -208,8 +192,12 @@ def backward_launches(
                 (kv_len if direction == "backward_q" else q_len) * (head_dim + v_head_dim) * itemsize,
                 direction != "backward_q",
             ),
-            "ROUND_BITS": configs.rounds_bits(arch),
+            "ROUND_BITS": configs.rounds_bits(arch), "ranges": None,
         }  # fmt: skip
+        found["RANGED"] = is_ranged(arguments, lse.numel() * kv_len, tuning, direction != "backward_q")
+        if found["RANGED"]:
+            launches.append(ranges_launch(found, config.block_m, config.block_n, direction != "backward_q"))
+            found["ranges"] = launches[-1].arguments["ranges"]
         if faster:
             found.update(
                 forward_descriptors(q, k, v, attn_bias, found, rope),
@@ -260,24 +248,19 @@ def backward_launches(
                 **outputs,
                 WANT_DK=want_dk,
                 WANT_DV=want_dv,
-                ranges=None,
             )
-            if kv_start is not None or kv_end is not None:
-                launches.append(ranges_launch(arguments, batch, main.arguments["BLOCK_M"], main.arguments["BLOCK_N"]))
-                main.arguments["ranges"] = launches[-1].arguments["ranges"]
             launches.append(main)
     if computed[0] and not in_one:
         dq = tensors["dq"]
-        launches.append(
-            launch_main(
-                backward_dq_kernel,
-                "backward_q",
-                lambda c: batch * num_heads * triton.cdiv(q_len, c.block_m),
-                grad_q=dq,
-                **of_rope("grad_q_rest", "stride_dqp", tensors.get("dq_pe"), "bhm"),
-                **dict(zip(("stride_dqb", "stride_dqh", "stride_dqm", "stride_dqd"), dq.stride())),
-            )
+        main = launch_main(
+            backward_dq_kernel,
+            "backward_q",
+            lambda c: batch * num_heads * triton.cdiv(q_len, c.block_m),
+            grad_q=dq,
+            **of_rope("grad_q_rest", "stride_dqp", tensors.get("dq_pe"), "bhm"),
+            **dict(zip(("stride_dqb", "stride_dqh", "stride_dqm", "stride_dqd"), dq.stride())),
         )
+        launches.append(main)
     if computed[3]:
         dbias = tensors["dbias"]
         bias_batch, bias_heads, bias_m, bias_n = dbias.shape

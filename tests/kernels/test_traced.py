@@ -33,7 +33,7 @@ WRITTEN = {
     "attention_forward_kernel": {"out", "lse"},
     "attention_combine_kernel": {"out", "lse"},
     "backward_rows_kernel": {"shift", "delta"},
-    "backward_ranges_kernel": {"ranges"},
+    "mask_ranges_kernel": {"ranges"},
     "backward_dkdv_kernel": {"grad_k", "grad_v"},
     "backward_dq_kernel": {"grad_q"},
     "backward_bias_kernel": {"grad_bias"},
