@@ -307,8 +307,8 @@ def backward_large_kernel(
     and `grad_k_rest`, are tensors of their own; without it `grad_k_rest` starts inside of `grad_k`.
 
     Args:
-        part: Used where the queries of a head are not all in one launch: float32 sums `(N, BLOCK_D + BLOCK_REST +
-            BLOCK_E)` that the launch before has left, and this one leaves for the next.
+        part: Used where the queries of a head are not all in one launch: float32 sums `(heads, N, BLOCK_D + BLOCK_REST
+            + BLOCK_E)` that the launch before has left, and this one leaves for the next.
         ds: Descriptor of 64 x BLOCK_M of `(tiles * 64, 128)`: for each query head from the first one's group on, and
             128 queries, `row_tiles` blocks of 64 keys, of which block i is at i % row_tiles. What no query sees is not
             written.
@@ -388,6 +388,7 @@ def backward_large_kernel(
     if BLOCK_REST > 0:
         grad_k_rest += batch_long * stride_dkpb + head_long * stride_dkph
     WIDTH: gl.constexpr = BLOCK_D + BLOCK_REST + BLOCK_E
+    part += index.to(gl.int64) * kv_len * WIDTH
     REST_DIM: gl.constexpr = ROPE if ROPE > 0 else HEAD_DIM - BLOCK_D
     barrier()
     gl.warp_specialize(

@@ -19,10 +19,14 @@ KEYS, TILE_M = 64, 128
 """As in backward_large.py."""
 
 MAX_BYTES = 2**29
-"""Of ds at a time, so that this does not grow with the call: a few heads, or some queries of one."""
+"""Of ds at a time, so that this does not grow with the call: that of a few heads. Where the ds of one does not fit, it
+may be as large as dq in float32, and a launch has some of the queries."""
 
-MIN_PROGRAMS = 128
-"""With fewer tiles of ds at a time the second kernel would leave much of the device idle."""
+MIN_PROGRAMS = 64
+"""With fewer tiles of ds at a time the second kernel would leave most of the device idle."""
+
+PART_PROGRAMS = 1024
+"""Of the first kernel, where a launch has some of the queries. Under a causal mask many have nothing to do then."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +42,40 @@ TILES = {(256, 0, 256): Tile(64, 2, 2), (128, 64, 128): Tile(128, 2, 1)}
 """By the extents of head_blocks, what fits 227 KiB of shared memory."""
 
 
-def tiles_of_row(arguments: dict[str, Any]) -> int:
-    """Blocks of keys for which 128 queries keep ds: as many as the band leaves them at most."""
-    blocks = triton.cdiv(arguments["k"].shape[2], KEYS)
+def tiles_of_row(arguments: dict[str, Any], last_tile: int) -> int:
+    """Blocks of keys for which 128 queries before tile `last_tile` keep ds: as many as the band leaves them at most."""
+    keys = arguments["k"].shape[2]
+    if arguments["HAS_UPPER"]:
+        keys = min(keys, TILE_M * last_tile + arguments["band_upper"])
+    blocks = triton.cdiv(max(keys, 1), KEYS)
     if arguments["HAS_LOWER"] and arguments["HAS_UPPER"]:
         seen = TILE_M - 1 + KEYS - 1 + arguments["band_upper"] - arguments["band_lower"]
         blocks = min(blocks, max(1, seen // KEYS + 1))
     return blocks
 
 
-def plan(arguments: dict[str, Any]) -> tuple[int, int]:
-    """How many key/value heads, and how many tiles of 128 queries of each, have ds in memory at a time."""
-    tiles = triton.cdiv(arguments["q"].shape[2], TILE_M)
-    heads = arguments["q"].shape[0] * arguments["k"].shape[1]
-    at_once = MAX_BYTES // (arguments["gqa_group_size"] * tiles_of_row(arguments) * TILE_M * KEYS * 2)
-    if at_once >= tiles:
-        return _evenly(heads, at_once // tiles), tiles
-    return 1, _evenly(tiles, max(1, at_once))
+def plan(arguments: dict[str, Any]) -> tuple[int, list[tuple[int, int, int]]]:
+    """How many key/value heads have ds in memory at a time, and the tiles of 128 queries of each launch.
 
-
-def _evenly(count: int, at_most: int) -> int:
-    return triton.cdiv(count, triton.cdiv(count, at_most))
+    Returns:
+        The number of heads, and `(first_tile, last_tile, row_tiles)` of the launches for them, the last queries first.
+    """
+    batch, num_heads, q_len, head_dim = arguments["q"].shape
+    tiles, heads, kv_len = triton.cdiv(q_len, TILE_M), batch * arguments["k"].shape[1], arguments["k"].shape[2]
+    tile_bytes = arguments["gqa_group_size"] * TILE_M * KEYS * 2
+    row_tiles = tiles_of_row(arguments, tiles)
+    fitting = MAX_BYTES // (tile_bytes * row_tiles * tiles)
+    if fitting:
+        return triton.cdiv(heads, triton.cdiv(heads, fitting)), [(0, tiles, row_tiles)]
+    most = max(MAX_BYTES, batch * num_heads * q_len * head_dim * 4)
+    count = max(1, min(heads, most // (tile_bytes * row_tiles), triton.cdiv(PART_PROGRAMS * KEYS, kv_len)))
+    parts = []
+    while tiles:
+        row_tiles = tiles_of_row(arguments, tiles)
+        first = max(0, tiles - max(1, most // (tile_bytes * row_tiles * count)))
+        parts.append((first, tiles, row_tiles))
+        tiles = first
+    return count, parts
 
 
 def refusal(
@@ -75,9 +92,10 @@ def refusal(
         return "its accumulators are those of 16-bit heads of 256 numbers, or of 192 beside values of 128"
     if batch * num_heads * q_len * arguments["k"].shape[2] < MIN_SCORES and not any_size:
         return "short, so that the host's time counts"
-    tiles = plan(arguments)[1]
-    if tiles < triton.cdiv(q_len, TILE_M) and tiles * arguments["gqa_group_size"] < MIN_PROGRAMS and not any_size:
-        return f"so long that {MAX_BYTES >> 20} MiB hold ds of too few queries"
+    heads, parts = plan(arguments)
+    programs = heads * arguments["gqa_group_size"] * (parts[0][1] - parts[0][0])
+    if len(parts) > 1 and programs < MIN_PROGRAMS and not any_size:
+        return "so long that memory holds ds of too few queries"
     return mask_refusal(arguments)
 
 
@@ -87,7 +105,7 @@ def large_launches(
 ) -> list[Launch]:  # fmt: skip
     """The launches that fill "dq", "dk" and "dv" of `tensors`, with `rope` also "dq_pe" and "dk_pe".
 
-    They need up to MAX_BYTES of memory.
+    They need up to MAX_BYTES of memory, or the size of dq in float32 if that is more.
 
     Args:
         grad_out, q, k, v, rope: Tensors that descriptors can be made of.
@@ -103,10 +121,11 @@ def large_launches(
     batch, num_heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
     kv_blocks, q_tiles = triton.cdiv(kv_len, KEYS), triton.cdiv(q_len, TILE_M)
-    group, row_tiles, heads = num_heads // kv_heads, tiles_of_row(arguments), batch * kv_heads
-    at_once, tiles_at_once = plan(arguments)
-    ds = torch.empty((at_once * group * tiles_at_once * row_tiles * KEYS, TILE_M), dtype=q.dtype, device=q.device)
-    part = torch.empty((kv_len * (tiles_at_once < q_tiles), sum(blocks)), dtype=torch.float32, device=q.device)
+    group, heads = num_heads // kv_heads, batch * kv_heads
+    at_once, parts = plan(arguments)
+    rows = KEYS * at_once * group * max((last - first) * row_tiles for first, last, row_tiles in parts)
+    ds = torch.empty((rows, TILE_M), dtype=q.dtype, device=q.device)
+    part = torch.empty(at_once * kv_len * sum(blocks) * (len(parts) > 1), dtype=torch.float32, device=q.device)
     dq, dk, dv = (tensors[name] for name in ("dq", "dk", "dv"))
     first, rest, _ = blocks
     q_rest, k_rest = (rope[0], rope[1].unsqueeze(1)) if rope else (q, k)
@@ -116,7 +135,6 @@ def large_launches(
     given = {
         **arguments,
         "ROPE": rope[1].shape[2] if rope else 0,
-        "row_tiles": row_tiles,
         "part": part,
         "grad_k": dk, "grad_k_rest": dk_rest if rest else None, "grad_v": dv,
         "grad_q": dq, "grad_q_rest": dq_rest,
@@ -145,13 +163,14 @@ def large_launches(
         "k": descriptor(k, KEYS, first),
         "k_rest": descriptor(k_rest, KEYS, rest) if rest else None,
         "ds": of_rows(ds, KEYS, TILE_M, 0),
-        "heads_at_once": configs.backward_heads_at_once(at_once, tiles_at_once * group, num_units),
+        "heads_at_once": configs.backward_heads_at_once(at_once, q_tiles // len(parts) * group, num_units),
     }
     launches = []
-    for first_head, first_tile in itertools.product(range(0, heads, at_once), range(0, q_tiles, tiles_at_once)):
-        count, last_tile = min(at_once, heads - first_head), min(first_tile + tiles_at_once, q_tiles)
-        which = {"first_head": first_head, "head_count": count, "first_tile": first_tile, "last_tile": last_tile}
-        ends = {"IS_FIRST": first_tile == 0, "IS_LAST": last_tile == q_tiles}
+    for first_head, (first_tile, last_tile, row_tiles) in itertools.product(range(0, heads, at_once), parts):
+        count = min(at_once, heads - first_head)
+        which = {"first_head": first_head, "head_count": count, "first_tile": first_tile, "last_tile": last_tile,
+                 "row_tiles": row_tiles}  # fmt: skip
+        ends = {"IS_FIRST": last_tile == q_tiles, "IS_LAST": first_tile == 0}
         tiles = count * group * (last_tile - first_tile)
         launches += [
             _launch(backward_large_kernel, count * kv_blocks, main | which | ends, 4, 1),
