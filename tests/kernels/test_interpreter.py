@@ -117,8 +117,9 @@ def test_output_mask_and_dtype_errors(worker: Any) -> None:
     tensors, scalars = oracle_module.make_inputs(case)
     out, lse = run_forward(worker, case, tensors, scalars)
     grads = worker.call(
-        "backward", grad_out=out, **tensors, out=out, lse=lse, **scalars, output_mask=[False, True, False, False, False]
-    )
+        "backward", ranged=None, grad_out=out, **tensors, out=out, lse=lse, **scalars,
+        output_mask=[False, True, False, False, False],
+    )  # fmt: skip
     assert [tuple(grad.shape) for grad in grads] == [(0,), tuple(tensors["k"].shape), (0,), (0,), (0,)]
     double = {name: tensors[name].double() for name in "qkv"}
     with pytest.raises(RuntimeError, match="NotImplementedError: q, k, v must share one dtype"):
