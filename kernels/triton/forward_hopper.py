@@ -21,7 +21,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .common import EMPTY_NAN, EMPTY_NAN_ADDED, FIRST_MAX, LARGEST_SUM, NO_CAP, RUNNING_MAX, SMALLEST_SUM
+from .cap_series import capped_exponent, series_holds
+from .common import (
+    CAP_SERIES,
+    EMPTY_NAN,
+    EMPTY_NAN_ADDED,
+    FIRST_MAX,
+    LARGEST_SUM,
+    NO_CAP,
+    NO_MAX,
+    RUNNING_MAX,
+    SMALLEST_SUM,
+)
 from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, row_limits, signal
 
 ROWS = gl.constexpr(64)
@@ -105,7 +116,7 @@ def finished(failed_smem, tile_done, count, SHIFT: gl.constexpr):
     slot = count & 1
     mbarrier.wait(tile_done.index(slot), count >> 1 & 1)
     failed = False
-    if SHIFT == FIRST_MAX:
+    if SHIFT == FIRST_MAX or SHIFT == CAP_SERIES:
         layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
         failed = gl.max(failed_smem.index(2 * slot).load(layout) | failed_smem.index(2 * slot + 1).load(layout), 0) != 0
     return failed
@@ -209,10 +220,12 @@ def start_scores(q, k, q_rest, k_rest, nothing, BLOCK_REST: gl.constexpr):
 
 
 @gluon.jit
-def finish_scores(s, lower, upper, block, full_begin, full_end, inner, BLOCK_N: gl.constexpr, SOFT_CAP: gl.constexpr,
-                  layout: gl.constexpr):  # fmt: skip
-    """Soft cap and limits of position."""
-    if SOFT_CAP != NO_CAP:
+def finish_scores(
+    s, lower, upper, block, full_begin, full_end, inner, BLOCK_N: gl.constexpr, SHIFT: gl.constexpr,
+    SOFT_CAP: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Soft cap, but for the polynomial's, and limits of position."""
+    if SOFT_CAP != NO_CAP and SHIFT != CAP_SERIES:
         s = gl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [s * inner], dtype=gl.float32, is_pure=True, pack=1
         )
@@ -220,6 +233,16 @@ def finish_scores(s, lower, upper, block, full_begin, full_end, inner, BLOCK_N: 
         kv_pos = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
         s = gl.where((kv_pos[None, :] >= lower[:, None]) & (kv_pos[None, :] < upper[:, None]), s, NEVER)
     return s
+
+
+@gluon.jit
+def exponent(s, m, scale_log2, inner, SHIFT: gl.constexpr):
+    """The base-2 exponent of the weights. The polynomial of -inf is -inf."""
+    if SHIFT == CAP_SERIES:
+        x = capped_exponent(s, scale_log2, inner)
+    else:
+        x = s * scale_log2 - finite(m)[:, None]
+    return x
 
 
 @gluon.jit
@@ -251,10 +274,10 @@ def attend_tile(
     signal(k_free.index(stage))
     if SHIFT == FIRST_MAX:
         m_i = gl.max(s, 1) * scale_log2
-    s = finish_scores(s, lower, upper, begin, full_begin, full_end, inner, BLOCK_N, SOFT_CAP, scores)
+    s = finish_scores(s, lower, upper, begin, full_begin, full_end, inner, BLOCK_N, SHIFT, SOFT_CAP, scores)
     if SHIFT == RUNNING_MAX:
         m_i = gl.max(s, 1) * scale_log2
-    p = gl.exp2(s * scale_log2 - finite(m_i)[:, None])
+    p = gl.exp2(exponent(s, m_i, scale_log2, inner, SHIFT))
     l_i = gl.sum(p, 1)
     weights = gl.convert_layout(p.to(dtype), weight)
     mbarrier.wait(v_full.index(stage), phase)
@@ -272,13 +295,13 @@ def attend_tile(
         turns += 1
         s = warpgroup_mma_wait(1, deps=[s])
         signal(k_free.index(stage))
-        s = finish_scores(s, lower, upper, block, full_begin, full_end, inner, BLOCK_N, SOFT_CAP, scores)
+        s = finish_scores(s, lower, upper, block, full_begin, full_end, inner, BLOCK_N, SHIFT, SOFT_CAP, scores)
         if SHIFT == RUNNING_MAX:
             m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
             alpha = gl.exp2(m_i - finite(m_new))
             m_i = m_new
             l_i = l_i * alpha
-        p = gl.exp2(s * scale_log2 - finite(m_i)[:, None])
+        p = gl.exp2(exponent(s, m_i, scale_log2, inner, SHIFT))
         l_i += gl.sum(p, 1)
         # ptxas moves a wait for a product up to the start of its block of instructions. So that the exponentials
         # stay before it, that block starts here, with the wait for the copy of v.
@@ -311,6 +334,7 @@ def attend(
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_E, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, scores)
     out_row: gl.constexpr = gl.SliceLayout(1, result)
+    AGAIN: gl.constexpr = NO_MAX if SHIFT == CAP_SERIES else RUNNING_MAX
     step = 0
     turns = 0
     tiles = 0
@@ -338,18 +362,18 @@ def attend(
         l_i = gl.full([ROWS], 0.0, gl.float32, layout=by_row)
         acc = gl.full([ROWS, BLOCK_E], 0.0, gl.float32, layout=result)
         if begin < end:
-            if SHIFT == FIRST_MAX:
+            if SHIFT == FIRST_MAX or SHIFT == CAP_SERIES:
                 if (what & 1) != 0:
                     acc, m_i, l_i, step, turns = attend_tile(
                         q_smem, k_smem, v_smem, q_rest_smem, k_rest_smem, q_full, q_free, k_full, k_free, v_full,
                         v_free, turn, begin, full_begin, full_end, end, lower, upper, step, tiles, turns, scale_log2,
-                        inner, GROUP, BLOCK_REST, BLOCK_E, BLOCK_N, STAGES, RUNNING_MAX, SOFT_CAP,
+                        inner, GROUP, BLOCK_REST, BLOCK_E, BLOCK_N, STAGES, AGAIN, SOFT_CAP,
                     )  # fmt: skip
                 else:
                     acc, m_i, l_i, step, turns = attend_tile(
                         q_smem, k_smem, v_smem, q_rest_smem, k_rest_smem, q_full, q_free, k_full, k_free, v_full,
                         v_free, turn, begin, full_begin, full_end, end, lower, upper, step, tiles, turns, scale_log2,
-                        inner, GROUP, BLOCK_REST, BLOCK_E, BLOCK_N, STAGES, FIRST_MAX, SOFT_CAP,
+                        inner, GROUP, BLOCK_REST, BLOCK_E, BLOCK_N, STAGES, SHIFT, SOFT_CAP,
                     )  # fmt: skip
             else:
                 acc, m_i, l_i, step, turns = attend_tile(
@@ -361,6 +385,9 @@ def attend(
         if SHIFT == FIRST_MAX:
             # Not a number is out of bounds, too.
             good = ((l_i > SMALLEST_SUM) & (l_i < LARGEST_SUM)) | (lower >= upper)
+            failed_smem.index(2 * (count & 1) + GROUP).store(gl.where(good, 0, (what & 1) ^ 1))
+        if SHIFT == CAP_SERIES:
+            good = series_holds(l_i, upper - lower, scale_log2) | (lower >= upper)
             failed_smem.index(2 * (count & 1) + GROUP).store(gl.where(good, 0, (what & 1) ^ 1))
         signal(tile_done.index(count & 1))
 
