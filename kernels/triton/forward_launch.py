@@ -148,8 +148,8 @@ def forward_launches(
     tile = forward_hopper_launch.choose(arch, q.dtype, plan.arguments, tuning)
     if tile:
         tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "kv_start": kv_start, "kv_end": kv_end,
-                   "sinks": sinks}  # fmt: skip
-        return [forward_hopper_launch.launch(tile, num_units, plan.arguments, tensors, rope)], out, lse
+                   "key_mask": key_mask, "q_ids": q_ids, "kv_ids": kv_ids, "sinks": sinks}  # fmt: skip
+        return forward_hopper_launch.launches(tile, num_units, plan.arguments, tensors, rope), out, lse
     tensors = {
         "q": q, "k": k, "v": v, "q_rest": None, "k_rest": None, "out": out, "lse": lse, "partial": None,
         "partial_stats": None, "attn_bias": attn_bias, "attn_mask": attn_mask, "key_mask": key_mask,

@@ -126,6 +126,7 @@ def ranged_cases() -> list[dict[str, Any]]:
     base = {"M": 90, "N": 75, "tuning": {"ranged": True}}
     return [
         case("ranged-key-mask", **base, key_mask=True, band_upper=-8),
+        case("ranged-padding", **base, key_mask="padding", band_upper=-8, empty_rows="mean"),
         case("ranged-ids", **base, ids=True, H=2, empty_rows="zero"),
         case("ranged-everything", **base, key_mask=True, ids=True, limits=(True, True), bias=FULL, mask=FULL,
              band_lower=-60, dropout_p=0.2, empty_rows="zero"),
@@ -330,6 +331,18 @@ def hopper_forward_cases() -> list[dict[str, Any]]:
         {"M": 130, "N": 129, "band_upper": 0, "H": 8},
         {"layout": "packed", "M": 700, "band_upper": 0, "out_layout": "bshd"},
     ]
+    ranged = {**HOPPER, "ranged": True}
+    features += [
+        {"tuning": ranged, **fields}
+        for fields in (
+            {"key_mask": True, "band_upper": 183},
+            {"key_mask": "padding", "band_upper": 183, "empty_rows": "mean_added"},
+            {"key_mask": "padding", "sinks": True, "scale": 8.0},
+            {"ids": True, "empty_rows": "zero"},
+            {"ids": True, "empty": ("ids",), "empty_rows": "mean", "band_upper": 183, "out_layout": "bshd"},
+            {"key_mask": "padding", "ids": True, "limits": (True, True), "empty_rows": "nan", "soft_cap": 30.0},
+        )
+    ]
     caps: list[dict[str, Any]] = [
         {"soft_cap": 3.0, "band_upper": 183, "limits": (False, True), "empty": ("limits",), "empty_rows": "nan"},
         {"soft_cap": 50.0, "scale": 5.0, "band_upper": 183, "sinks": True},
@@ -341,7 +354,7 @@ def hopper_forward_cases() -> list[dict[str, Any]]:
         if D == E or feature.get("layout") != "packed":
             cases.append({**base, "dtype": dtype, **feature, "D": D, "E": E})
             if dtype == torch.bfloat16:
-                cases.append({**cases[-1], "tuning": {**HOPPER, "shift": 1}})
+                cases.append({**cases[-1], "tuning": {**cases[-1]["tuning"], "shift": 1}})
     for shift in (0, 1):
         cases.append({**base, "dtype": torch.bfloat16, "D": 120, "E": 104, "tuning": {**HOPPER, "shift": shift}})
     series: list[dict[str, Any]] = [
