@@ -147,6 +147,12 @@ class Rewriter:
             "band_lower": masks.band_lower, "band_upper": masks.band_upper, "dropout_p": spec.dropout_p,
             "empty_rows": spec.mask.empty_rows.value, "out_layout": layout,
         }  # fmt: skip
+        if spec.score_floor is not None:
+            del settings["logits_soft_cap"]
+            call = builder.call(
+                ops.attention_floored, *tensors.values(), **settings, score_floor=spec.score_floor, impl=impl
+            )
+            return builder.call(operator.getitem, call, 0)
         if self._tune is not None and cache:
             self.tuned[region] = Tuned(impl, ["max-autotune: the cache is read with the shipped configuration"])
         elif self._tune is not None:

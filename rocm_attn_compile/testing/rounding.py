@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
+from rocm_attn_compile import _torch_private
 
-class RoundedAgain(TorchDispatchMode):
+
+class RoundedAgain(_torch_private.TorchDispatchMode):
     """Within it every float result, forward and backward, is changed at random by at most one unit in its last place.
 
     So is the sum of each row that the backward of a softmax subtracts, `p * (dp - sum(p * dp))`. Fused attention, that
@@ -35,19 +36,19 @@ class RoundedAgain(TorchDispatchMode):
         schema = function._schema
         if schema.is_mutable or any(returned.alias_info is not None for returned in schema.returns):
             return result
-        if function is torch.ops.aten._softmax_backward_data.default:
+        if function is _torch_private.softmax_backward:
             result = self._with_another_sum(result, *args[:3])
         return tree_map(self._rounded, result)
 
     def _with_another_sum(self, ds: Tensor, dp: Tensor, p: Tensor, dim: int) -> Tensor:
-        with _disable_current_modes():
+        with _torch_private.without_dispatch_modes():
             size = (p * dp).abs().sum(dim, keepdim=True)
             return ds - p * size * self._units(size)
 
     def _rounded(self, result: Any) -> Any:
         if not isinstance(result, Tensor) or not result.is_floating_point() or result.numel() == 0:
             return result
-        with _disable_current_modes():
+        with _torch_private.without_dispatch_modes():
             return result * (1 + self._units(result))
 
     def _units(self, like: Tensor) -> Tensor:
