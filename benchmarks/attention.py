@@ -41,6 +41,8 @@ class Case:
     Attributes:
         valid: Keys that hold data, from a device tensor (kv_end), None for all.
         documents: Length of packed documents, None for one.
+        by_ids: Whether the documents stand in ids of queries and keys, else in each row's first key.
+        padded: Keys that a padding mask leaves, None for all.
         bias: Whether a (1, H, M, N) bias is added, as in T5.
         page: Block size of a paged cache, whose blocks lie in random order; None is a contiguous one.
         float8: Whether the cache holds float8_e4m3fn with a scale per head.
@@ -60,6 +62,8 @@ class Case:
     sinks: bool = False
     valid: int | None = None
     documents: int | None = None
+    by_ids: bool = False
+    padded: int | None = None
     bias: bool = False
     page: int | None = None
     float8: bool = False
@@ -74,7 +78,7 @@ class Case:
     @property
     def pairs(self) -> float:
         """Query-key pairs per head that the mask keeps."""
-        M, N = self.M, self.valid or self.N
+        M, N = self.M, self.valid or self.padded or self.N
         if self.window:
             return M * self.window - self.window**2 / 2
         if self.documents:
@@ -145,6 +149,10 @@ CASES = [
     prefill("structure: causal", 1, 32, 8, 8192, 128, plain="structure: full"),
     prefill("structure: window 1024", 1, 32, 8, 8192, 128, window=1024, plain="structure: causal"),
     prefill("structure: 8 documents", 1, 32, 8, 8192, 128, documents=1024, plain="structure: causal"),
+    prefill(
+        "structure: 8 documents by ids", 1, 32, 8, 8192, 128, documents=1024, by_ids=True, plain="structure: causal"
+    ),
+    prefill("structure: a quarter padding", 1, 32, 8, 8192, 128, causal=False, padded=6144, plain="structure: full"),
     prefill("structure: soft cap", 1, 32, 8, 8192, 128, soft_cap=30.0, plain="structure: causal"),
     prefill("structure: sinks", 1, 32, 8, 8192, 128, sinks=True, plain="structure: causal"),
     prefill("structure: bias", 2, 16, 16, 2048, 128, causal=False, bias=True),
@@ -173,7 +181,10 @@ def make_inputs(case: Case) -> dict[str, Any]:
     if case.documents:
         # As recognised from a mask of packed documents: the start of each row's document, besides the causal bound.
         at = torch.arange(case.M, device="cuda", dtype=torch.int32) // case.documents * case.documents
-        arguments["kv_start"] = at.expand(case.B, -1).contiguous()
+        names = ("q_ids", "kv_ids") if case.by_ids else ("kv_start",)
+        arguments.update(dict.fromkeys(names, at.expand(case.B, -1).contiguous()))
+    if case.padded:
+        arguments["key_mask"] = (torch.arange(case.N, device="cuda") < case.padded).expand(case.B, -1).contiguous()
     if case.bias:
         arguments["attn_bias"] = random(1, case.H, case.M, case.N)
     if case.float8:
@@ -208,8 +219,8 @@ def keep_mask(case: Case, rows: torch.Tensor) -> torch.Tensor | None:
         keep &= i - j < case.window
     if case.documents:
         keep &= i // case.documents == j // case.documents
-    if case.valid:
-        keep &= j < case.valid
+    if case.valid or case.padded:
+        keep &= j < (case.valid or case.padded)
     return keep
 
 
@@ -358,7 +369,7 @@ def peers(case: Case, a: dict[str, Any], with_flex: bool, with_tuned: bool = Fal
         found["tuned"] = lambda: tuned(case, a)
     if not (case.soft_cap or case.sinks or case.valid or case.documents):
         mask = a["attn_bias"].expand(case.B, -1, -1, -1) if case.bias else None
-        if case.window:
+        if case.window or case.padded:
             mask = keep_mask(case, torch.arange(case.M, device="cuda"))
         for name, kind in (
             ("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION),

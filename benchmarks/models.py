@@ -5,9 +5,10 @@
 Layers of real shapes with random weights, a few of each model: what one layer gains, the model gains. Jobs: "prefill"
 reads a prompt, "padded" two prompts of unequal length, "decode" makes one token from a static cache that is three
 quarters full, "training" is a forward and backward. Times are medians of `triton.testing.do_bench` on a GPU, of
-`torch.utils.benchmark` on a CPU; ratios above 1 mean that ours is faster. Each result is compared with the model in
-float32 (a float32 model with float64), and the error must be within a small factor of eager's in the model's dtype; a
-wrong one gets no ratio.
+`torch.utils.benchmark` on a CPU; ratios above 1 mean that ours is faster. "On the device" is what the GPU works for a
+call, the sum of its kernels' times: where the time is much longer, the host bounds it. Each result is compared with the
+model in float32 (a float32 model with float64), and the error must be within a small factor of eager's in the model's
+dtype; a wrong one gets no ratio.
 """
 
 from __future__ import annotations
@@ -179,6 +180,18 @@ def milliseconds(function: Callable[[], Any], device: str) -> float:
     return Timer("f()", globals={"f": function}).blocked_autorange(min_run_time=0.5).median * 1e3
 
 
+def device_milliseconds(function: Callable[[], Any], device: str, calls: int = 5) -> float:
+    """What the GPU works for a call: the sum of the times of its kernels and copies. NaN on a CPU."""
+    if device == "cpu":
+        return math.nan
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / calls / 1e3
+
+
 def compare(name: str, attention: str, job: str, options: argparse.Namespace, timed: bool = True) -> dict:
     """Times of one job each way, and what of ours was checked; or only compiles both ways, into the caches on disk."""
     model, layers, device, dtype = MODELS[name], options.layers, options.device, getattr(torch, options.dtype)
@@ -213,6 +226,7 @@ def compare(name: str, attention: str, job: str, options: argparse.Namespace, ti
     times = {name: milliseconds(call, device) for name, call in calls.items()}
     return {
         **times,
+        "device": {name: device_milliseconds(calls[name], device) for name in ("inductor", "rocm_attn")},
         "replaced": f"{sum(site.replaced for site in sites)}/{len(sites)}",
         "ok": measured.ok,
         "inductor ok": theirs_measured.ok,
@@ -257,7 +271,7 @@ def main() -> None:
         return
     print(f"rocm_attn_compile {rocm_attn_compile.__version__}, torch {torch.__version__}, {where}, {options.dtype}")
     print(f"{'ms per run, ' + str(options.layers) + ' layers':44s}{'eager':>9s}{'inductor':>10s}{'rocm_attn':>10s}"
-          f"{'eager/':>9s}{'inductor/':>10s}  sites, rms error over eager's")  # fmt: skip
+          f"{'eager/':>9s}{'inductor/':>10s}  on the device: both; sites, rms error over eager's")  # fmt: skip
     rows = []
     for case in cases(options):
         label = "{:25s}{:7s}{:10s}".format(*case)
@@ -268,17 +282,21 @@ def main() -> None:
             continue
         eager, inductor, ours = (found[way] for way in ("eager", "inductor", "rocm_attn"))
         ratios = (eager / ours, inductor / ours) if found["ok"] else (math.nan, math.nan)
-        note = f"{found['replaced']}, {found['rms error']:.2f}" + ("" if found["ok"] else "  WRONG")
+        device = found["device"]
+        note = f"{device['inductor']:.2f}, {device['rocm_attn']:.2f}; {found['replaced']}, {found['rms error']:.2f}" + (
+            "" if found["ok"] else "  WRONG"
+        )
         note += "" if found["inductor ok"] else "  (inductor less accurate than allowed)"
         print(
             f"{label:44s}{eager:9.2f}{inductor:10.2f}{ours:10.2f}{ratios[0]:9.2f}{ratios[1]:10.2f}  {note}",
             flush=True,
         )
-        rows.append((*case, eager, inductor, ours, found["replaced"], found["ok"]))
+        rows.append((*case, eager, inductor, ours, *device.values(), found["replaced"], found["ok"]))
         if options.csv:  # after each row, so that an interrupted run keeps what it has
             with open(options.csv, "w", newline="") as file:
                 file.write(f"# torch {torch.__version__}, {where}, {options.dtype}, {options.layers} layers\n")
-                header = ("model", "attention", "job", "eager_ms", "inductor_ms", "rocm_attn_ms", "replaced", "ok")
+                header = ("model", "attention", "job", "eager_ms", "inductor_ms", "rocm_attn_ms")
+                header += ("inductor_device_ms", "rocm_attn_device_ms", "replaced", "ok")
                 csv.writer(file).writerows([header, *rows])
         torch._dynamo.reset()
         if on_gpu:

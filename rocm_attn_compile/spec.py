@@ -122,6 +122,8 @@ class AttentionSpec:
         device: Device type, "cuda" (also for ROCm) or "cpu".
         softmax_scale: Factor on the scores; a number (a dynamic scale was specialised).
         logits_soft_cap: tanh cap, or None.
+        score_floor: The scaled scores are raised to at least the largest of them all plus this number, before bias and
+            masks; or None.
         mask: Which pairs attend.
         has_bias: A float tensor is added to the capped scores.
         has_alibi: The distance |k - q - (kv_len - q_len)|, times a number per head, is subtracted from them.
@@ -143,6 +145,7 @@ class AttentionSpec:
     device: str
     softmax_scale: float
     logits_soft_cap: float | None = None
+    score_floor: float | None = None
     mask: MaskSpec = field(default_factory=MaskSpec)
     has_bias: bool = False
     has_alibi: bool = False

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from rocm_attn_compile.testing import (
     Float64Everywhere,
+    RoundedAgain,
     accuracy,
     assert_as_accurate_as_eager,
     count_calls,
@@ -130,3 +131,37 @@ def test_peak_memory_counts_what_is_alive_at_once(compiled):
     call(x)
     assert 7.9e6 < peak_memory(lambda: call(x)) < 9e6
     assert peak_memory(lambda: x.view(-1)) < 1000
+
+
+def _key_bias_gradient(scores: torch.Tensor) -> torch.Tensor:
+    """The gradient of a number that is added to all keys of a row: 0, but for rounding."""
+    bias = torch.zeros(scores.shape[0], 1, requires_grad=True)
+    values = torch.linspace(-3.0, 5.0, 29).view(29, 1)
+    return torch.autograd.grad((torch.softmax(scores + bias, 1) @ values).square().sum(), bias)[0]
+
+
+def test_rounding_again_changes_results_by_rounding_and_gradients_of_0_by_the_rounding_of_their_terms():
+    scores = torch.randn(37, 29)
+    plain = torch.softmax(scores, 1)
+    with RoundedAgain():
+        changed = torch.softmax(scores, 1)
+    relative = ((changed - plain) / plain).abs().max()
+    assert 0 < relative <= 2 * torch.finfo(torch.float32).eps
+    plain_gradient = _key_bias_gradient(scores)
+    with RoundedAgain(1):
+        again = _key_bias_gradient(scores)
+    torch.testing.assert_close(again, plain_gradient, rtol=0, atol=1e-4)
+    # p * (dp - sum) with another rounding of the sum: of sizes up to 50
+    assert (again - plain_gradient).abs().max() > 5 * torch.finfo(torch.float32).eps
+
+
+def test_rounding_again_leaves_random_numbers_and_writes_as_they_are():
+    torch.manual_seed(3)
+    drawn = torch.rand(5)
+    buffer = torch.zeros(5)
+    torch.manual_seed(3)
+    with RoundedAgain():
+        again = torch.rand(5)
+        buffer.copy_(drawn)
+    torch.testing.assert_close(again, drawn, rtol=1e-6, atol=0)
+    assert torch.equal(buffer, drawn)

@@ -113,3 +113,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mobilebert": {"embedding_size": 64, "true_hidden_size": 64, "intra_bottleneck_size": 64, "trigram_input": False},
     "sew-d": {**_DISENTANGLED, "position_buckets": 4},
 }
+
+CAPTURES_SCALARS = frozenset({"deberta", "jetmoe", "grounding-dino", "mm-grounding-dino"})
+"""Models that read a number out of a tensor (`.item()`), for which Dynamo breaks the graph in the midst of an attention
+or behind one that returns its weights. It says how to avoid that, `torch._dynamo.config.capture_scalar_outputs = True`,
+and that is how they are compiled, by Inductor, too."""

@@ -30,8 +30,9 @@ _TIERS = (
         ("huggingface", "sdpa", True, False, False),
         ("others", "eager", False, True, True),
         ("others", "eager", False, False, False),
+        ("vision", "eager", False, True, False),
     ),
-    (("huggingface", "sdpa", True, True, False), ("vision", "eager", False, True, True)),
+    (("huggingface", "sdpa", True, True, False),),
     (("vision", "eager", False, False, False), ("vision", "sdpa", False, True, False)),
     (("others", "sdpa", False, True, False), ("huggingface", "eager", False, False, True)),
 )

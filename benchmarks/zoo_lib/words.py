@@ -34,8 +34,7 @@ LEFT = {
     "floor_grad": "In training only: `max(scores, lowest number)` halves the gradient in rows that keep no key.",
     "no_contraction": "Scores of overlapping chunks, written into one tensor piece by piece: several products, one "
     "softmax.",
-    "score_op": "Scores of global and of local keys, two products, joined before one softmax (Pegasus-X), or scores "
-    "that are clamped to a range (Grounding DINO).",
+    "score_op": "Scores of global and of local keys, two products, joined before one softmax (Pegasus-X).",
     "scale_tensor": "The scores are multiplied by the mask, and -1e4 is added where it is 0 (OpenAI GPT): such a key "
     "is not removed, it keeps a small weight.",
     "sink_axis": "Sinks that vary with the query, beside a mask that writes into the scores: they would become one "

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from .backward import load_empty, load_row_statistics, tile_gradients
-from .backward_dkdv import row_block_meets
 from .bias import BIAS_ELEMENTS, load_bias
 from .common import EMPTY_MEAN_ADDED, EMPTY_NAN_ADDED, NO_CAP, load_alibi, load_key_masks, load_row_masks
 from .tiles import load_tile, tile_ptrs
@@ -170,3 +169,14 @@ def backward_bias_kernel(
             grad_bias + m_out[:, None] * stride_dbm + n_out[None, :] * stride_dbn,
             acc.to(grad_bias.dtype.element_ty), mask=(m_out < q_len)[:, None] & (n_out < kv_len)[None, :],
         )  # fmt: skip
+
+
+@triton.jit
+def row_block_meets(starts, ends, n_first, n_last, HAS_START: tl.constexpr, HAS_END: tl.constexpr):
+    """Whether some row's [kv_start, kv_end) may touch the keys n_first..n_last."""
+    meets = n_first <= n_last
+    if HAS_START:
+        meets &= tl.min(starts) <= n_last
+    if HAS_END:
+        meets &= tl.max(ends) > n_first
+    return meets

@@ -20,39 +20,13 @@ from .common import (
     load_row_masks,
     narrow,
 )
+from .mask_ranges import load_range, q_block_range
 from .tiles import load_head_tile, store_tile, tile_ptrs
-
-
-@triton.jit
-def q_block_range(n_first, n_last, q_len, band_lower, band_upper, BLOCK_M: tl.constexpr, HAS_LOWER: tl.constexpr,
-                  HAS_UPPER: tl.constexpr, NO_FULL: tl.constexpr):  # fmt: skip
-    """Which query blocks the keys `n_first..n_last` need: `(begin, full_begin, full_end, end)`, see kv_block_range.
-
-    NO_FULL: limits per row exist, so no block is known to be uncut.
-    """
-    lo = 0
-    hi = q_len
-    full_lo = 0
-    full_hi = q_len
-    if HAS_UPPER:
-        lo = tl.maximum(lo, n_first - band_upper)
-        full_lo = tl.maximum(full_lo, n_last - band_upper)
-    if HAS_LOWER:
-        hi = tl.minimum(hi, n_last - band_lower + 1)
-        full_hi = tl.minimum(full_hi, n_first - band_lower + 1)
-    begin = lo // BLOCK_M
-    end = tl.maximum(begin, tl.cdiv(tl.maximum(hi, 0), BLOCK_M))
-    full_begin = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_M), begin), end)
-    full_end = tl.minimum(tl.maximum(tl.maximum(full_hi, 0) // BLOCK_M, full_begin), end)
-    if NO_FULL:
-        full_begin = begin
-        full_end = begin
-    return begin, full_begin, full_end, end
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "heads_at_once", "band_lower", "band_upper"])
 def backward_dkdv_kernel(
-    q, k, v, grad_out, q_rest, k_rest, grad_k, grad_v, grad_k_rest, lse, shift, delta, correction, any_empty,
+    q, k, v, grad_out, q_rest, k_rest, grad_k, grad_v, grad_k_rest, lse, shift, delta, correction, any_empty, ranges,
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed, alibi_slopes,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_gb, stride_gh, stride_gm, stride_ge,
@@ -66,13 +40,16 @@ def backward_dkdv_kernel(
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr,
-    MERGED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, ROUND_BITS: tl.constexpr, BIAS: tl.constexpr,
+    MERGED: tl.constexpr, RANGED: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, ROUND_BITS: tl.constexpr, BIAS: tl.constexpr,
     RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_ALIBI: tl.constexpr, EMPTY_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write `grad_k` `(B, K, N, D)` (WANT_DK) and `grad_v` `(B, K, N, E)` (WANT_DV). Phases and TMA as in dq.
+
+    With RANGED, which must be where rows have limits, the queries to walk over are read from `ranges`, see mask_ranges.
 
     With ROPE > 0, the part of every head in the gradient of the shared piece goes to `grad_k_rest` `(B, K, N, ROPE)`.
     """
@@ -82,7 +59,6 @@ def backward_dkdv_kernel(
         logits_soft_cap = tl.full((), logits_soft_cap, tl.float32)
     if HAS_DROPOUT:
         dropout_p = tl.full((), dropout_p, tl.float32)
-    ROW_LIMITS: tl.constexpr = HAS_START or HAS_END
     EMPTY_MATTERS: tl.constexpr = EMPTY_ROWS != EMPTY_ZERO
     EMPTY_HAS_DS: tl.constexpr = (EMPTY_ROWS == EMPTY_NAN_ADDED) or (EMPTY_ROWS == EMPTY_MEAN_ADDED)
     num_kv_blocks = tl.cdiv(kv_len, BLOCK_N)
@@ -144,9 +120,12 @@ def backward_dkdv_kernel(
         k_rest_tile = load_head_tile(k_rest, batch, rest_head, n_first, stride_k_rest, stride_k_rest_d, kv_len,
                                      REST_COL, REST_SIZE, BLOCK_N, BLOCK_REST, True, WIDE, TMA)  # fmt: skip
         dk_rest = tl.zeros((BLOCK_N, BLOCK_REST), tl.float32)
-    begin, full_begin, full_end, end = q_block_range(
-        n_first, n_last, q_len, band_lower, band_upper, BLOCK_M, HAS_LOWER, HAS_UPPER, ROW_LIMITS
-    )
+    if RANGED:
+        begin, full_begin, full_end, end = load_range(ranges, batch * num_kv_blocks + kv_block)
+    else:
+        begin, full_begin, full_end, end = q_block_range(
+            n_first, n_last, q_len, band_lower, band_upper, BLOCK_M, HAS_LOWER, HAS_UPPER
+        )
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
@@ -163,7 +142,7 @@ def backward_dkdv_kernel(
         else:
             first = 0
             count = num_row_blocks
-        if (phase == 0 and (MERGED or not ROW_LIMITS)) or (phase == 1 and not MERGED) or (phase == 2 and EMPTY_MATTERS):
+        if phase == 0 or (phase == 1 and not MERGED) or (phase == 2 and EMPTY_MATTERS):
             head = kv_head * gqa_group_size
             at = first
             for _ in range(count * gqa_group_size):
@@ -180,12 +159,9 @@ def backward_dkdv_kernel(
                     kv_start, kv_end, q_ids, stride_start_m, stride_end_m, stride_qid_m, q_pos, kv_len,
                     HAS_START, HAS_END, HAS_IDS,
                 )  # fmt: skip
+                visit = True
                 if phase == 2:
                     visit = tl.load(any_empty + batch * num_heads + head) != 0
-                elif ROW_LIMITS:
-                    visit = row_block_meets(starts, ends, n_first, n_last, HAS_START, HAS_END)
-                else:
-                    visit = True
                 if visit:
                     m, d, fix = load_row_statistics(
                         shift, delta, correction, row_base + q_first, row_ok, HAS_BIAS, MERGED or phase > 0, BLOCK_M
@@ -245,7 +221,8 @@ def backward_dkdv_kernel(
                         kv_id[:, None], key_keep[:, None], bias, mask_ptrs, seed, (row_base + q_pos)[None, :], alibi,
                         q_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p, cut,
                         2 if MERGED and phase == 0 else phase > 0, phase == 2, RAW, SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK,
-                        HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT, HAS_ALIBI,
+                        HAS_KEY_MASK and (phase > 0 or MERGED or not RANGED), HAS_START, HAS_END,
+                        HAS_IDS and (phase > 0 or MERGED or not RANGED), HAS_LOWER, HAS_UPPER, HAS_DROPOUT, HAS_ALIBI,
                         EMPTY_ROWS,
                     )  # fmt: skip
                     if WANT_DV:
@@ -274,14 +251,3 @@ def backward_dkdv_kernel(
     if WANT_DV:
         grad_v += batch * stride_dvb + kv_head * stride_dvh
         store_tile(grad_v, dv, n_first, stride_dvn, stride_dve, kv_len, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E, WIDE)
-
-
-@triton.jit
-def row_block_meets(starts, ends, n_first, n_last, HAS_START: tl.constexpr, HAS_END: tl.constexpr):
-    """Whether some row's [kv_start, kv_end) may touch the keys n_first..n_last."""
-    meets = n_first <= n_last
-    if HAS_START:
-        meets &= tl.min(starts) <= n_last
-    if HAS_END:
-        meets &= tl.max(ends) > n_first
-    return meets

@@ -16,12 +16,13 @@ from .common import (
     load_row_masks,
     narrow,
 )
+from .mask_ranges import load_range
 from .tiles import load_head_tile, store_tile, tile_ptrs
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "heads_at_once", "band_lower", "band_upper"])
 def backward_dq_kernel(
-    q, k, v, grad_out, q_rest, k_rest, grad_q, grad_q_rest, lse, shift, delta, correction, any_empty,
+    q, k, v, grad_out, q_rest, k_rest, grad_q, grad_q_rest, lse, shift, delta, correction, any_empty, ranges,
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, dropout_seed, alibi_slopes,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_gb, stride_gh, stride_gm, stride_ge,
@@ -35,7 +36,7 @@ def backward_dq_kernel(
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr,
-    MERGED: tl.constexpr, ROUND_BITS: tl.constexpr, BIAS: tl.constexpr,
+    MERGED: tl.constexpr, RANGED: tl.constexpr, ROUND_BITS: tl.constexpr, BIAS: tl.constexpr,
     RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
@@ -43,7 +44,7 @@ def backward_dq_kernel(
 ):  # fmt: skip
     """Write `grad_q` `(B, H, M, D)`. Phases: blocks that no limit of position cuts, cut blocks, empty rows.
 
-    TMA and ROPE as in attention_forward_kernel; with ROPE > 0 the second piece of the gradient goes to `grad_q_rest`
+    TMA, RANGED and ROPE as in attention_forward_kernel; with ROPE > 0 the second piece goes to `grad_q_rest`
     `(B, H, M, ROPE)`.
     """
     # Inductor hands numbers over in float64, or as constants.
@@ -127,9 +128,13 @@ def backward_dq_kernel(
         q_rest_tile = load_head_tile(q_rest, batch, head, q_first, stride_q_rest, stride_q_rest_d, q_len, REST_COL,
                                      REST_SIZE, BLOCK_M, BLOCK_REST, True, WIDE, TMA)  # fmt: skip
         acc_rest = tl.zeros((BLOCK_M, BLOCK_REST), tl.float32)
-    begin, full_begin, full_end, end = kv_block_range(
-        q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END
-    )
+    if RANGED:
+        begin, full_begin, full_end, end = load_range(ranges, batch * num_row_blocks + row_block)
+    else:
+        begin, full_begin, full_end, end = kv_block_range(
+            q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER, HAS_START,
+            HAS_END,
+        )  # fmt: skip
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for phase in tl.static_range(3):
@@ -173,8 +178,10 @@ def backward_dq_kernel(
                     qk = tl.dot(q_rest_tile, tl.trans(k_rest_tile), qk, input_precision=PRECISION)
                 dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
                 key_keep, kv_id = load_key_masks(
-                    key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
-                )
+                    key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len,
+                    HAS_KEY_MASK and (phase > 0 or MERGED or not RANGED),
+                    HAS_IDS and (phase > 0 or MERGED or not RANGED),
+                )  # fmt: skip
                 bias = 0.0
                 mask_ptrs = attn_mask
                 if HAS_BIAS:
@@ -191,7 +198,8 @@ def backward_dq_kernel(
                     key_keep[None, :], bias, mask_ptrs, seed, (row_base + q_pos)[:, None],
                     alibi, q_len, softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p,
                     cut, 2 if MERGED and phase == 0 else phase > 0, phase == 2, RAW, SOFT_CAP, HAS_BIAS,
-                    HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_DROPOUT,
+                    HAS_ATTN_MASK, HAS_KEY_MASK and (phase > 0 or MERGED or not RANGED), HAS_START, HAS_END,
+                    HAS_IDS and (phase > 0 or MERGED or not RANGED), HAS_LOWER, HAS_UPPER, HAS_DROPOUT,
                     HAS_ALIBI, EMPTY_ROWS,
                 )  # fmt: skip
                 ds = narrow(ds, k_tile.dtype, ROUND_BITS)

@@ -35,10 +35,7 @@ from .backward_hopper_parts import (
     pack,
 )
 from .common import CAP_FAST
-from .hopper_parts import LOG2E, NEVER, barrier, signal
-
-NEVER_CAPPED = gl.constexpr(-1e18)
-"""Far below what tanh gives, and its square is still a number."""
+from .hopper_parts import LOG2E, NEVER, NEVER_CAPPED, barrier, signal
 
 
 @gluon.jit

@@ -46,11 +46,16 @@ def refusal(
         return "its accumulators are those of 16-bit heads of 65 to 128 numbers"
     if batch * num_heads * q_len * arguments["k"].shape[2] < MIN_SCORES and not any_size:
         return "short, so that the host's time counts"
+    return mask_refusal(arguments)
+
+
+def mask_refusal(arguments: dict[str, Any]) -> str:
+    """The reasons of `refusal` that lie in masks, soft cap and rows; those of backward_large_launch, too."""
     if not arguments["RAW"] or arguments["EMPTY_ROWS"] or any(arguments[name] for name in _FEATURES):
         return "it knows no mask but the band, no bias, no dropout and no empty rows with a gradient"
     if arguments["SOFT_CAP"] not in (NO_CAP.value, CAP_FAST.value):
         return "of soft caps it knows the one by NVIDIA's tanh instruction, for bfloat16"
-    if q_len % 4:
+    if arguments["q"].shape[2] % 4:
         return "rows of row statistics do not start at multiples of 16 bytes, as the copy engine needs them"
     return ""
 
@@ -89,9 +94,9 @@ def hopper_launches(
         "grad_out": swizzled(grad_out, BLOCK_M, WIDTH),
         "grad_k": dk,
         "grad_v": dv,
-        "shift": _in_order(tensors["shift"].view(-1, q_len), 1, BLOCK_M),
-        "delta": _in_order(tensors["delta"].view(-1, q_len), 1, BLOCK_M),
-        "partial": _in_order(partial, PART, partial.shape[1]),
+        "shift": row_statistics(tensors["shift"], BLOCK_M),
+        "delta": row_statistics(tensors["delta"], BLOCK_M),
+        "partial": of_rows(partial, PART, partial.shape[1], NO_SWIZZLE),
         "turns": counters[1:],
         "ticket": counters,
         "batch_size": batch,
@@ -112,5 +117,11 @@ def hopper_launches(
     return [main, Launch(backward_finish_kernel, tiles, found, {"num_warps": 4, "num_stages": 1})]
 
 
-def _in_order(tensor: Tensor, rows: int, columns: int) -> Descriptor:
-    return Descriptor(tensor, tuple(tensor.shape), tensor.stride(), (rows, columns), NO_SWIZZLE)
+def row_statistics(tensor: Tensor, rows: int) -> Descriptor:
+    """A descriptor of 1 x `rows` numbers of a `(B, H, M)` tensor of row statistics."""
+    return of_rows(tensor.view(-1, tensor.shape[2]), 1, rows, NO_SWIZZLE)
+
+
+def of_rows(tensor: Tensor, rows: int, columns: int, swizzle: int) -> Descriptor:
+    """A descriptor of `rows` x `columns` of a contiguous matrix."""
+    return Descriptor(tensor, tuple(tensor.shape), tensor.stride(), (rows, columns), swizzle)

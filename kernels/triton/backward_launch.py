@@ -16,6 +16,8 @@ from .backward_bias import backward_bias_kernel
 from .backward_dkdv import backward_dkdv_kernel
 from .backward_dq import backward_dq_kernel
 from .backward_hopper_launch import hopper_launches, refusal
+from .backward_large_launch import large_launches
+from .backward_large_launch import refusal as large_refusal
 from .forward_launch import feature, forward_descriptors
 from .launch import (
     EMPTY_ROWS,
@@ -38,6 +40,7 @@ from .launch import (
     takes_tma,
     takes_tma_rope,
 )
+from .mask_ranges_launch import is_ranged, ranges_launch
 
 
 def of_rope(name: str, stride: str, gradient: Tensor | None, letters: str) -> dict[str, Any]:
@@ -176,7 +179,7 @@ def backward_launches(
         return Launch(kernel, grid(config), {**whole, **extra, **tiles}, config.options(is_amd))
 
     def launch_main(kernel: Any, direction: str, grid: Any, **extra: Any) -> Launch:
-        """dk/dv and dq: through tensor descriptors where those can be had."""
+        """dk/dv and dq: through tensor descriptors where those can be had. What finds their ranges goes before."""
         special = feature(arguments, q.dtype, arch, forward=False)
         config, faster = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
         found = {
@@ -189,8 +192,12 @@ def backward_launches(
                 (kv_len if direction == "backward_q" else q_len) * (head_dim + v_head_dim) * itemsize,
                 direction != "backward_q",
             ),
-            "ROUND_BITS": configs.rounds_bits(arch),
+            "ROUND_BITS": configs.rounds_bits(arch), "ranges": None,
         }  # fmt: skip
+        found["RANGED"] = is_ranged(arguments, lse.numel() * kv_len, tuning, direction != "backward_q")
+        if found["RANGED"]:
+            launches.append(ranges_launch(found, config.block_m, config.block_n, direction != "backward_q"))
+            found["ranges"] = launches[-1].arguments["ranges"]
         if faster:
             found.update(
                 forward_descriptors(q, k, v, attn_bias, found, rope),
@@ -209,10 +216,13 @@ def backward_launches(
             **dict(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out.stride())),
         )
     ]
-    in_one = can_tma and tuning.config is None and not rope and all(computed[:3])
-    in_one = in_one and not refusal(arch, itemsize, blocks, arguments, tuning.in_flight)
-    if in_one:
+    in_one = can_tma and tuning.config is None and all(computed[:3])
+    if in_one and not rope and not refusal(arch, itemsize, blocks, arguments, tuning.in_flight):
         launches += hopper_launches(grad_out, q, k, v, arguments, tensors, num_units)
+    elif in_one and not large_refusal(arch, itemsize, blocks, arguments, tuning.in_flight):
+        launches += large_launches(grad_out, q, k, v, rope, blocks, arguments, tensors, num_units)
+    else:
+        in_one = False
     if computed[1] and not in_one:
         dk, dv = tensors["dk"], tensors["dv"]
         outputs = {
@@ -230,8 +240,8 @@ def backward_launches(
         pieces = (
             [("backward_k", True, False), ("backward_v", False, True)] if separate else [("backward_kv", True, True)]
         )
-        launches += [
-            launch_main(
+        for direction, want_dk, want_dv in pieces:
+            main = launch_main(
                 backward_dkdv_kernel,
                 direction,
                 lambda c: batch * kv_heads * triton.cdiv(kv_len, c.block_n),
@@ -239,20 +249,18 @@ def backward_launches(
                 WANT_DK=want_dk,
                 WANT_DV=want_dv,
             )
-            for direction, want_dk, want_dv in pieces
-        ]
+            launches.append(main)
     if computed[0] and not in_one:
         dq = tensors["dq"]
-        launches.append(
-            launch_main(
-                backward_dq_kernel,
-                "backward_q",
-                lambda c: batch * num_heads * triton.cdiv(q_len, c.block_m),
-                grad_q=dq,
-                **of_rope("grad_q_rest", "stride_dqp", tensors.get("dq_pe"), "bhm"),
-                **dict(zip(("stride_dqb", "stride_dqh", "stride_dqm", "stride_dqd"), dq.stride())),
-            )
+        main = launch_main(
+            backward_dq_kernel,
+            "backward_q",
+            lambda c: batch * num_heads * triton.cdiv(q_len, c.block_m),
+            grad_q=dq,
+            **of_rope("grad_q_rest", "stride_dqp", tensors.get("dq_pe"), "bhm"),
+            **dict(zip(("stride_dqb", "stride_dqh", "stride_dqm", "stride_dqd"), dq.stride())),
         )
+        launches.append(main)
     if computed[3]:
         dbias = tensors["dbias"]
         bias_batch, bias_heads, bias_m, bias_n = dbias.shape

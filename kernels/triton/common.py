@@ -47,6 +47,7 @@ TRUNCATION_LOG2 = tl.constexpr(0.004059457177543012)
 RUNNING_MAX = tl.constexpr(0)
 FIRST_MAX = tl.constexpr(1)
 NO_MAX = tl.constexpr(2)
+CAP_SERIES = tl.constexpr(3)
 # With FIRST_MAX, a row whose sum leaves these bounds is computed again with RUNNING_MAX: 2**-64, 2**64.
 SMALLEST_SUM = tl.constexpr(5.421010862427522e-20)
 LARGEST_SUM = tl.constexpr(1.8446744073709552e19)

@@ -30,8 +30,8 @@ class KernelConfig:
         waves_per_eu: AMD only: occupancy that the compiler makes, no less and no more; 0 lets it choose.
         matrix_instr_nonkdim: AMD CDNA only: 16 or 32 picks the MFMA shape, 0 lets the compiler choose.
         merged: One loop over cut and uncut blocks with a branch, instead of one loop for each kind.
-        first_max: Forward with bfloat16, on AMD float16: no running maximum, see forward.py. Fewer instructions, but a
-            third copy of the loop, which can need more registers.
+        first_max: Forward with bfloat16, on AMD float16: no running maximum, and a soft cap by a polynomial; see
+            forward.py. Fewer instructions, but a third copy of the loop, which can need more registers.
     """
 
     block_m: int
@@ -85,6 +85,7 @@ _CDNA: dict[str, Table] = {
     "forward_float8": _CDNA_FLOAT8,
     "forward_float8_pages": _CDNA_FLOAT8,
     "forward_alibi": {(64, 2): C(128, 32, 4, 2, 2)},
+    "forward_cap": {(128, 2): C(128, 32, 4, 2, 2, first_max=True)},
     "decode": {
         (128, 2): C(16, 64, 4, 2),
         (256, 2): C(16, 32, 4, 1),
@@ -153,6 +154,7 @@ _RDNA_FLOAT8: Table = {(64, 2): None, (128, 2): C(32, 16, 4, 1)}
 _RDNA: dict[str, Table] = {
     "forward_float8": _RDNA_FLOAT8,
     "forward_float8_pages": _RDNA_FLOAT8,
+    "forward_cap": {(128, 2): C(64, 16, 4, 1, first_max=True)},
     "forward": {
         (64, 2): C(64, 32, 4, 1),
         (128, 2): C(64, 16, 4, 1),
@@ -224,6 +226,13 @@ _HOPPER: dict[str, Table] = {
     "forward_tma_alibi_first": {
         (64, 2): C(64, 64, 4, 3, merged=True, first_max=True),
         (96, 2): C(128, 64, 4, 3, merged=True, first_max=True),
+    },
+    # Here the polynomial of a soft cap is not faster than the instruction.
+    "forward_tma_cap": {
+        (96, 2): None,
+        (128, 2): C(128, 64, 4, 2, merged=True),
+        (192, 2): C(128, 128, 8, 2, merged=True),
+        (256, 2): C(128, 64, 8, 2, merged=True),
     },
     "forward_tma_bias": {(128, 2): C(64, 64, 4, 2, merged=True)},
     "backward_kv_tma_bias": {(64, 2): C(32, 128, 4, 3)},

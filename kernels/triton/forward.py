@@ -22,8 +22,10 @@ import triton
 import triton.language as tl
 
 from .bias import BIAS_TILES, load_bias
+from .cap_series import capped_exponent, series_holds
 from .combine import finish_rows
 from .common import (
+    CAP_SERIES,
     EMPTY_MEAN,
     EMPTY_MEAN_ADDED,
     FIRST_MAX,
@@ -51,6 +53,7 @@ from .common import (
     truncate,
 )
 from .float8 import WEIGHT_BITS, queries_to_half, widen
+from .mask_ranges import load_range
 from .pages import pages_of_tile, place_tile
 from .tiles import load_head_tile, q_k_product
 
@@ -62,7 +65,7 @@ _RUNTIME_SIZES = ["q_len", "kv_len", "num_blocks", "num_splits", "heads_at_once"
 def attention_forward_kernel(
     q, k, v, q_rest, k_rest, out, lse, partial, partial_stats,
     attn_bias, attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, sinks, dropout_seed, alibi_slopes,
-    block_table, k_scale, v_scale,
+    block_table, k_scale, v_scale, ranges,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_ve, stride_ob, stride_oh, stride_om, stride_oe,
     stride_qpb, stride_qph, stride_qpm, stride_kpb, stride_kpn,
@@ -79,7 +82,7 @@ def attention_forward_kernel(
     HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr, FLOAT8_ASM: tl.constexpr,
     HALF: tl.constexpr,
     BIAS: tl.constexpr,
-    ROUND_BITS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr,
+    ROUND_BITS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr, RANGED: tl.constexpr,
     RAW: tl.constexpr, SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -97,6 +100,9 @@ def attention_forward_kernel(
     those of its blocks. k and v may be of a narrower dtype than q, and have a factor per key/value head, or one for
     all: these are given to the scores and to the result. With HALF bfloat16 queries and weights become float16 for the
     products, see float8.py.
+
+    With RANGED (never with PACK > 1 or SPLIT) the ranges of key blocks are read from `ranges`, see mask_ranges: blocks
+    in which padding or ids leave nothing are not visited, nor masks read in those that they leave whole.
 
     With ROPE > 0 the second piece of the head dimension lies elsewhere: q_rest is `(B, H, M, ROPE)`, k_rest
     `(B, N, ROPE)`, shared by all heads (descriptors of 4-D tensors with one head); last strides are 1. See mla_prefill.
@@ -222,9 +228,13 @@ def attention_forward_kernel(
         HAS_ALIBI, HAS_BIAS,
     )  # fmt: skip
 
-    begin, full_begin, full_end, end = kv_block_range(
-        q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER, HAS_START, HAS_END
-    )
+    if RANGED:
+        begin, full_begin, full_end, end = load_range(ranges, batch * num_row_blocks + row_block)
+    else:
+        begin, full_begin, full_end, end = kv_block_range(
+            q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER, HAS_START,
+            HAS_END,
+        )  # fmt: skip
     if SPLIT:
         share = tl.cdiv(end - begin, num_splits)
         begin = tl.minimum(begin + split * share, end)
@@ -249,7 +259,7 @@ def attention_forward_kernel(
     scale_log2 = score_factor(softmax_scale, logits_soft_cap, SOFT_CAP) * LOG2E
     offset = score_offset(logits_soft_cap, SOFT_CAP, HAS_BIAS)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if SHIFT == NO_MAX:
+    if SHIFT == NO_MAX or SHIFT == CAP_SERIES:
         m_i = tl.zeros((BLOCK_M,), tl.float32) - offset
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
@@ -264,16 +274,20 @@ def attention_forward_kernel(
             ),
             1,
         )  # fmt: skip
-    for attempt in tl.static_range(2 if SHIFT == FIRST_MAX else 1):
+    for attempt in tl.static_range(2 if SHIFT == FIRST_MAX or SHIFT == CAP_SERIES else 1):
         if attempt == 1:
             # Not a number is out of bounds, too.
-            holds = (l_i > SMALLEST_SUM) & (l_i < LARGEST_SUM)
+            if SHIFT == CAP_SERIES:
+                holds = series_holds(l_i, (end - begin) * BLOCK_N, logits_soft_cap * LOG2E) | (begin >= end)
+            else:
+                holds = (l_i > SMALLEST_SUM) & (l_i < LARGEST_SUM)
             if q_tile.dtype == tl.float16:
                 # Small weights lose no more than with the running maximum, whose sum is at least 1; a weight that has
                 # overflowed leaves no finite number in its row.
                 holds &= (l_i >= 1.0) & (tl.sum(acc * 0.0, 1) == 0.0)
             again = tl.max(tl.where(holds, 0, 1)) != 0
-            m_i = tl.where(again, float("-inf"), m_i)
+            if SHIFT == FIRST_MAX:
+                m_i = tl.where(again, float("-inf"), m_i)
             l_i = tl.where(again, 0.0, l_i)
             acc = tl.where(again, 0.0, acc)
             end = tl.where(again, end, begin)
@@ -307,8 +321,9 @@ def attention_forward_kernel(
                     mask_ptrs = attn_mask + start_long * stride_mn + mask_row[:, None] + offs_n[None, :] * stride_mn
                     mask_keep = tl.load(mask_ptrs, mask=(n_ok | (phase == 0))[None, :], other=0) != 0
                 key_keep, kv_id = load_key_masks(
-                    key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len, HAS_KEY_MASK, HAS_IDS
-                )
+                    key_mask, kv_ids, stride_key_n, stride_kid_n, kv_pos, kv_len,
+                    HAS_KEY_MASK and (phase > 0 or not RANGED), HAS_IDS and (phase > 0 or not RANGED),
+                )  # fmt: skip
                 page = start_n
                 if PAGE > 0:
                     page = pages_of_tile(block_table, start_n, last_page, num_blocks, stride_tn, PAGE, BLOCK_N)
@@ -324,15 +339,19 @@ def attention_forward_kernel(
                     REST_SIZE, BLOCK_N, BLOCK_D, BLOCK_REST, phase > 0, WIDE, TMA, TRANSPOSE_KEYS, PRECISION, k_at,
                     SCATTERED, FLOAT8_ASM,
                 )  # fmt: skip
-                s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
+                if SHIFT == CAP_SERIES and attempt == 0:
+                    s = capped_exponent(qk, logits_soft_cap * LOG2E, softmax_scale / logits_soft_cap)
+                else:
+                    s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
                 s = add_alibi(s, alibi, q_pos[:, None], kv_pos[None, :], start_n, q_len, kv_len, HAS_ALIBI)
                 s = mask_scores(
                     s, q_pos[:, None], kv_pos[None, :], kv_len, starts[:, None], ends[:, None], q_id[:, None],
                     kv_id[None, :], key_keep[None, :], mask_keep, band_lower, band_upper, cut, phase, HAS_LOWER,
-                    HAS_UPPER, HAS_START, HAS_END, HAS_IDS, HAS_KEY_MASK, HAS_ATTN_MASK,
+                    HAS_UPPER, HAS_START, HAS_END, HAS_IDS and (phase > 0 or not RANGED),
+                    HAS_KEY_MASK and (phase > 0 or not RANGED), HAS_ATTN_MASK,
                 )  # fmt: skip
 
-                if SHIFT == RUNNING_MAX or attempt == 1:
+                if SHIFT == RUNNING_MAX or (SHIFT == FIRST_MAX and attempt == 1):
                     top = tl.max(s, 1)
                     if RAW:
                         top = top * scale_log2
@@ -347,7 +366,10 @@ def attention_forward_kernel(
                         m_safe = m_safe - WEIGHT_SHIFT
                 else:
                     m_safe = m_i
-                p = tl.exp2(exponent(s, m_safe[:, None], scale_log2, RAW, HAS_BIAS, LARGER))
+                if SHIFT == CAP_SERIES and attempt == 0:
+                    p = tl.exp2(s + LARGER)
+                else:
+                    p = tl.exp2(exponent(s, m_safe[:, None], scale_log2, RAW, HAS_BIAS, LARGER))
                 l_i += tl.sum(p, 1)
                 if HAS_DROPOUT:
                     p = tl.where(dropout_keep(seed, row_index[:, None], kv_pos[None, :], kv_len, dropout_p), p, 0.0)

@@ -21,7 +21,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .common import EMPTY_NAN, EMPTY_NAN_ADDED, FIRST_MAX, LARGEST_SUM, NO_CAP, RUNNING_MAX, SMALLEST_SUM
+from .cap_series import capped_exponent, series_holds
+from .common import (
+    CAP_SERIES,
+    EMPTY_NAN,
+    EMPTY_NAN_ADDED,
+    FIRST_MAX,
+    LARGEST_SUM,
+    NO_CAP,
+    NO_MAX,
+    RUNNING_MAX,
+    SMALLEST_SUM,
+)
 from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, row_limits, signal
 
 ROWS = gl.constexpr(64)
@@ -46,11 +57,11 @@ def tile_of(index, num_heads, gqa_group_size, q_len, HAS_UPPER: gl.constexpr):
 
 @gluon.jit
 def key_range(
-    row_block, batch, q_len, kv_len, kv_start, kv_end, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
-    band_lower, band_upper, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr,
-    HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr,
+    row_block, batch, q_len, kv_len, kv_start, kv_end, ranges, stride_start_b, stride_start_m, stride_end_b,
+    stride_end_m, band_lower, band_upper, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, HAS_START: gl.constexpr,
+    HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, RANGED: gl.constexpr,
 ):  # fmt: skip
-    """As common.kv_block_range: `(begin, full_begin, full_end, end)` of a tile, in blocks of keys."""
+    """As common.kv_block_range: `(begin, full_begin, full_end, end)` of a tile, in blocks of keys; or from `ranges`."""
     # All rows in each warp: no exchange between warps.
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
     q_pos = gl.minimum(row_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=layout), q_len - 1)
@@ -80,6 +91,12 @@ def key_range(
     end = gl.maximum(begin, gl.cdiv(gl.maximum(hi, 0), BLOCK_N))
     full_begin = gl.minimum(gl.maximum(gl.cdiv(full_lo, BLOCK_N), begin), end)
     full_end = gl.minimum(gl.maximum(gl.maximum(full_hi, 0) // BLOCK_N, full_begin), end)
+    if RANGED:
+        ranges += (batch * gl.cdiv(q_len, BLOCK_M) + row_block) * 4
+        begin = gl.load(ranges)
+        full_begin = gl.load(ranges + 1)
+        full_end = gl.load(ranges + 2)
+        end = gl.load(ranges + 3)
     return begin, full_begin, full_end, end
 
 
@@ -105,7 +122,7 @@ def finished(failed_smem, tile_done, count, SHIFT: gl.constexpr):
     slot = count & 1
     mbarrier.wait(tile_done.index(slot), count >> 1 & 1)
     failed = False
-    if SHIFT == FIRST_MAX:
+    if SHIFT == FIRST_MAX or SHIFT == CAP_SERIES:
         layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
         failed = gl.max(failed_smem.index(2 * slot).load(layout) | failed_smem.index(2 * slot + 1).load(layout), 0) != 0
     return failed
@@ -113,14 +130,14 @@ def finished(failed_smem, tile_done, count, SHIFT: gl.constexpr):
 
 @gluon.jit
 def copy_tiles(
-    q, k, v, q_rest, k_rest, kv_start, kv_end, counters, q_smem, k_smem, v_smem, q_rest_smem, k_rest_smem, tile_smem,
-    failed_smem, q_full, q_free, k_full, k_free, v_full, v_free, tile_full, tile_done,
+    q, k, v, q_rest, k_rest, kv_start, kv_end, ranges, counters, q_smem, k_smem, v_smem, q_rest_smem, k_rest_smem,
+    tile_smem, failed_smem, q_full, q_free, k_full, k_free, v_full, v_free, tile_full, tile_done,
     stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     first_tile, num_tiles, num_programs, num_heads, gqa_group_size, q_len, kv_len,
     band_lower, band_upper,
     BLOCK_D: gl.constexpr, BLOCK_REST: gl.constexpr, BLOCK_E: gl.constexpr, ROPE: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, SHIFT: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr,
-    HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr,
+    HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, RANGED: gl.constexpr,
 ):  # fmt: skip
     """The copying warp, which also takes the tiles: the groups still compute when it has started all copies of one.
 
@@ -141,8 +158,8 @@ def copy_tiles(
         publish(tile_smem, tile_full, count, 2 * index + repeated)
         batch, head, row_block = tile_of(index, num_heads, gqa_group_size, q_len, HAS_UPPER)
         begin, _full_begin, _full_end, end = key_range(
-            row_block, batch, q_len, kv_len, kv_start, kv_end, stride_start_b, stride_start_m, stride_end_b,
-            stride_end_m, band_lower, band_upper, BLOCK_N, 1, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER,
+            row_block, batch, q_len, kv_len, kv_start, kv_end, ranges, stride_start_b, stride_start_m, stride_end_b,
+            stride_end_m, band_lower, band_upper, BLOCK_N, 1, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, RANGED,
         )  # fmt: skip
         kv_head = head // gqa_group_size
         rest_head = kv_head
@@ -209,25 +226,45 @@ def start_scores(q, k, q_rest, k_rest, nothing, BLOCK_REST: gl.constexpr):
 
 
 @gluon.jit
-def finish_scores(s, lower, upper, block, full_begin, full_end, inner, BLOCK_N: gl.constexpr, SOFT_CAP: gl.constexpr,
-                  layout: gl.constexpr):  # fmt: skip
-    """Soft cap and limits of position."""
-    if SOFT_CAP != NO_CAP:
+def finish_scores(
+    s, lower, upper, block, full_begin, full_end, inner, key_mask, q_id, kv_ids, stride_key_n, stride_kid_n, kv_len,
+    BLOCK_N: gl.constexpr, SHIFT: gl.constexpr, SOFT_CAP: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
+    HAS_IDS: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Soft cap, but for the polynomial's, and masks, which are read only in blocks that they cut."""
+    if SOFT_CAP != NO_CAP and SHIFT != CAP_SERIES:
         s = gl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [s * inner], dtype=gl.float32, is_pure=True, pack=1
         )
     if (block < full_begin) | (block >= full_end):
         kv_pos = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
-        s = gl.where((kv_pos[None, :] >= lower[:, None]) & (kv_pos[None, :] < upper[:, None]), s, NEVER)
+        keep = (kv_pos[None, :] >= lower[:, None]) & (kv_pos[None, :] < upper[:, None])
+        at = gl.minimum(kv_pos, kv_len - 1).to(gl.int64)
+        if HAS_KEY_MASK:
+            keep &= (gl.load(key_mask + at * stride_key_n) != 0)[None, :]
+        if HAS_IDS:
+            keep &= gl.load(kv_ids + at * stride_kid_n)[None, :] == q_id[:, None]
+        s = gl.where(keep, s, NEVER)
     return s
+
+
+@gluon.jit
+def exponent(s, m, scale_log2, inner, SHIFT: gl.constexpr):
+    """The base-2 exponent of the weights. The polynomial of -inf is -inf."""
+    if SHIFT == CAP_SERIES:
+        x = capped_exponent(s, scale_log2, inner)
+    else:
+        x = s * scale_log2 - finite(m)[:, None]
+    return x
 
 
 @gluon.jit
 def attend_tile(
     q_smem, k_smem, v_smem, q_rest_smem, k_rest_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn, begin,
-    full_begin, full_end, end, lower, upper, step, tiles, turns, scale_log2, inner,
+    full_begin, full_end, end, lower, upper, step, tiles, turns, scale_log2, inner, key_mask, q_id, kv_ids,
+    stride_key_n, stride_kid_n, kv_len,
     GROUP: gl.constexpr, BLOCK_REST: gl.constexpr, BLOCK_E: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    SHIFT: gl.constexpr, SOFT_CAP: gl.constexpr,
+    SHIFT: gl.constexpr, SOFT_CAP: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_IDS: gl.constexpr,
 ):  # fmt: skip
     """A group's rows of a tile with at least one block of keys: `acc`, `m`, `l`, and the number of the next block.
 
@@ -251,10 +288,11 @@ def attend_tile(
     signal(k_free.index(stage))
     if SHIFT == FIRST_MAX:
         m_i = gl.max(s, 1) * scale_log2
-    s = finish_scores(s, lower, upper, begin, full_begin, full_end, inner, BLOCK_N, SOFT_CAP, scores)
+    s = finish_scores(s, lower, upper, begin, full_begin, full_end, inner, key_mask, q_id, kv_ids, stride_key_n,
+                      stride_kid_n, kv_len, BLOCK_N, SHIFT, SOFT_CAP, HAS_KEY_MASK, HAS_IDS, scores)  # fmt: skip
     if SHIFT == RUNNING_MAX:
         m_i = gl.max(s, 1) * scale_log2
-    p = gl.exp2(s * scale_log2 - finite(m_i)[:, None])
+    p = gl.exp2(exponent(s, m_i, scale_log2, inner, SHIFT))
     l_i = gl.sum(p, 1)
     weights = gl.convert_layout(p.to(dtype), weight)
     mbarrier.wait(v_full.index(stage), phase)
@@ -272,13 +310,14 @@ def attend_tile(
         turns += 1
         s = warpgroup_mma_wait(1, deps=[s])
         signal(k_free.index(stage))
-        s = finish_scores(s, lower, upper, block, full_begin, full_end, inner, BLOCK_N, SOFT_CAP, scores)
+        s = finish_scores(s, lower, upper, block, full_begin, full_end, inner, key_mask, q_id, kv_ids, stride_key_n,
+                          stride_kid_n, kv_len, BLOCK_N, SHIFT, SOFT_CAP, HAS_KEY_MASK, HAS_IDS, scores)  # fmt: skip
         if SHIFT == RUNNING_MAX:
             m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
             alpha = gl.exp2(m_i - finite(m_new))
             m_i = m_new
             l_i = l_i * alpha
-        p = gl.exp2(s * scale_log2 - finite(m_i)[:, None])
+        p = gl.exp2(exponent(s, m_i, scale_log2, inner, SHIFT))
         l_i += gl.sum(p, 1)
         # ptxas moves a wait for a product up to the start of its block of instructions. So that the exponentials
         # stay before it, that block starts here, with the wait for the copy of v.
@@ -297,20 +336,23 @@ def attend_tile(
 
 @gluon.jit
 def attend(
-    out, lse, kv_start, kv_end, sinks, q_smem, k_smem, v_smem, q_rest_smem, k_rest_smem, tile_smem, failed_smem,
-    q_full, q_free, k_full, k_free, v_full, v_free, turn, tile_full, tile_done, stride_ob, stride_oh, stride_om,
-    stride_start_b, stride_start_m, stride_end_b, stride_end_m, num_heads, gqa_group_size, q_len, kv_len,
+    out, lse, kv_start, kv_end, key_mask, q_ids, kv_ids, ranges, sinks, q_smem, k_smem, v_smem, q_rest_smem,
+    k_rest_smem, tile_smem, failed_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn, tile_full, tile_done,
+    stride_ob, stride_oh, stride_om, stride_start_b, stride_start_m, stride_end_b, stride_end_m, stride_key_b,
+    stride_key_n, stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n, num_heads, gqa_group_size, q_len, kv_len,
     scale_log2, inner, band_lower, band_upper,
     GROUP: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_REST: gl.constexpr, BLOCK_E: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHIFT: gl.constexpr,
     SOFT_CAP: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr,
-    HAS_UPPER: gl.constexpr, HAS_SINKS: gl.constexpr, EMPTY_ROWS: gl.constexpr,
+    HAS_UPPER: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_IDS: gl.constexpr, RANGED: gl.constexpr,
+    HAS_SINKS: gl.constexpr, EMPTY_ROWS: gl.constexpr,
 ):  # fmt: skip
     """One warp group; GROUP says which rows of a tile are its own."""
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_E, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, scores)
     out_row: gl.constexpr = gl.SliceLayout(1, result)
+    AGAIN: gl.constexpr = NO_MAX if SHIFT == CAP_SERIES else RUNNING_MAX
     step = 0
     turns = 0
     tiles = 0
@@ -319,8 +361,8 @@ def attend(
     while what >= 0:
         batch, head, row_block = tile_of(what >> 1, num_heads, gqa_group_size, q_len, HAS_UPPER)
         begin, full_begin, full_end, end = key_range(
-            row_block, batch, q_len, kv_len, kv_start, kv_end, stride_start_b, stride_start_m, stride_end_b,
-            stride_end_m, band_lower, band_upper, BLOCK_N, 4, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER,
+            row_block, batch, q_len, kv_len, kv_start, kv_end, ranges, stride_start_b, stride_start_m, stride_end_b,
+            stride_end_m, band_lower, band_upper, BLOCK_N, 4, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, RANGED,
         )  # fmt: skip
         batch_long = batch.to(gl.int64)
         head_long = head.to(gl.int64)
@@ -334,33 +376,47 @@ def attend(
         q_pos = gl.minimum(q_first + gl.arange(0, ROWS, layout=by_row), q_len - 1)
         lower, upper = row_limits(q_pos, kv_len, starts, ends, stride_start_m, stride_end_m, band_lower, band_upper,
                                   HAS_START, HAS_END, HAS_LOWER, HAS_UPPER)  # fmt: skip
+        key_mask_row = key_mask
+        kv_ids_row = kv_ids
+        q_id = q_pos
+        if HAS_KEY_MASK:
+            key_mask_row += batch_long * stride_key_b
+        if HAS_IDS:
+            kv_ids_row += batch_long * stride_kid_b
+            q_id = gl.load(q_ids + batch_long * stride_qid_b + q_pos.to(gl.int64) * stride_qid_m)
         m_i = gl.full([ROWS], NEVER, gl.float32, layout=by_row)
         l_i = gl.full([ROWS], 0.0, gl.float32, layout=by_row)
         acc = gl.full([ROWS, BLOCK_E], 0.0, gl.float32, layout=result)
         if begin < end:
-            if SHIFT == FIRST_MAX:
+            if SHIFT == FIRST_MAX or SHIFT == CAP_SERIES:
                 if (what & 1) != 0:
                     acc, m_i, l_i, step, turns = attend_tile(
                         q_smem, k_smem, v_smem, q_rest_smem, k_rest_smem, q_full, q_free, k_full, k_free, v_full,
                         v_free, turn, begin, full_begin, full_end, end, lower, upper, step, tiles, turns, scale_log2,
-                        inner, GROUP, BLOCK_REST, BLOCK_E, BLOCK_N, STAGES, RUNNING_MAX, SOFT_CAP,
+                        inner, key_mask_row, q_id, kv_ids_row, stride_key_n, stride_kid_n, kv_len, GROUP, BLOCK_REST,
+                        BLOCK_E, BLOCK_N, STAGES, AGAIN, SOFT_CAP, HAS_KEY_MASK, HAS_IDS,
                     )  # fmt: skip
                 else:
                     acc, m_i, l_i, step, turns = attend_tile(
                         q_smem, k_smem, v_smem, q_rest_smem, k_rest_smem, q_full, q_free, k_full, k_free, v_full,
                         v_free, turn, begin, full_begin, full_end, end, lower, upper, step, tiles, turns, scale_log2,
-                        inner, GROUP, BLOCK_REST, BLOCK_E, BLOCK_N, STAGES, FIRST_MAX, SOFT_CAP,
+                        inner, key_mask_row, q_id, kv_ids_row, stride_key_n, stride_kid_n, kv_len, GROUP, BLOCK_REST,
+                        BLOCK_E, BLOCK_N, STAGES, SHIFT, SOFT_CAP, HAS_KEY_MASK, HAS_IDS,
                     )  # fmt: skip
             else:
                 acc, m_i, l_i, step, turns = attend_tile(
                     q_smem, k_smem, v_smem, q_rest_smem, k_rest_smem, q_full, q_free, k_full, k_free, v_full, v_free,
-                    turn, begin, full_begin, full_end, end, lower, upper, step, tiles, turns, scale_log2, inner, GROUP,
-                    BLOCK_REST, BLOCK_E, BLOCK_N, STAGES, SHIFT, SOFT_CAP,
+                    turn, begin, full_begin, full_end, end, lower, upper, step, tiles, turns, scale_log2, inner,
+                    key_mask_row, q_id, kv_ids_row, stride_key_n, stride_kid_n, kv_len, GROUP, BLOCK_REST, BLOCK_E,
+                    BLOCK_N, STAGES, SHIFT, SOFT_CAP, HAS_KEY_MASK, HAS_IDS,
                 )  # fmt: skip
             tiles += 1
         if SHIFT == FIRST_MAX:
             # Not a number is out of bounds, too.
             good = ((l_i > SMALLEST_SUM) & (l_i < LARGEST_SUM)) | (lower >= upper)
+            failed_smem.index(2 * (count & 1) + GROUP).store(gl.where(good, 0, (what & 1) ^ 1))
+        if SHIFT == CAP_SERIES:
+            good = series_holds(l_i, upper - lower, scale_log2) | (lower >= upper)
             failed_smem.index(2 * (count & 1) + GROUP).store(gl.where(good, 0, (what & 1) ^ 1))
         signal(tile_done.index(count & 1))
 
@@ -394,16 +450,20 @@ def attend(
 
 @gluon.jit(do_not_specialize=["q_len", "kv_len", "num_tiles", "band_lower", "band_upper"])
 def attention_forward_hopper_kernel(
-    q, k, v, q_rest, k_rest, out, lse, kv_start, kv_end, sinks, counters,
+    q, k, v, q_rest, k_rest, out, lse, kv_start, kv_end, key_mask, q_ids, kv_ids, ranges, sinks, counters,
     stride_ob, stride_oh, stride_om, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
+    stride_key_b, stride_key_n, stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
     num_heads, gqa_group_size, q_len, kv_len, num_tiles, softmax_scale, logits_soft_cap,
     band_lower, band_upper,
     V_HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_REST: gl.constexpr, BLOCK_E: gl.constexpr,
     ROPE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHIFT: gl.constexpr,
     SOFT_CAP: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr,
-    HAS_UPPER: gl.constexpr, HAS_SINKS: gl.constexpr, EMPTY_ROWS: gl.constexpr,
+    HAS_UPPER: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_IDS: gl.constexpr, RANGED: gl.constexpr,
+    HAS_SINKS: gl.constexpr, EMPTY_ROWS: gl.constexpr,
 ):  # fmt: skip
-    """As attention_forward_kernel with TMA, without bias, mask tensors, dropout, ALiBi, splits and caches.
+    """As attention_forward_kernel with TMA, and with RANGED where there is padding or are ids.
+
+    Without bias, mask tensors, dropout, ALiBi, splits and caches.
 
     q, k, v, q_rest, k_rest are tensor descriptors of ROWS queries or BLOCK_N keys. Programs, no more than tiles, take
     tiles by counting: each its own, then the next of all. `counters`, int32 `(2,)`, are 0 before and afterwards.
@@ -454,28 +514,30 @@ def attention_forward_hopper_kernel(
     gl.warp_specialize(
         [
             (attend, (
-                out, lse, kv_start, kv_end, sinks, q_smem, k_smem, v_smem, q_rest_smem, k_rest_smem, tile_smem,
-                failed_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn, tile_full, tile_done, stride_ob,
-                stride_oh, stride_om, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
-                num_heads, gqa_group_size, q_len, kv_len, scale_log2, inner, band_lower, band_upper,
+                out, lse, kv_start, kv_end, key_mask, q_ids, kv_ids, ranges, sinks, q_smem, k_smem, v_smem, q_rest_smem,
+                k_rest_smem, tile_smem, failed_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn, tile_full,
+                tile_done, stride_ob, stride_oh, stride_om, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
+                stride_key_b, stride_key_n, stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n, num_heads,
+                gqa_group_size, q_len, kv_len, scale_log2, inner, band_lower, band_upper,
                 0, V_HEAD_DIM, BLOCK_REST, BLOCK_E, BLOCK_N, STAGES, SHIFT, SOFT_CAP, HAS_START,
-                HAS_END, HAS_LOWER, HAS_UPPER, HAS_SINKS, EMPTY_ROWS,
+                HAS_END, HAS_LOWER, HAS_UPPER, HAS_KEY_MASK, HAS_IDS, RANGED, HAS_SINKS, EMPTY_ROWS,
             )),
             (attend, (
-                out, lse, kv_start, kv_end, sinks, q_smem, k_smem, v_smem, q_rest_smem, k_rest_smem, tile_smem,
-                failed_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn, tile_full, tile_done, stride_ob,
-                stride_oh, stride_om, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
-                num_heads, gqa_group_size, q_len, kv_len, scale_log2, inner, band_lower, band_upper,
+                out, lse, kv_start, kv_end, key_mask, q_ids, kv_ids, ranges, sinks, q_smem, k_smem, v_smem, q_rest_smem,
+                k_rest_smem, tile_smem, failed_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn, tile_full,
+                tile_done, stride_ob, stride_oh, stride_om, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
+                stride_key_b, stride_key_n, stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n, num_heads,
+                gqa_group_size, q_len, kv_len, scale_log2, inner, band_lower, band_upper,
                 1, V_HEAD_DIM, BLOCK_REST, BLOCK_E, BLOCK_N, STAGES, SHIFT, SOFT_CAP, HAS_START,
-                HAS_END, HAS_LOWER, HAS_UPPER, HAS_SINKS, EMPTY_ROWS,
+                HAS_END, HAS_LOWER, HAS_UPPER, HAS_KEY_MASK, HAS_IDS, RANGED, HAS_SINKS, EMPTY_ROWS,
             )),
             (copy_tiles, (
-                q, k, v, q_rest, k_rest, kv_start, kv_end, counters, q_smem, k_smem, v_smem, q_rest_smem, k_rest_smem,
-                tile_smem, failed_smem, q_full, q_free, k_full, k_free, v_full, v_free, tile_full, tile_done,
-                stride_start_b, stride_start_m, stride_end_b, stride_end_m, gl.program_id(0), num_tiles,
+                q, k, v, q_rest, k_rest, kv_start, kv_end, ranges, counters, q_smem, k_smem, v_smem, q_rest_smem,
+                k_rest_smem, tile_smem, failed_smem, q_full, q_free, k_full, k_free, v_full, v_free, tile_full,
+                tile_done, stride_start_b, stride_start_m, stride_end_b, stride_end_m, gl.program_id(0), num_tiles,
                 gl.num_programs(0), num_heads, gqa_group_size, q_len, kv_len, band_lower,
                 band_upper, BLOCK_D, BLOCK_REST, BLOCK_E, ROPE, BLOCK_N, STAGES, SHIFT, HAS_START, HAS_END, HAS_LOWER,
-                HAS_UPPER,
+                HAS_UPPER, RANGED,
             )),
         ],
         [4, 1],

@@ -8,8 +8,10 @@ import torch
 import triton
 
 from . import configs
-from .common import CAP_FAST, NO_CAP
+from .common import CAP_FAST, FIRST_MAX, NO_CAP, RUNNING_MAX
+from .empty_rows import empty_rows_launch
 from .launch import EMPTY_ROWS, Launch, Rope, Tuning, swizzled
+from .mask_ranges_launch import ranges_launch
 
 MIN_SCORES, MIN_KEYS = 2**29, 2**10
 """From how many scores, and keys of a query, on a call is given to the kernel. It is launched by Triton, not by
@@ -40,12 +42,13 @@ FASTER: frozenset[Blocks] = frozenset({(128, 0, 128), (128, 64, 128), (256, 0, 2
 """Where the kernel was faster than forward.py's on an H200, see docs/kernels.md."""
 
 _MEANS = (EMPTY_ROWS["mean"], EMPTY_ROWS["mean_added"])
-_ABSENT = ("HAS_BIAS", "HAS_ATTN_MASK", "HAS_KEY_MASK", "HAS_IDS", "HAS_DROPOUT", "HAS_ALIBI", "SPLIT", "PAGE")
+_ABSENT = ("HAS_BIAS", "HAS_ATTN_MASK", "HAS_DROPOUT", "HAS_ALIBI", "SPLIT", "PAGE")
 _SHARED = (
     "stride_ob", "stride_oh", "stride_om", "stride_start_b", "stride_start_m", "stride_end_b", "stride_end_m",
     "num_heads", "gqa_group_size", "q_len", "kv_len", "softmax_scale", "logits_soft_cap",
     "band_lower", "band_upper", "V_HEAD_DIM", "BLOCK_D", "BLOCK_REST", "BLOCK_E", "ROPE", "SOFT_CAP", "HAS_START",
-    "HAS_END", "HAS_LOWER", "HAS_UPPER", "HAS_SINKS", "EMPTY_ROWS",
+    "HAS_END", "HAS_LOWER", "HAS_UPPER", "HAS_SINKS", "EMPTY_ROWS", "stride_key_b", "stride_key_n", "stride_qid_b",
+    "stride_qid_m", "stride_kid_b", "stride_kid_n", "HAS_KEY_MASK", "HAS_IDS", "RANGED",
 )  # fmt: skip
 """Arguments that mean the same in both kernels."""
 
@@ -69,8 +72,8 @@ def choose(arch: str, dtype: torch.dtype, arguments: dict[str, Any], tuning: Tun
         and arguments["RAW"]
         and arguments["PACK"] == 1
         and arguments["SOFT_CAP"] in (NO_CAP.value, CAP_FAST.value)
-        and arguments["EMPTY_ROWS"] not in _MEANS
         and not any(arguments[name] for name in _ABSENT)
+        and (arguments["RANGED"] or not (arguments["HAS_KEY_MASK"] or arguments["HAS_IDS"]))
     )
     if not fits or tuning.in_flight:
         return tile if fits else None
@@ -92,20 +95,29 @@ def _longest_row(arguments: dict[str, Any]) -> int:
     return min(arguments["kv_len"], max(upper - lower + 1, 0)) if bounded else arguments["kv_len"]
 
 
-def launch(tile: Tile, num_units: int, arguments: dict[str, Any], tensors: dict[str, Any], rope: Rope) -> Launch:
-    """The launch.
+def launches(
+    tile: Tile, num_units: int, arguments: dict[str, Any], tensors: dict[str, Any], rope: Rope
+) -> list[Launch]:
+    """The launches: of the ranges where masks need them, of the kernel, and of the mean that empty rows may have.
 
     Args:
         tile: From `choose`.
         num_units: Multiprocessors of the device: as many programs, each of which takes many tiles.
         arguments: As of `choose`.
-        tensors: q, k, v, out, lse, kv_start, kv_end, sinks.
+        tensors: q, k, v, out, lse, sinks and the masks.
         rope: The second pieces of queries and keys, if these lie elsewhere.
     """
     # Here, since Gluon is experimental, and only Hopper needs it.
     from .forward_hopper import BLOCK_M, ROWS, attention_forward_hopper_kernel
 
-    given = {name: arguments[name] for name in _SHARED} | tensors
+    given = {name: arguments[name] for name in _SHARED} | tensors | {"ranges": None}
+    before, after = [], []
+    if arguments["RANGED"]:
+        before.append(ranges_launch({**arguments, **tensors}, BLOCK_M.value, tile.block_n))
+        given["ranges"] = before[0].arguments["ranges"]
+    if arguments["EMPTY_ROWS"] in _MEANS:
+        after.append(empty_rows_launch(arguments, tensors))
+    masks = arguments["HAS_KEY_MASK"] or arguments["HAS_IDS"]
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     q_rest, k_rest = (rope[0], rope[1].unsqueeze(1)) if rope else (q, k)
     rest = arguments["BLOCK_REST"]
@@ -120,12 +132,19 @@ def launch(tile: Tile, num_units: int, arguments: dict[str, Any], tensors: dict[
         num_tiles=num_tiles,
         BLOCK_N=tile.block_n,
         STAGES=tile.stages,
-        SHIFT=arguments["SHIFT"],
+        # forward.py has no registers for the first maximum beside masks that it reads everywhere.
+        SHIFT=FIRST_MAX.value
+        if masks
+        and arguments["SHIFT"] == RUNNING_MAX.value
+        and arguments["SOFT_CAP"] == NO_CAP.value
+        and tensors["q"].dtype == torch.bfloat16
+        else arguments["SHIFT"],
     )
     names = [parameter.name for parameter in attention_forward_hopper_kernel.params]
-    return Launch(
+    main = Launch(
         attention_forward_hopper_kernel,
         min(num_tiles, num_units),
         {name: given[name] for name in names},
         {"num_warps": 4, "num_stages": 1},
     )
+    return [*before, main, *after]

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import common, configs, forward_hopper_launch
 from .bias import BIAS_TILES
 from .cache_launch import COMBINE_NAMES, FP8, NO_CACHE, CacheLayout, cache_layout, check_cache, is_cache
+from .cap_series import series_fits
 from .combine import attention_combine_kernel
 from .forward import attention_forward_kernel
 from .launch import (
@@ -37,6 +38,7 @@ from .launch import (
     takes_tma,
     takes_tma_rope,
 )
+from .mask_ranges_launch import is_ranged, ranges_launch
 
 MAX_DECODE_M = 32
 """Tallest packed tile. Not 64, which on Hopper would take the warp-group matrix instructions for a few rows; see also
@@ -49,7 +51,9 @@ MAX_SPLIT_KEYS = 4096
 """Of prefill. A decode step in one wave of programs of 8192 keys was 3 % faster than in two of 4096."""
 MAX_SPLITS = 128
 
-RUNNING_MAX, FIRST_MAX, NO_MAX = (mode.value for mode in (common.RUNNING_MAX, common.FIRST_MAX, common.NO_MAX))
+RUNNING_MAX, FIRST_MAX, NO_MAX, CAP_SERIES = (
+    mode.value for mode in (common.RUNNING_MAX, common.FIRST_MAX, common.NO_MAX, common.CAP_SERIES)
+)
 
 
 def choose_splits(tiles: int, kv_len: int, programs: int, decode: bool = True) -> int:
@@ -144,14 +148,14 @@ def forward_launches(
     tile = forward_hopper_launch.choose(arch, q.dtype, plan.arguments, tuning)
     if tile:
         tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "kv_start": kv_start, "kv_end": kv_end,
-                   "sinks": sinks}  # fmt: skip
-        return [forward_hopper_launch.launch(tile, num_units, plan.arguments, tensors, rope)], out, lse
+                   "key_mask": key_mask, "q_ids": q_ids, "kv_ids": kv_ids, "sinks": sinks}  # fmt: skip
+        return forward_hopper_launch.launches(tile, num_units, plan.arguments, tensors, rope), out, lse
     tensors = {
         "q": q, "k": k, "v": v, "q_rest": None, "k_rest": None, "out": out, "lse": lse, "partial": None,
         "partial_stats": None, "attn_bias": attn_bias, "attn_mask": attn_mask, "key_mask": key_mask,
         "kv_start": kv_start, "kv_end": kv_end, "q_ids": q_ids, "kv_ids": kv_ids, "sinks": sinks,
         "dropout_seed": dropout_seed if dropout_p > 0.0 else None, "alibi_slopes": alibi_slopes,
-        "block_table": block_table, "k_scale": k_scale, "v_scale": v_scale,
+        "block_table": block_table, "k_scale": k_scale, "v_scale": v_scale, "ranges": None,
     }  # fmt: skip
     if rope:
         tensors["q_rest"], tensors["k_rest"] = rope
@@ -162,7 +166,11 @@ def forward_launches(
     arguments = {**plan.arguments, **tensors}
     if plan.arguments["TMA"]:
         arguments.update(forward_descriptors(q, k, v, attn_bias, plan.arguments, rope))
-    launches = [Launch(attention_forward_kernel, plan.grid, arguments, plan.options, plan.direction, plan.config)]
+    launches = []
+    if arguments["RANGED"]:
+        launches.append(ranges_launch(arguments, arguments["BLOCK_M"], arguments["BLOCK_N"]))
+        arguments["ranges"] = launches[0].arguments["ranges"]
+    launches.append(Launch(attention_forward_kernel, plan.grid, arguments, plan.options, plan.direction, plan.config))
     if plan.num_splits > 1:
         names = ("partial", "partial_stats", "v", "out", "lse", "sinks", "block_table", "v_scale")
         combined = {name: tensors[name] for name in names}
@@ -212,14 +220,20 @@ def score_shift(arguments: dict[str, Any], dtype: torch.dtype, special: str, fir
     """What the forward kernel of prefill subtracts from the scores before it exponentiates them; see forward.py.
 
     Anything but the running maximum needs weights with the exponents of float32; those of float16 are checked.
-    A soft cap up to 50 bounds the weights to exp(-50) .. exp(50). A million of them, times values up to 1e10, fit.
+    A soft cap up to 50 bounds the weights to exp(-50) .. exp(50). A million of them, times values up to 1e10, fit. It
+    may then be a polynomial (cap_series.py), with code that computes a tile again as for the first maximum.
     """
     if special.endswith("first") and first_max:
         return FIRST_MAX
     cap = arguments["logits_soft_cap"]
     bounded = cap is not None and cap <= 50.0 and dtype == torch.bfloat16
     bounded = bounded and not arguments["HAS_BIAS"] and not arguments["HAS_ALIBI"]
-    return NO_MAX if bounded else RUNNING_MAX
+    if not bounded:
+        return RUNNING_MAX
+    # Other masks may leave rows without a key, whose tiles would all be computed twice.
+    plain = not any(arguments[name] for name in ("HAS_ATTN_MASK", "HAS_KEY_MASK", "HAS_IDS"))
+    fits = first_max and plain and series_fits(arguments["softmax_scale"], cap, arguments["kv_len"])
+    return CAP_SERIES if fits else NO_MAX
 
 
 class ForwardPlan(NamedTuple):
@@ -333,6 +347,10 @@ def forward_plan(
         MERGED=config.merged,
         BIAS=bias_kind(layouts[3], bias_itemsize, tma and bias_is_aligned, pack),
         SHIFT=shift,
+        RANGED=pack == 1
+        and num_splits == 1
+        and cache == NO_CACHE
+        and is_ranged(arguments, batch * num_heads * q_len * kv_len, tuning),
         FLOAT8_ASM=in_place,
         HALF=half,
         ROUND_BITS=configs.rounds_bits(arch),

@@ -7,6 +7,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 NEVER = gl.constexpr(float("-inf"))
+NEVER_CAPPED = gl.constexpr(-1e18)
+"""Far below what tanh gives, and its square is still a number."""
 # Its name differs between Triton 3.6 and 3.7.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 

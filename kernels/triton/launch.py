@@ -120,6 +120,7 @@ class Tuning:
         separate: With `config`: one launch for dk and one for dv.
         in_flight: With `config`: latent decode by the Hopper kernel in Gluon. Without: the backward by Hopper's one
             kernel wherever it can.
+        ranged: Whether padding and ids are read beforehand, see mask_ranges_launch.is_ranged; None: where it pays.
         traced: The tensors have no data: what is aligned is told by their offsets in their storages.
         opaque: Triton's own launcher will run the call, not a CUDA graph and not Inductor.
         chosen: Without `config`: configurations that take the place of the tables', see autotune.py. One that needs
@@ -134,6 +135,7 @@ class Tuning:
     tma: bool | None = None
     separate: bool = False
     in_flight: bool = False
+    ranged: bool | None = None
     traced: bool = False
     opaque: bool = False
     chosen: Chosen = ()

@@ -90,6 +90,12 @@ FEATURES: tuple[Feature, ...] = (
         ("logits_soft_cap",),
         lambda s: None if s.logits_soft_cap is None else f"logits_soft_cap={s.logits_soft_cap}",
     ),
+    Feature(
+        "score_floor",
+        "scores raised to a number below the largest of all",
+        ("score_floor",),
+        lambda s: None if s.score_floor is None else f"score_floor={s.score_floor:g}",
+    ),
     Feature("sinks", "learned sinks", ("has_sinks",), lambda s: "a learned sink per head" if s.has_sinks else None),
     Feature("attn_bias", "a float bias tensor", ("has_bias",), lambda s: "a bias tensor" if s.has_bias else None),
     Feature(

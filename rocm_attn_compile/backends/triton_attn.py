@@ -22,6 +22,7 @@ BACKEND = AttentionBackend(
             "v_head_dim_differs",
             "negative_scale",
             "logits_soft_cap",
+            "score_floor",
             "sinks",
             "attn_bias",
             "alibi",

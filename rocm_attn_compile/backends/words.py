@@ -29,6 +29,8 @@ def words(spec: AttentionSpec) -> str:
         parts.append(_cache(spec.cache, spec.dtype))
     if spec.logits_soft_cap is not None:
         parts.append(f"soft cap {spec.logits_soft_cap:g}")
+    if spec.score_floor is not None:
+        parts.append(f"scores at least their largest {spec.score_floor:+g}")
     if spec.has_bias:
         parts.append("bias with gradient" if spec.bias_requires_grad else "bias")
     if spec.has_alibi:
@@ -134,6 +136,7 @@ def spec_data(spec: AttentionSpec) -> dict[str, Any]:
         "device": spec.device,
         "softmax_scale": spec.softmax_scale,
         "logits_soft_cap": spec.logits_soft_cap,
+        "score_floor": spec.score_floor,
         "has_bias": spec.has_bias,
         "has_alibi": spec.has_alibi,
         "bias_requires_grad": spec.bias_requires_grad,

@@ -1,11 +1,12 @@
-"""The canonical op `torch.ops.rocm_attn.attention`, those of latent attention (mla_schemas.py), and all that belongs to
-them: backward, fakes, vmap, autocast.
+"""The canonical op `torch.ops.rocm_attn.attention`, that of clamped scores (floored.py), those of latent attention
+(mla_schemas.py), and all that belongs to them: backward, fakes, vmap, autocast.
 
 Importing this registers the ops once, needs torch only, and imports no kernel: see dispatch.py.
 """
 
-from rocm_attn_compile.ops import autocast, autograd, dispatch, dropout, inline, mla_autograd, mla_inline, vmap
+from rocm_attn_compile.ops import autocast, autograd, dispatch, dropout, floored, inline, mla_autograd, mla_inline, vmap
 from rocm_attn_compile.ops.dispatch import Implementation, implementation
+from rocm_attn_compile.ops.floored import attention_floored, attention_floored_backward
 from rocm_attn_compile.ops.mla_schemas import mla, mla_decode, mla_prefill, mla_prefill_backward
 from rocm_attn_compile.ops.schemas import attention, attention_backward
 
@@ -13,6 +14,8 @@ __all__ = [
     "Implementation",
     "attention",
     "attention_backward",
+    "attention_floored",
+    "attention_floored_backward",
     "implementation",
     "mla",
     "mla_decode",
@@ -21,7 +24,7 @@ __all__ = [
     "register",
 ]
 
-_PARTS = (autocast, autograd, dispatch, dropout, inline, mla_autograd, mla_inline, vmap)
+_PARTS = (autocast, autograd, dispatch, dropout, floored, inline, mla_autograd, mla_inline, vmap)
 
 
 def register() -> None:

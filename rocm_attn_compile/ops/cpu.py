@@ -1,8 +1,9 @@
 """The op on CPU tensors: ATen's fused CPU attention wherever that is exact, else unfused torch operations.
 
 ATen's kernel has no soft cap, no dropout, no grouped heads, one head size for k and v, no empty inputs (it divides by
-zero), reads the last dimension as contiguous whatever its stride, and tells empty rows from none by nothing. All that
-is handled here; `tests/ops/test_op_cpu.py` holds each of these facts.
+zero), reads the last dimension as contiguous whatever its stride, tells empty rows from none by nothing, and without a
+mask gives 0 for a query of NaN beside fewer keys than a vector register holds. All that is handled here;
+`tests/ops/test_op_cpu.py` holds each of these facts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rocm_attn_compile.ops.schemas import check_inputs, lse_dtype
 _fused = _torch_private.cpu_flash_attention
 _HALF = (torch.float16, torch.bfloat16)
 _SMALL_SCORES = 1 << 24
+_FEW_KEYS = 16
 _no_view_tracking = _torch_private.below_autograd_and_views
 
 
@@ -66,6 +68,7 @@ def forward(
         and not dropout_p
         and empty_rows in EMPTY_ROWS
         and out_layout in OUT_LAYOUTS
+        and k.shape[2] >= _FEW_KEYS
         and can_fuse(q, k, v)
         and not unfused_is_faster(q, k, v)
     ):
@@ -162,6 +165,8 @@ def fused_forward(
     B, H, M, D = q.shape
     K, N, E = v.shape[1:]
     q, k, v = pad_heads(q, k, v)
+    if mask is None and N < _FEW_KEYS:
+        mask = q.new_zeros((1, 1, 1, 1))
     if H == K:
         out, lse = _fused(q, k, v, 0.0, is_causal, attn_mask=mask, scale=softmax_scale)
     elif M == 1:

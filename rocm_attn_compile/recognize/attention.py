@@ -35,6 +35,7 @@ from .roles import assign_roles
 from .row_sinks import masks_beside_row_sinks, take_row_sinks
 from .scores import ScoreWalk
 from .sdpa_site import prove_sdpa_site
+from .shared_scores import without_halves
 from .softmax_site import prove_softmax_site
 from .unseen import unseen
 
@@ -57,15 +58,17 @@ def recognize(trace: Trace, sites: Sites | None = None) -> tuple[list[Region], l
         found = _in_full(anchor, live) if sites is None else sites.recognize(anchor, live, _in_full)
         regions += [found] if isinstance(found, Region) else []
         others += [found] if isinstance(found, LookAlike) else []
-    return regions, others
+    regions, halves = without_halves(regions)
+    return regions, [*others, *halves]
 
 
 def _in_full(anchor: SoftmaxAnchor | Value, live: LiveUsers) -> Region | LookAlike:
     value = anchor if isinstance(anchor, Value) else anchor.weights
     try:
         region = recognize_site(anchor, live)
-        add_latent(region, live)
-        add_cache(region)
+        if region.spec.score_floor is None:  # an op of its own, which takes plain keys and values
+            add_latent(region, live)
+            add_cache(region)
         return region
     except Refusal as refusal:
         return LookAlike(value, refusal.reason, _is_kin(anchor), refusal.needs_numbers)
@@ -83,7 +86,7 @@ def recognize_site(anchor: SoftmaxAnchor | Value, live: LiveUsers) -> Region:
     if isinstance(anchor, Value):
         return build_region(prove_sdpa_site(anchor), live)
     first: Refusal | None = None
-    for choice in ("concat", "left", "right"):
+    for choice in ("concat", "left", "right", "first"):
         walk = ScoreWalk(choice)
         try:
             return build_region(prove_softmax_site(anchor, live, choice, walk), live)
@@ -140,6 +143,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         device=proof.output.device.type,
         softmax_scale=float(scale),
         logits_soft_cap=cap,
+        score_floor=logits.score_floor,
         mask=masks.spec,
         has_bias=any(not isinstance(bias, Alibi) for bias in biases) or row_sinks is not None,
         has_alibi=any(isinstance(bias, Alibi) for bias in biases),
@@ -167,6 +171,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         values=proof.values,
         notes=masks.notes,
         bias_note=note,
+        shared=proof.shared,
     )
 
 

@@ -22,6 +22,7 @@ from .maximum import includes_own_row, maximum_chain
 from .numbers import narrows, rounded
 from .proof import Proof
 from .region import Operand, Roles
+from .score_floor import fold_clamp
 from .scores import Step
 
 
@@ -56,6 +57,7 @@ class Logits:
     sinks: Operand | None = None
     sinks_rescale: bool = False
     is_floored: bool = False
+    score_floor: float | None = None
     second_scale: Any = 1.0
 
 
@@ -65,6 +67,8 @@ def compose(proof: Proof, roles: Roles) -> Logits:
     for step in proof.steps:
         if logits.sinks is not None and step.kind not in ("row_shift", "cast"):
             raise Refusal("after_sinks", f"a {step.kind} follows the concatenation of the sinks")
+        if logits.score_floor is not None and step.kind not in ("row_shift", "cast", "clamp", "mask", "bias"):
+            raise Refusal("after_clamp", f"a {step.kind} follows the clamping of the scores")
         if logits.is_floored and step.kind not in ("row_shift", "cast"):
             raise Refusal("after_floor", f"a {step.kind} follows the raising of low scores to the lowest number")
         _FOLD[step.kind](logits, step, proof, roles)
@@ -216,6 +220,12 @@ def _floor(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
     logits.is_floored = True
 
 
+def _clamp(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
+    if logits.masks or logits.biases or logits.cap is not None or logits.is_causal:
+        raise Refusal("score_op", "scores with a bias, a mask or a soft cap are clamped to a range")
+    logits.score_floor = fold_clamp(proof.steps, step, logits.score_floor)
+
+
 def _sinks(logits: Logits, step: Step, proof: Proof, roles: Roles) -> None:
     if logits.is_shifted or logits.row_shifted:
         raise Refusal(
@@ -251,6 +261,7 @@ _FOLD = {
     "second": _second,
     "causal": _causal,
     "floor": _floor,
+    "clamp": _clamp,
 }
 
 

@@ -43,6 +43,11 @@ def includes_own_row(chain: list[Value], scores: Value, key_dims: set[int]) -> b
     return is_aligned and key_dims.isdisjoint(kept)
 
 
+def is_of_all(chain: list[Value], scores: Value) -> bool:
+    """True if the maximum was taken over all of `scores`."""
+    return not any(dim is not None for dim in _kept_dims(chain[0], scores.ndim))
+
+
 def _kept_dims(reduction: Value, ndim: int) -> list[int | None]:
     """For each dimension of the reduction's result the one of its operand; None if that was reduced to size 1."""
     dims = reduction.args[1] if len(reduction.args) > 1 else reduction.kwargs.get("dim", [])

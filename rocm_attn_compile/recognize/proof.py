@@ -41,6 +41,7 @@ class Proof:
         safe: Rows of -inf give 0.
         zeroed: See WeightsPath.
         dropout_p: Dropout of the weights.
+        shared: Other softmaxes of the same scores.
         values: All values of the site.
     """
 
@@ -63,6 +64,7 @@ class Proof:
     zeroed: list[Zeroing] = field(default_factory=list)
     dropout_p: float = 0.0
     cuts_sink: str | None = None
+    shared: list[Value] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
 
     def factors(self) -> list[Factor]:

@@ -219,6 +219,7 @@ class Region:
         cache: The cache that k and v are gathered or dequantised from, or None.
         cache_note: Why what is near a cache is read after it was gathered or dequantised.
         bias_note: Why a bias stays a tensor over all pairs.
+        shared: Other softmaxes of the same scores, see `shared_scores`.
         equal_to: The anchor of the equal site that it was translated from, see `again`; None: recognised in full.
     """
 
@@ -244,6 +245,7 @@ class Region:
     cache: KvCache | None = None
     cache_note: Reason | None = None
     bias_note: Reason | None = None
+    shared: list[Value] = field(default_factory=list)
     equal_to: Value | None = None
 
 

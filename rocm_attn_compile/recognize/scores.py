@@ -26,7 +26,8 @@ class Step:
     kind: "cast", "scale" (number), "tensor_scale" (Value; `invert` divides), "tanh", "bias" (Value, `factor`),
     "mask" (Value, `keeps` polarity, number fill), "shift" (number), "row_shift", "second" (ScorePath),
     "sinks" (Value; `factor` is the axis along which it is one column, the first one if `invert`, else the last; None
-    if it rescales the output instead: see `rescale`), "floor" (number that lower scores are raised to).
+    if it rescales the output instead: see `rescale`), "floor" (number that lower scores are raised to), "clamp" (pair
+    of numbers or None).
     """
 
     kind: str
@@ -61,7 +62,9 @@ class ScorePath:
 class ScoreWalk:
     """Walks back from softmax inputs. `choice` decides an addition of two matrix products: which one is the score.
 
-    "concat" joins both (MLA: content plus rotary scores), "left"/"right" takes one and treats the other as a bias.
+    "concat" joins both (MLA: content plus rotary scores), "left"/"right" takes one and treats the other as a bias, but
+    "left" a right one to which nothing was added yet; "first" takes the left one always, as where several biases that
+    are products are added one after the other (MViT).
     `ambiguous` is set when such an addition was met.
     """
 
@@ -175,7 +178,9 @@ class ScoreWalk:
         first, second = self.walk(left), self.walk(right)
         if self.choice == "concat" and first.is_direct and second.is_direct:
             return self._through(value, left, Step("second", value, second))
-        if self.choice == "right" or (first.values and not first.is_direct and second.is_direct):
+        if self.choice == "right" or (
+            self.choice != "first" and first.values and not first.is_direct and second.is_direct
+        ):
             return self._through(value, right, Step("bias", value, left))
         return self._through(value, left, Step("bias", value, right))
 
@@ -202,10 +207,12 @@ class ScoreWalk:
     def _clamp(self, value: Value) -> ScorePath:
         lowest = value.args[1] if len(value.args) > 1 else value.kwargs.get("min")
         highest = value.args[2] if len(value.args) > 2 else value.kwargs.get("max")
-        lowest = number_of(lowest)
-        if highest is not None or not isinstance(lowest, (int, float)):
-            raise Refusal("score_op", "the scores are clamped to a range")
-        return self._through(value, value.args[0], Step("floor", value, lowest))
+        lowest, highest = number_of(lowest), number_of(highest) if highest is not None else None
+        if highest is None and isinstance(lowest, (int, float)) and lowest <= torch.finfo(value.dtype).min:
+            return self._through(value, value.args[0], Step("floor", value, lowest))
+        if not all(bound is None or isinstance(bound, (int, float)) for bound in (lowest, highest)):
+            raise Refusal("score_op", "the scores are clamped to a range that is not known at compile time")
+        return self._through(value, value.args[0], Step("clamp", value, (lowest, highest)))
 
     _clamp_min = _clamp
 

@@ -28,6 +28,7 @@ from .maximum import maximum_chain
 from .proof import Factor, Proof
 from .rescale import Rescale, find_rescale, label_rescale
 from .scores import ScorePath, ScoreWalk, Step
+from .shared_scores import softmaxes_of
 from .weights import WeightsPath, follow_weights
 
 
@@ -36,7 +37,7 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
     path = walk.walk(anchor.scores)
     weights = follow_weights(anchor, live)
     rescale = find_rescale(anchor, path, weights, live)
-    _check_scores_stay_inside(path, anchor, weights, rescale, live)
+    shared = _check_scores_stay_inside(path, anchor, weights, rescale, live)
     labels = Labels()
     left, right = (Factor(value, Labels()) for value in operands_of(path.contraction))
     depth = label_contraction(labels, path.contraction, left.labels, right.labels)
@@ -92,6 +93,7 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
         zeroed=weights.zeroed,
         dropout_p=weights.dropout_p,
         cuts_sink=weights.cuts_sink,
+        shared=shared,
         values=values,
     )
 
@@ -206,7 +208,9 @@ _SHAPE_ONLY = frozenset(
 
 def _check_scores_stay_inside(
     path: ScorePath, anchor: SoftmaxAnchor, weights: WeightsPath, rescale: Rescale | None, live: LiveUsers
-) -> None:
+) -> list[Value]:
+    """Raises Refusal where something else reads the scores; returns other softmaxes of them, see `shared_scores`."""
+    shared: list[Value] = []
     inside = {v.id for v in (path.contraction, *path.values, *anchor.internals, anchor.weights)}
     if rescale is not None:
         inside.add(rescale.lse.id)
@@ -216,8 +220,11 @@ def _check_scores_stay_inside(
     for value in (path.contraction, *path.values):
         users = live.users(value, "scores_used_elsewhere")
         outside = [u for u in users if u.id not in inside and u.name not in _SHAPE_ONLY]
-        if outside:
-            raise Refusal("scores_used_elsewhere", f"the scores are also read by {outside[0].name}")
+        for user in outside:
+            others = softmaxes_of(user, live)
+            if not others or anchor.weights in others:
+                raise Refusal("scores_used_elsewhere", f"the scores are also read by {user.name}")
+            shared += [other for other in others if other not in shared]
     site = [path.contraction, *path.values, *weights.values, weights.contraction]
     site += rescale.values if rescale is not None else []
     # What is subtracted from all scores of a row has no influence on the gradient, so it may be made under no_grad.
@@ -228,3 +235,4 @@ def _check_scores_stay_inside(
     modes = {v.grad_mode for v in site}
     if len(modes) > 1:
         raise Refusal("mixed_grad_mode", "part of the attention is computed under no_grad and part is not")
+    return shared

@@ -54,6 +54,19 @@ def with_strides_of(builder: GraphBuilder, result: fx.Node, target: fx.Node) -> 
     return builder.call(aten.permute.default, copied, [order.index(i) for i in range(len(order))])
 
 
+def keys_side_by_side(builder: GraphBuilder, bias: fx.Node) -> fx.Node:
+    """A bias in whose memory the keys of a query are neighbours, copied if others are.
+
+    As T5 makes it, `table[buckets]` of (q, k, heads) permuted, the heads are: each head would fetch all heads' numbers,
+    in every layer, and its gradient write so. Layers that share a bias share the copy, which AOTAutograd makes once.
+    """
+    look = builder.look(bias)
+    steps = [stride for size, stride in zip(look.shape, look.stride) if not is_one(size)]
+    if is_one(look.shape[-1]) or same_size(look.stride[-1], 1) or any(same_size(step, 0) for step in steps):
+        return bias
+    return builder.call(aten.clone.default, bias, memory_format=torch.contiguous_format)
+
+
 def _order_read(reader: fx.Node, ndim: int) -> list[int] | None:
     """The order of dimensions in which a reader wants the memory; None for one that may see the strides.
 

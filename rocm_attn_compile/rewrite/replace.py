@@ -20,7 +20,7 @@ from .cache import emit_cache
 from .canonical import from_layout, to_layout
 from .dead_code import remove_dead
 from .latent import Output, emit_latent, is_latent, output_of, take_cuts
-from .layout import choose_out_layout, with_strides_of
+from .layout import choose_out_layout, keys_side_by_side, with_strides_of
 from .masks import MaskArguments, emit_masks
 from .row_sinks import with_row_sinks
 from .tune import Tuned, Tuner
@@ -147,6 +147,12 @@ class Rewriter:
             "band_lower": masks.band_lower, "band_upper": masks.band_upper, "dropout_p": spec.dropout_p,
             "empty_rows": spec.mask.empty_rows.value, "out_layout": layout,
         }  # fmt: skip
+        if spec.score_floor is not None:
+            del settings["logits_soft_cap"]
+            call = builder.call(
+                ops.attention_floored, *tensors.values(), **settings, score_floor=spec.score_floor, impl=impl
+            )
+            return builder.call(operator.getitem, call, 0)
         if self._tune is not None and cache:
             self.tuned[region] = Tuned(impl, ["max-autotune: the cache is read with the shipped configuration"])
         elif self._tune is not None:
@@ -234,7 +240,9 @@ class Rewriter:
                 node = builder.call(aten._to_copy.default, node, dtype=bias.rounded_to)
             total = self._add(builder, total, node, added_in)
         in_half = any(isinstance(bias, MaskTerm) or _is_added_in_half(bias) for bias in region.biases)
-        return self._lowest(builder, total) if in_half and total is not None else total
+        if total is None:
+            return None
+        return keys_side_by_side(builder, self._lowest(builder, total) if in_half else total)
 
     def _add(self, builder: GraphBuilder, total: Any, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """Eager adds one after the other to the scores: what two narrower biases would lose to one another it keeps."""

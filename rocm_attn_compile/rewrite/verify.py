@@ -189,7 +189,7 @@ def _run_emitted(builder: GraphBuilder, result: fx.Node, replay: Replay, cut: fr
             known[node] = replay(builder.remade[node])  # the old way does not compute it either
             continue
         args, kwargs = pytree.tree_map_only(fx.Node, read, (node.args, dict(node.kwargs)))
-        if node.target is ops.attention:
+        if node.target in (ops.attention, ops.attention_floored):
             kwargs["dropout_p"] = 0.0
         assert callable(node.target)
         known[node] = node.target(*args, **kwargs)

@@ -9,11 +9,13 @@ from rocm_attn_compile.testing.compare import (
 )
 from rocm_attn_compile.testing.graphs import Compiled, compile_and_capture, count_attention_calls, count_calls
 from rocm_attn_compile.testing.memory import peak_memory
+from rocm_attn_compile.testing.rounding import RoundedAgain
 
 __all__ = [
     "Accuracy",
     "Compiled",
     "Float64Everywhere",
+    "RoundedAgain",
     "accuracy",
     "assert_as_accurate_as_eager",
     "compile_and_capture",

@@ -82,6 +82,7 @@ FEATURE_EXAMPLES = {
     "v_head_dim_differs": other_v_head_dim,
     "negative_scale": with_spec(softmax_scale=-0.125),
     "logits_soft_cap": with_spec(logits_soft_cap=30.0),
+    "score_floor": with_spec(score_floor=-50000.0),
     "sinks": with_spec(has_sinks=True),
     "attn_bias": with_spec(has_bias=True),
     "alibi": with_spec(has_alibi=True),

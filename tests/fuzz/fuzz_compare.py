@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 from fuzz_case import Case, Ran
@@ -10,13 +11,17 @@ from fuzz_case import Case, Ran
 from rocm_attn_compile.testing import accuracy
 
 
-def compare(case: Case, actual: Ran, eager: Ran, exact: Ran, allows_nan: bool) -> None:
+def compare(
+    case: Case, actual: Ran, eager: Ran, exact: Ran, allows_nan: bool, again: Callable[[int], Ran] | None = None
+) -> None:
     """Raise AssertionError where a compiled program differs from eager by more than rounding.
 
     Args:
         case: The program.
         actual, eager, exact: Compiled, in eager, and in eager in float64.
         allows_nan: A row of the masks may be NaN.
+        again: Eager with everything rounded once more, at random by a seed; asked for where a result in float32 is
+            less exact than eager's.
     """
     assert actual.aliases == eager.aliases, f"aliases {actual.aliases}, not {eager.aliases}"
     _excuse_nan(case, actual, eager, allows_nan)
@@ -28,18 +33,12 @@ def compare(case: Case, actual: Ran, eager: Ran, exact: Ran, allows_nan: bool) -
     if case.dtype == torch.float64:
         _close(case, actual, eager)
     else:
-        _as_accurate(case, actual, eager, exact)
+        _as_accurate(case, actual, eager, exact, again)
 
 
 def _excuse_nan(case: Case, actual: Ran, eager: Ran, allows_nan: bool) -> None:
     """What docs/recognition.md excepts of rows without a key becomes what eager has."""
     twice = "two attentions" in case.changes
-    if allows_nan and twice:
-        # ATen's CPU kernel gives 0 for a query of NaN and fewer keys than a vector register has places.
-        actual.results = [
-            a if w is None or not _is_float(a) else torch.where(w.isnan(), w, a)
-            for a, w in zip(actual.results, eager.results)
-        ]
     if twice and "nan_to_num" in case.source:
         # To the second, the NaN of the first is none of its masks: docs/recognition.md, "Rows without a key".
         actual.results = [
@@ -75,7 +74,7 @@ def _close(case: Case, actual: Ran, eager: Ran) -> None:
             )
 
 
-def _as_accurate(case: Case, actual: Ran, eager: Ran, exact: Ran) -> None:
+def _as_accurate(case: Case, actual: Ran, eager: Ran, exact: Ran, again: Callable[[int], Ran] | None) -> None:
     # What cancels to nothing is rounding noise of numbers as large as the program has.
     sizes = [float(t.double().abs().nan_to_num(0, 0).max()) for t in exact.all() if _is_tensor(t) and t.numel()]
     largest = max([1.0, *sizes])
@@ -99,7 +98,15 @@ def _as_accurate(case: Case, actual: Ran, eager: Ran, exact: Ran) -> None:
         measured = accuracy(got, want, wide.double(), factor=6.0)
         is_gradient = results <= i < results + len(eager.gradients)
         noise = gradient_floor if is_gradient else floor
-        assert measured.ok or measured.max_error <= noise, f"result {i}: {measured}"
+        if measured.ok or measured.max_error <= noise:
+            continue
+        # Scores beside a bias of -1e4 keep three digits: which three depends on the order in which biases are added.
+        if case.dtype == torch.float32 and again is not None:
+            drawn = [_wide(again(seed).all()[i])[0].double() for seed in range(4)]
+            change = max(float((other - want.double()).abs().nan_to_num(0).max()) for other in drawn)
+            if measured.max_error <= 6.0 * change:
+                continue
+        raise AssertionError(f"result {i}: {measured}")
 
 
 def _is_tensor(value: object) -> bool:

@@ -102,11 +102,37 @@ def forward(tuning: dict[str, Any] | None, **arguments: Any) -> Any:
     return out, lse
 
 
-def backward(**arguments: Any) -> Any:
-    """The five gradients."""
+def backward(ranged: bool | None, **arguments: Any) -> Any:
+    """The five gradients; `ranged` as in launch.Tuning."""
+    from rocm_attn_compile.kernels.triton import mask_ranges_launch
     from rocm_attn_compile.kernels.triton.attention import attention_backward
 
-    return attention_backward(**arguments)
+    least = mask_ranges_launch.MIN_SCORES
+    mask_ranges_launch.MIN_SCORES = 0 if ranged else least
+    try:
+        return attention_backward(**arguments)
+    finally:
+        mask_ranges_launch.MIN_SCORES = least
+
+
+def mask_ranges(block_m: int, block_n: int, by_key: bool, numbers_at_once: int, **arguments: Any) -> Any:
+    """The ranges, `(B, blocks, 4)`; q_len, kv_len, the band and the masks as mask_ranges_kernel's."""
+    from rocm_attn_compile.kernels.triton import mask_ranges_launch
+
+    mask_ranges_launch.NUMBERS_AT_ONCE = numbers_at_once
+    letters = {"key_mask": "key_n", "kv_start": "start_m", "kv_end": "end_m", "q_ids": "qid_m", "kv_ids": "kid_n"}
+    for name, letter in letters.items():
+        mask = arguments[name]
+        strides = (None, None) if mask is None else mask.stride()
+        arguments.update(zip((f"stride_{letter[:-1]}b", f"stride_{letter}"), strides))
+    for flag, name in {"START": "kv_start", "END": "kv_end", "KEY_MASK": "key_mask", "IDS": "q_ids",
+                       "LOWER": "band_lower", "UPPER": "band_upper"}.items():  # fmt: skip
+        arguments[f"HAS_{flag}"] = arguments[name] is not None
+    batch = next(arguments[name].shape[0] for name in letters if arguments[name] is not None)
+    launch = mask_ranges_launch.ranges_launch({**arguments, "batch_size": batch}, block_m, block_n, by_key)
+    launch.arguments["ranges"].fill_(-77)
+    launch.run()
+    return launch.arguments["ranges"].view(batch, -1, 4)
 
 
 def autotune(

@@ -121,6 +121,23 @@ def feature_cases() -> list[dict[str, Any]]:
     return cases
 
 
+def ranged_cases() -> list[dict[str, Any]]:
+    """Padding and ids of which a table of ranges is made first: with whole blocks, cut blocks and blocks of nothing."""
+    base = {"M": 90, "N": 75, "tuning": {"ranged": True}}
+    return [
+        case("ranged-key-mask", **base, key_mask=True, band_upper=-8),
+        case("ranged-padding", **base, key_mask="padding", band_upper=-8, empty_rows="mean"),
+        case("ranged-ids", **base, ids=True, H=2, empty_rows="zero"),
+        case("ranged-everything", **base, key_mask=True, ids=True, limits=(True, True), bias=FULL, mask=FULL,
+             band_lower=-60, dropout_p=0.2, empty_rows="zero"),
+        case("ranged-first-max", **{**base, "tuning": {"ranged": True, "shift": 1}}, key_mask=True, scale=3.0),
+        *(
+            case(f"ranged-empty-{mode}", **base, key_mask=True, empty=("key_mask",), empty_rows=mode, band_upper=9)
+            for mode in ("nan", "nan_added", "zero", "mean", "mean_added")
+        ),
+    ]  # fmt: skip
+
+
 def hopper_backward_cases() -> list[dict[str, Any]]:
     """What backward_hopper.py's kernel takes, on a GPU: sizes that cut its blocks in every way."""
     base = {"B": 2, "H": 4, "K": 2, "D": 128, "E": 128, "dtype": torch.bfloat16, "empty_rows": "zero"}
@@ -146,6 +163,39 @@ def hopper_backward_cases() -> list[dict[str, Any]]:
         {"M": 700, "N": 500, "soft_cap": 50.0, "scale": 5.0, "band_lower": -200, "band_upper": 0, "sinks": True},
     ]
     return [{**base, **feature, "one_backward": True} for feature in features]
+
+
+def large_backward_cases() -> list[dict[str, Any]]:
+    """The same for backward_large.py's, of 192 or 256 numbers a head; rope: the last 64 in tensors of their own."""
+    base = {"B": 2, "H": 4, "K": 2, "D": 256, "E": 256, "dtype": torch.bfloat16, "empty_rows": "zero"}
+    latent = {"D": 192, "E": 128, "K": 4}
+    features: list[dict[str, Any]] = [
+        {"M": 512, "N": 512, "band_upper": 0},
+        {"M": 332, "N": 517, "band_upper": 185},
+        {"M": 300, "N": 301},
+        {"M": 300, "N": 1},
+        {"M": 4, "N": 300},
+        {"M": 700, "N": 700, "band_lower": -200, "band_upper": 0},
+        {"M": 700, "N": 700, "band_lower": -3, "band_upper": 3},
+        {"M": 700, "N": 300, "band_upper": -400},
+        {"M": 700, "N": 300, "band_lower": -100},
+        {"M": 300, "N": 700, "band_upper": 0},
+        {"M": 300, "N": 300, "band_lower": 200, "band_upper": 0},
+        {"M": 200, "N": 400, "H": 8, "K": 1, "band_upper": 200},
+        {"M": 332, "N": 517, "D": 232, "E": 240, "dtype": torch.float16, "band_upper": 185},
+        {"M": 332, "N": 332, "sinks": True, "band_upper": 0},
+        {"M": 332, "N": 332, "layout": "packed", "out_layout": "bshd", "band_upper": 0},
+        {"B": 1, "H": 2, "K": 1, "M": 4100, "N": 4100, "band_upper": 0},
+        {"M": 332, "N": 517, "soft_cap": 3.0, "band_upper": 185},
+        {"M": 700, "N": 500, "soft_cap": 50.0, "scale": 5.0, "band_lower": -200, "band_upper": 0, "sinks": True},
+        {"M": 512, "N": 512, "band_upper": 0, "D": 192, "E": 128},
+        {"M": 332, "N": 517, "D": 176, "E": 112, "dtype": torch.float16, "band_lower": -150, "band_upper": 185},
+        {**latent, "M": 512, "N": 512, "band_upper": 0, "rope": True},
+        {**latent, "M": 332, "N": 517, "band_upper": 185, "dtype": torch.float16, "rope": True},
+        {**latent, "M": 700, "N": 700, "band_lower": -200, "band_upper": 0, "rope": True},
+        {**latent, "M": 2052, "N": 1300, "rope": True},
+    ]
+    return [{**base, **feature} for feature in features]
 
 
 def random_cases(count: int) -> list[dict[str, Any]]:
@@ -199,6 +249,7 @@ def random_cases(count: int) -> list[dict[str, Any]]:
 def shift_cases() -> list[dict[str, Any]]:
     """Forward only: a maximum of the first keys that holds, one that does not (a large scale), and none at all."""
     first, none = {"shift": 1}, {"shift": 2}
+    series = {"dtype": torch.bfloat16, "tuning": {"shift": 3}}
     return [
         case("first-max", H=4, K=2, tuning=first),
         case("first-max-causal", M=50, N=50, band_upper=0, tuning=first),
@@ -219,7 +270,12 @@ def shift_cases() -> list[dict[str, Any]]:
         case("no-max-loud", soft_cap=50.0, scale=40.0, N=90, limits=(True, True), sinks=True, tuning=none),
         case("no-max-empty", soft_cap=30.0, mask=FULL, empty=("mask_rows",), empty_rows="mean_added", tuning=none),
         case("no-max-bf16", soft_cap=30.0, dtype=torch.bfloat16, scale=20.0, band_upper=16),
-    ]
+        case("cap-series", soft_cap=30.0, band_upper=16, limits=(True, True), sinks=True, **series),
+        case("cap-series-loud", soft_cap=50.0, scale=20.0, N=90, limits=(True, True), **series),
+        case("cap-series-split", soft_cap=30.0, N=90, H=2, dtype=torch.bfloat16,
+             tuning={"pack": 1, "num_splits": 3, "shift": 3}),
+        case("cap-series-empty", soft_cap=30.0, mask=FULL, empty=("mask_rows",), empty_rows="nan", **series),
+    ]  # fmt: skip
 
 
 def cache_cases() -> list[dict[str, Any]]:
@@ -275,6 +331,18 @@ def hopper_forward_cases() -> list[dict[str, Any]]:
         {"M": 130, "N": 129, "band_upper": 0, "H": 8},
         {"layout": "packed", "M": 700, "band_upper": 0, "out_layout": "bshd"},
     ]
+    ranged = {**HOPPER, "ranged": True}
+    features += [
+        {"tuning": ranged, **fields}
+        for fields in (
+            {"key_mask": True, "band_upper": 183},
+            {"key_mask": "padding", "band_upper": 183, "empty_rows": "mean_added"},
+            {"key_mask": "padding", "sinks": True, "scale": 8.0},
+            {"ids": True, "empty_rows": "zero"},
+            {"ids": True, "empty": ("ids",), "empty_rows": "mean", "band_upper": 183, "out_layout": "bshd"},
+            {"key_mask": "padding", "ids": True, "limits": (True, True), "empty_rows": "nan", "soft_cap": 30.0},
+        )
+    ]
     caps: list[dict[str, Any]] = [
         {"soft_cap": 3.0, "band_upper": 183, "limits": (False, True), "empty": ("limits",), "empty_rows": "nan"},
         {"soft_cap": 50.0, "scale": 5.0, "band_upper": 183, "sinks": True},
@@ -286,10 +354,16 @@ def hopper_forward_cases() -> list[dict[str, Any]]:
         if D == E or feature.get("layout") != "packed":
             cases.append({**base, "dtype": dtype, **feature, "D": D, "E": E})
             if dtype == torch.bfloat16:
-                cases.append({**cases[-1], "tuning": {**HOPPER, "shift": 1}})
+                cases.append({**cases[-1], "tuning": {**cases[-1]["tuning"], "shift": 1}})
     for shift in (0, 1):
         cases.append({**base, "dtype": torch.bfloat16, "D": 120, "E": 104, "tuning": {**HOPPER, "shift": shift}})
-    for cap, (D, E) in itertools.product(caps, sizes):
+    series: list[dict[str, Any]] = [
+        {"soft_cap": 50.0, "band_upper": 183, "tuning": {**HOPPER, "shift": 3}},
+        {"soft_cap": 30.0, "limits": (True, True), "empty": ("limits",), "empty_rows": "nan",
+         "tuning": {**HOPPER, "shift": 3}},
+        {"soft_cap": 50.0, "scale": 5.0, "sinks": True, "tuning": {**HOPPER, "shift": 3}},
+    ]  # fmt: skip
+    for cap, (D, E) in itertools.product(caps + series, sizes):
         cases.append({**base, "dtype": torch.bfloat16, **cap, "D": D, "E": E})
     return cases
 

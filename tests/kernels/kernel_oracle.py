@@ -79,6 +79,9 @@ def make_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, Te
             tensors["attn_mask"][..., 1::4, :] = False
     if case.get("key_mask"):
         tensors["key_mask"] = normal(B, N) > -0.6
+        if case["key_mask"] == "padding":
+            first, at = integers(0, N // 2, B, 1), torch.arange(N)
+            tensors["key_mask"] = (at >= first) & (at < first + N // 2)
         if "key_mask" in case.get("empty", ()):
             tensors["key_mask"][0] = False
     if case.get("limits"):

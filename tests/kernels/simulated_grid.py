@@ -26,6 +26,7 @@ class Row:
         name: Of the case.
         fields: Of the case; see kernel_oracle.make_inputs. The defaults are SIZES.
         backward: Whether the gradients are computed as well.
+        ranged: Whether padding and ids are read beforehand, as in long calls.
         archs: Where it runs.
         ci: Where it is part of the CI cut.
     """
@@ -35,6 +36,7 @@ class Row:
     backward: bool = True
     archs: tuple[str, ...] = ARCHS
     ci: tuple[str, ...] = ()
+    ranged: bool = False
 
     def case(self) -> dict[str, Any]:
         """The case, complete."""
@@ -91,9 +93,21 @@ CUT = (
         ci=("gfx942", "gfx1100"),
     ),
     Row(
-        "bf16, 128: no maximum under a soft cap",
+        "bf16, 128: soft cap by a polynomial, where scores come near the cap",
         {"dtype": BF16, "D": 128, "E": 128, "soft_cap": 30.0, "scale": 1.0, "limits": (True, True)},
         ci=("gfx950",),
+    ),
+    Row(
+        "bf16, 64: soft cap by a polynomial",
+        {"dtype": BF16, "soft_cap": 30.0, "band_upper": 9, "sinks": True, "M": 77, "N": 90},
+        ci=("gfx942", "gfx1100"),
+        backward=False,
+    ),
+    Row(
+        "bf16, 64: no maximum under a soft cap",
+        {"dtype": BF16, "soft_cap": 20.0, "scale": 1.0, "limits": (True, True)},
+        ci=("gfx942",),
+        backward=False,
     ),
     Row(
         "decode: bias, mask, ids, empty rows give NaN",
@@ -180,6 +194,14 @@ FEATURES = tuple(Row(f"feature {name}", fields) for name, fields in _FEATURES.it
     for name, fields in _FEATURES.items()
     if not {"M", "N", "H", "layout", "dtype"} & set(fields)
 )
+RANGED = (
+    Row("ranges: key mask, 128, bf16", {"dtype": BF16, "D": 128, "E": 128, "key_mask": True, "band_upper": 9},
+        ci=("gfx942",), ranged=True),
+    Row("ranges: ids, empty rows give a mean", {"ids": True, "empty": ("ids",), "empty_rows": "mean_added", "N": 250},
+        ci=("gfx942", "gfx1100"), ranged=True),
+    Row("ranges: key mask, ids, limits", {"key_mask": True, "ids": True, "limits": (True, True), "empty_rows": "zero"},
+        ranged=True),
+)  # fmt: skip
 # What touches the weights that forward.py cuts to bfloat16, and their sums.
 CUT_WEIGHTS = tuple(
     Row(f"bf16 {name}", {**_FEATURES[name], "dtype": BF16}, backward=False, archs=("gfx90a", "gfx942", "gfx1100"))
@@ -223,4 +245,4 @@ CACHES = (
     ),
 )
 
-GRID = CUT + CONFIGURATIONS + FEATURES + CUT_WEIGHTS + CACHES
+GRID = CUT + CONFIGURATIONS + FEATURES + RANGED + CUT_WEIGHTS + CACHES

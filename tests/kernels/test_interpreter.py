@@ -49,7 +49,10 @@ def check(case: dict, tensors: dict, scalars: dict, got: dict, grad_out: torch.T
     assert not bad, f"{case['name']}: {bad}"
 
 
-@pytest.mark.parametrize("case", parameters(cases_module.feature_cases() + cases_module.random_cases(16)))
+CASES = cases_module.feature_cases() + cases_module.ranged_cases() + cases_module.random_cases(16)
+
+
+@pytest.mark.parametrize("case", parameters(CASES))
 def test_forward_and_backward(worker: Any, case: dict[str, Any]) -> None:
     tensors, scalars = oracle_module.make_inputs(case)
     out, lse = run_forward(worker, case, tensors, scalars)
@@ -59,7 +62,10 @@ def test_forward_and_backward(worker: Any, case: dict[str, Any]) -> None:
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     if case.get("layout") == "expanded":
         grad_out = grad_out[:, :, :1, :1].expand(out.shape)
-    grads = worker.call("backward", grad_out=grad_out, **tensors, out=out, lse=lse, **scalars, output_mask=[True] * 5)
+    grads = worker.call(
+        "backward", grad_out=grad_out, **tensors, out=out, lse=lse, **scalars, output_mask=[True] * 5,
+        ranged=case.get("tuning", {}).get("ranged"),
+    )  # fmt: skip
     got = {"out": out, "lse": lse}
     for name, grad in zip(oracle_module.GRADIENTS, grads):
         leaf = tensors[name]
@@ -111,8 +117,9 @@ def test_output_mask_and_dtype_errors(worker: Any) -> None:
     tensors, scalars = oracle_module.make_inputs(case)
     out, lse = run_forward(worker, case, tensors, scalars)
     grads = worker.call(
-        "backward", grad_out=out, **tensors, out=out, lse=lse, **scalars, output_mask=[False, True, False, False, False]
-    )
+        "backward", ranged=None, grad_out=out, **tensors, out=out, lse=lse, **scalars,
+        output_mask=[False, True, False, False, False],
+    )  # fmt: skip
     assert [tuple(grad.shape) for grad in grads] == [(0,), tuple(tensors["k"].shape), (0,), (0,), (0,)]
     double = {name: tensors[name].double() for name in "qkv"}
     with pytest.raises(RuntimeError, match="NotImplementedError: q, k, v must share one dtype"):

@@ -33,6 +33,7 @@ WRITTEN = {
     "attention_forward_kernel": {"out", "lse"},
     "attention_combine_kernel": {"out", "lse"},
     "backward_rows_kernel": {"shift", "delta"},
+    "mask_ranges_kernel": {"ranges"},
     "backward_dkdv_kernel": {"grad_k", "grad_v"},
     "backward_dq_kernel": {"grad_q"},
     "backward_bias_kernel": {"grad_bias"},
@@ -124,7 +125,7 @@ def test_a_kernel_in_gluon_is_not_traced(launches_for):
 def test_every_feature(launches_for):
     found = {launch.kernel.__name__: read(launch) for launch in launches_for("gfx942", **EVERYTHING)}
     extra = {"backward_rows_kernel": {"correction", "any_empty"}}
-    assert found == {name: WRITTEN[name] | extra.get(name, set()) for name in found} and len(found) == 5
+    assert found == {name: WRITTEN[name] | extra.get(name, set()) for name in found} and len(found) == 6
 
 
 def test_split_decode(launches_for):
