@@ -28,11 +28,12 @@ from rocm_attn_compile.kernels.triton.mla import mla_prefill, mla_prefill_backwa
 from rocm_attn_compile.kernels.triton.mla_decode_launch import mla_decode_launches
 from rocm_attn_compile.kernels.triton.mla_prefill import prefill_launches
 
-HOPPER = KernelConfig(64, 64, 4, 1)
+HOPPER = {"hopper ": KernelConfig(64, 64, 4, 1), "few ": KernelConfig(16, 64, 4, 1)}
+"""Hopper's own kernels, mla_decode_hopper.py and mla_decode_few.py."""
 
 
 def takes_hopper_kernel(case: dict[str, Any]) -> bool:
-    """Whether mla_decode_hopper.py's kernel takes a case; short ones are not given to it by themselves."""
+    """Whether Hopper's own kernels take a case; each is given only some of them by itself."""
     return (
         256 < case["C"] <= 512
         and case["R"] <= 64
@@ -42,15 +43,23 @@ def takes_hopper_kernel(case: dict[str, Any]) -> bool:
     )
 
 
+def tunings(case: dict[str, Any]) -> list[tuple[str, Tuning | None]]:
+    """The ways to compute a case, each with a label."""
+    found: list[tuple[str, Tuning | None]] = [
+        ("", None), ("plain ", Tuning(tma=False)), ("3 splits ", Tuning(num_splits=3)),
+    ]  # fmt: skip
+    if takes_hopper_kernel(case):
+        for label, config in HOPPER.items():
+            for splits in (1, 2):
+                found.append((label, Tuning(config=config, tma=True, in_flight=True, num_splits=splits)))
+    return found
+
+
 def decode(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Error and limit of out and lse, as shipped, without tensor descriptors, in 3 splits, by Hopper's own kernel."""
+    """Error and limit of out and lse, of every tuning."""
     tensors, scalars = mla_oracle.decode_inputs(case, "cuda")
     worst: dict[str, tuple[float, float]] = {}
-    tunings = [("", None), ("plain ", Tuning(tma=False)), ("3 splits ", Tuning(num_splits=3))]
-    if takes_hopper_kernel(case):
-        for splits in (1, 2):
-            tunings.append(("hopper ", Tuning(config=HOPPER, tma=True, in_flight=True, num_splits=splits)))
-    for label, tuning in tunings:
+    for label, tuning in tunings(case):
         results = []
         for _ in range(2):
             launches, out, lse = mla_decode_launches(

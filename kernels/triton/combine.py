@@ -42,11 +42,12 @@ def attention_combine_kernel(
     stride_tb, stride_tn, stride_v_scale, num_heads, gqa_group_size, q_len, kv_len, num_blocks, num_splits,
     V_HEAD_DIM: tl.constexpr, BLOCK_E: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, BLOCK_S: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, EMPTY_ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, EMPTY_ROWS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one row, in a fixed order, to out and lse; partial and partial_stats as in forward.py.
 
-    COLUMN_BLOCKS programs share a row's columns, BLOCK_E each; all of them write its lse.
+    COLUMN_BLOCKS programs share a row's columns, BLOCK_E each; all of them write its lse. WAITS: Launched before the
+    shares are there (CUDA's programmatic dependent launch).
     """
     # Divided in 32 bits: a division in 64 takes a hundred instructions.
     row = tl.program_id(0) // COLUMN_BLOCKS
@@ -59,6 +60,8 @@ def attention_combine_kernel(
     partial += row_flat * num_splits * V_HEAD_DIM
     partial_stats += row_flat * num_splits * 2
 
+    if WAITS:
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     # Everything of the first chunk is loaded before the first result is needed; there seldom is a second.
     split = tl.arange(0, CHUNK)
     ok = split < num_splits

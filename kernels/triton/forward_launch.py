@@ -368,7 +368,7 @@ def forward_plan(
             "HAS_BIAS", "HAS_SINKS", "EMPTY_ROWS", *COMBINE_NAMES,
         )
     }  # fmt: skip
-    combine.update(COLUMN_BLOCKS=1, BLOCK_S=triton.next_power_of_2(num_splits), CHUNK=16, BLOCK_N=16)
+    combine.update(WAITS=False, COLUMN_BLOCKS=1, BLOCK_S=triton.next_power_of_2(num_splits), CHUNK=16, BLOCK_N=16)
     options = config.options(arch.startswith("gfx"))
     combine_options = {"num_warps": configs.combine_warps(arch), "num_stages": 1}
     return ForwardPlan(arguments, options, tiles * num_splits, num_splits, combine, combine_options, direction, config)

@@ -44,3 +44,11 @@ def signal(bar):
     """Arrive once for the calling warps, after all of them."""
     barrier()
     mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
+def launch_dependents():
+    """Let the launch behind this one start, if it asked for that: it has to wait for this one's end itself."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )

@@ -19,12 +19,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, row_limits, signal
+from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, launch_dependents, row_limits, signal
 from .mla_hopper_parts import (
     BLOCK_N,
     HALF,
     clear_rows,
     copy_half,
+    copy_queries,
     load_queries,
     places,
     row_of,
@@ -68,10 +69,10 @@ def copy_blocks(
 @gluon.jit
 def attend(
     q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, q_pe_smem, kv_smem, pe_smem, p_smem,
-    full, free, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_ob, stride_oh, stride_om,
-    stride_key_n, stride_start_m, stride_end_m, tile, split, batch, num_heads, q_len, kv_len, num_splits, scale_log2,
-    band_lower, band_upper, begin, end, step, full_begin, full_end, used_start, used_end,
-    LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, SPLIT: gl.constexpr,
+    full, free, q_full, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_ob, stride_oh,
+    stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch, num_heads, q_len, kv_len, num_splits,
+    scale_log2, band_lower, band_upper, begin, end, step, full_begin, full_end, used_start, used_end,
+    QUERY_TMA: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, SPLIT: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr,
     HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
 ):  # fmt: skip
@@ -84,17 +85,20 @@ def attend(
     batch_long = batch.to(gl.int64)
     row_ok, q_pos, head = row_of(tile, num_heads, q_len * num_heads, BLOCK_M, by_row)
     q_row = q_pos.to(gl.int64)
-    q += batch_long * stride_qb
-    for half in gl.static_range(2):
-        load_queries(q, tile, num_heads, q_len, stride_qh, stride_qm, BLOCK_M, half * 256, HALF, LATENT,
-                     q_smem.index(half))  # fmt: skip
-    if BLOCK_R > 0:
-        q_pe += batch_long * stride_pb
-        load_queries(q_pe, tile, num_heads, q_len, stride_ph, stride_pm, BLOCK_M, 0, BLOCK_R, ROPE, q_pe_smem)
     lower, upper = row_limits(q_pos, kv_len, kv_start, kv_end, stride_start_m, stride_end_m, band_lower, band_upper,
                               HAS_START, HAS_END, HAS_LOWER, HAS_UPPER)  # fmt: skip
-    fence_async_shared()
-    barrier()
+    if QUERY_TMA:
+        mbarrier.wait(q_full, 0)
+    else:
+        q += batch_long * stride_qb
+        for half in gl.static_range(2):
+            load_queries(q, tile, num_heads, q_len, stride_qh, stride_qm, BLOCK_M, half * 256, HALF, LATENT,
+                         q_smem.index(half))  # fmt: skip
+        if BLOCK_R > 0:
+            q_pe += batch_long * stride_pb
+            load_queries(q_pe, tile, num_heads, q_len, stride_ph, stride_pm, BLOCK_M, 0, BLOCK_R, ROPE, q_pe_smem)
+        fence_async_shared()
+        barrier()
 
     m_i = gl.full([BLOCK_M], NEVER, gl.float32, layout=by_row)
     sums = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, layout=scores)
@@ -152,6 +156,7 @@ def attend(
     row_flat = (batch_long * num_heads + head) * q_len + q_row
     columns = gl.arange(0, HALF, layout=by_token)
     if SPLIT:
+        launch_dependents()
         share_flat = row_flat * num_splits + split
         target = partial + (share_flat * LATENT)[None, :] + columns[:, None]
         gl.store(target, left, mask=row_ok[None, :] & (columns < LATENT)[:, None])
@@ -173,17 +178,17 @@ def attend(
 
 @gluon.jit(do_not_specialize=["q_len", "kv_len", "num_splits", "band_lower", "band_upper"])
 def mla_decode_few_kernel(
-    q, q_pe, kv, k_pe, block_table, out, lse, partial, partial_stats, key_mask, kv_start, kv_end,
+    q, q_pe, q_boxes, q_pe_boxes, kv, k_pe, block_table, out, lse, partial, partial_stats, key_mask, kv_start, kv_end,
     stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_tb, stride_ob, stride_oh, stride_om,
     stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     num_heads, q_len, kv_len, num_splits, softmax_scale, band_lower, band_upper,
-    LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, BOX: gl.constexpr, PAGE: gl.constexpr,
-    SPLIT: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr,
+    QUERY_TMA: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, BOX: gl.constexpr,
+    PAGE: gl.constexpr, SPLIT: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr,
     HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
 ):  # fmt: skip
     """As mla_decode_hopper_kernel. kv and k_pe are tensor descriptors of BOX tokens, and of HALF and BLOCK_R columns.
 
-    BOX divides PAGE and BLOCK_N.
+    BOX divides PAGE and BLOCK_N. QUERY_TMA, q_boxes and q_pe_boxes as there.
     """
     dtype: gl.constexpr = q.dtype.element_ty
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -196,6 +201,8 @@ def mla_decode_few_kernel(
     p_smem = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_M], gl.NVMMASharedLayout(32, 16, rank=2))
     full = gl.allocate_shared_memory(gl.int64, [HALVES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [HALVES, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
     for i in gl.static_range(HALVES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
@@ -206,6 +213,10 @@ def mla_decode_few_kernel(
     tile = pid % num_tiles
     split = pid // num_tiles % num_splits
     batch = pid // num_tiles // num_splits
+    if QUERY_TMA:
+        # They are on their way before anything is known of the keys.
+        barrier()
+        copy_queries(q_boxes, q_pe_boxes, tile, batch, num_heads, q_smem, (q_pe_smem,), q_full, BLOCK_R)
     batch_long = batch.to(gl.int64)
     if HAS_START:
         kv_start += batch_long * stride_start_b
@@ -231,11 +242,11 @@ def mla_decode_few_kernel(
         [
             (attend, (
                 q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, q_pe_smem, kv_smem,
-                pe_smem, p_smem, full, free, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm,
+                pe_smem, p_smem, full, free, q_full, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm,
                 stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch,
                 num_heads, q_len, kv_len, num_splits, softmax_scale * LOG2E, band_lower, band_upper, begin, end,
-                num_splits, full_begin, full_end, used_start, used_end, LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK,
-                HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
+                num_splits, full_begin, full_end, used_start, used_end, QUERY_TMA, LATENT, ROPE, BLOCK_R, SPLIT,
+                HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
             )),
             (copy_blocks, (
                 kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, num_splits, used_start,

@@ -1,12 +1,15 @@
 """The decode kernel of latent attention for Hopper, in Gluon: as mla_decode.py, with warps of different roles.
 
 A program owns 64 rows and takes two blocks of 64 tokens at a time. One warp group multiplies the queries with block 0,
-the other with block 1, and makes their probabilities; the two exchange them, and each owns half of the columns of the
-accumulator. A warp of its own copies the next blocks in as soon as both groups have let go of one. So while one group
-computes exponentials, the other keeps the matrix units busy, and a block of tokens lies in shared memory once.
+the other with block 1, and makes their probabilities; the two exchange them through shared memory, and each owns half
+of the columns of the accumulator. A warp of its own copies the next blocks in as soon as a group has let go of half of
+one. So while one group computes exponentials, the other keeps the matrix units busy, and a block of tokens lies in
+shared memory once.
 
     group 0:  s0 = q k0^T   m0, p0 ------.    o_left  += p0 v0_left    (p1) o_left  += p1 v1_left
-    group 1:  s1 = q k1^T   waits for m0 '--> m1, p1   o_right += p0 v0_right   o_right += p1 v1_right
+    group 1:  s1 = q k1^T                '--> o_right += p0 v0_right   m1, p1   o_right += p1 v1_right
+
+Queries come in, and shares go out, through tensor descriptors where a tile's rows are heads of one position.
 
 Triton itself waits for a product where its result is first used, and has no roles for warps on Hopper.
 
@@ -20,16 +23,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, row_limits, signal
+from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, launch_dependents, row_limits, signal
 from .mla_hopper_parts import (
     BLOCK_N,
     HALF,
     clear_rows,
     copy_half,
+    copy_queries,
     load_queries,
     places,
     row_of,
@@ -40,7 +45,7 @@ BLOCK_M = gl.constexpr(64)
 
 @gluon.jit
 def copy_blocks(
-    kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, step, used_start, used_end,
+    kv, k_pe, block_table, left_smem, right_smem, pe_smem, full, free, batch, begin, end, step, used_start, used_end,
     BOX: gl.constexpr, BLOCK_R: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: two blocks at a time, each half when its group has let go of the one before."""
@@ -50,22 +55,25 @@ def copy_blocks(
             # Past the end the last block again; its scores are masked.
             block = gl.minimum(first + side, end - 1)
             found = places(block_table, block, batch, used_start, used_end, BOX, PAGE)
-            for half in gl.static_range(2):
-                bar = full.index(2 * side + half)
-                mbarrier.wait(free.index(2 * side + half), phase)
-                copy_half(kv, k_pe, found, kv_smem.index(2 * side + half), pe_smem.index(side), bar, half, BOX, BLOCK_R)
+            mbarrier.wait(free.index(2 * side), phase)
+            copy_half(
+                kv, k_pe, found, left_smem.index(side), pe_smem.index(side), full.index(2 * side), 0, BOX, BLOCK_R
+            )
+            mbarrier.wait(free.index(2 * side + 1), phase)
+            copy_half(kv, k_pe, found, right_smem.index(side), pe_smem.index(side), full.index(2 * side + 1), 1, BOX,
+                      BLOCK_R)  # fmt: skip
         phase ^= 1
 
 
 @gluon.jit
 def attend(
-    q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem, row_smem,
-    full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_ob,
-    stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch, num_heads, q_len, kv_len,
-    num_splits, scale_log2, band_lower, band_upper, begin, end, step, full_begin, full_end, used_start, used_end,
-    SIDE: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr,
-    SPLIT: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr,
-    HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
+    share_boxes, q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, left_smem, right_smem,
+    pe_smem, p_smem, row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
+    stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch,
+    num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end, step, full_begin, full_end,
+    used_start, used_end, SIDE: gl.constexpr, QUERY_TMA: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr,
+    BLOCK_R: gl.constexpr, SPLIT: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr,
+    HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
 ):  # fmt: skip
     """One warp group; SIDE says which block of a pair and which half of the columns are its own."""
     dtype: gl.constexpr = q_smem.dtype
@@ -73,29 +81,36 @@ def attend(
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     query: gl.constexpr = gl.DotOperandLayout(0, scores, 2)
     weight: gl.constexpr = gl.DotOperandLayout(0, result, 2)
+    out_row: gl.constexpr = gl.SliceLayout(1, result)
+    own_smem = right_smem if SIDE == 1 else left_smem
     by_row: gl.constexpr = gl.SliceLayout(1, scores)
     batch_long = batch.to(gl.int64)
     row_ok, q_pos, head = row_of(tile, num_heads, q_len * num_heads, BLOCK_M, by_row)
     q_row = q_pos.to(gl.int64)
     lower, upper = row_limits(q_pos, kv_len, kv_start, kv_end, stride_start_m, stride_end_m, band_lower, band_upper,
                               HAS_START, HAS_END, HAS_LOWER, HAS_UPPER)  # fmt: skip
-    # Each group brings its half of the queries; both use both.
-    q += batch_long * stride_qb
-    load_queries(q, tile, num_heads, q_len, stride_qh, stride_qm, BLOCK_M, SIDE * HALF, HALF, LATENT,
-                 q_smem.index(SIDE))  # fmt: skip
-    fence_async_shared()
-    signal(done.index(0))
-    if BLOCK_R > 0:
-        _ok, pe_pos, pe_head = row_of(tile, num_heads, q_len * num_heads, BLOCK_M, gl.SliceLayout(1, query))
-        offset = batch_long * stride_pb + pe_head * stride_ph + pe_pos.to(gl.int64) * stride_pm
-        columns = gl.arange(0, BLOCK_R, layout=gl.SliceLayout(0, query))
-        q_pe_tile = gl.load(q_pe + offset[:, None] + columns[None, :], mask=(columns < ROPE)[None, :], other=0.0)
+    if QUERY_TMA:
+        mbarrier.wait(done.index(0), 0)
+        if BLOCK_R > 0:
+            q_pe_tile = pe_queries(p_smem.index(SIDE), BLOCK_R).load(query)
+    else:
+        # Each group brings its half of the queries; both use both.
+        q += batch_long * stride_qb
+        load_queries(q, tile, num_heads, q_len, stride_qh, stride_qm, BLOCK_M, SIDE * HALF, HALF, LATENT,
+                     q_smem.index(SIDE))  # fmt: skip
+        fence_async_shared()
+        signal(done.index(0))
+        if BLOCK_R > 0:
+            _ok, pe_pos, pe_head = row_of(tile, num_heads, q_len * num_heads, BLOCK_M, gl.SliceLayout(1, query))
+            offset = batch_long * stride_pb + pe_head * stride_ph + pe_pos.to(gl.int64) * stride_pm
+            columns = gl.arange(0, BLOCK_R, layout=gl.SliceLayout(0, query))
+            q_pe_tile = gl.load(q_pe + offset[:, None] + columns[None, :], mask=(columns < ROPE)[None, :], other=0.0)
+        mbarrier.wait(done.index(0), 0)
 
     m_i = gl.full([BLOCK_M], NEVER, gl.float32, layout=by_row)
     l_i = gl.full([BLOCK_M], 0.0, gl.float32, layout=by_row)
     acc = gl.full([BLOCK_M, HALF], 0.0, gl.float32, layout=result)
     nothing = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, layout=scores)
-    mbarrier.wait(done.index(0), 0)
     phase = 0
     for first in range(begin, end, step):
         block = first + SIDE
@@ -104,17 +119,28 @@ def attend(
         if (used_end < start_n + BLOCK_N) | (used_start > start_n):
             # What lies outside may be anything, also not a number.
             mbarrier.wait(full.index(2 * SIDE + 1), phase)
-            for half in gl.static_range(2):
-                clear_rows(kv_smem.index(2 * SIDE + half), used_start - start_n, used_end - start_n)
+            clear_rows(left_smem.index(SIDE), used_start - start_n, used_end - start_n)
+            clear_rows(right_smem.index(SIDE), used_start - start_n, used_end - start_n)
             fence_async_shared()
             barrier()
-        s = warpgroup_mma(q_smem.index(0), kv_smem.index(2 * SIDE).permute((1, 0)), nothing, use_acc=False,
+        s = warpgroup_mma(q_smem.index(0), left_smem.index(SIDE).permute((1, 0)), nothing, use_acc=False,
                           is_async=True)  # fmt: skip
         mbarrier.wait(full.index(2 * SIDE + 1), phase)
-        s = warpgroup_mma(q_smem.index(1), kv_smem.index(2 * SIDE + 1).permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(q_smem.index(1), right_smem.index(SIDE).permute((1, 0)), s, is_async=True)
         if BLOCK_R > 0:
             s = warpgroup_mma(q_pe_tile, pe_smem.index(SIDE).permute((1, 0)), s, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
+        m_old = m_i
+        if SIDE == 0:
+            s = warpgroup_mma_wait(0, deps=[s])
+        else:
+            # The other group's weights are multiplied while the scores are on their way.
+            mbarrier.wait(ready.index(0), phase)
+            m_old = row_smem.index(0).load(by_row)
+            alpha = gl.exp2(m_i - finite(m_old))
+            l_i = l_i * alpha
+            acc = acc * gl.convert_layout(alpha, out_row)[:, None]
+            acc = warpgroup_mma(p_smem.index(0), right_smem.index(0), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
         if (block < full_begin) | (block >= full_end):
             kv_pos = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, scores))
             keep = (kv_pos[None, :] >= lower[:, None]) & (kv_pos[None, :] < upper[:, None])
@@ -123,54 +149,35 @@ def attend(
             kv_pos = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, scores))
             kept = gl.load(key_mask + kv_pos.to(gl.int64) * stride_key_n, mask=kv_pos < kv_len, other=0) != 0
             s = gl.where(kept[None, :], s, NEVER)
-        top = gl.max(s, 1) * scale_log2
-        if SIDE == 0:
-            m0 = gl.maximum(m_i, top)
-            p = gl.exp2(s * scale_log2 - finite(m0)[:, None])
-            alpha0 = gl.exp2(m_i - finite(m0))
-            mine = p.to(dtype)
-            p_smem.index(0).store(mine)
-            row_smem.index(0).store(m0)
-            signal(ready.index(0))
-            mine = gl.convert_layout(mine, weight)
-            acc = acc * gl.convert_layout(alpha0, gl.SliceLayout(1, result))[:, None]
-            acc = warpgroup_mma(mine, kv_smem.index(0), acc, is_async=True)
-            l_i = l_i * alpha0 + gl.sum(p, 1)
-            mbarrier.wait(ready.index(1), phase)
-            other = p_smem.index(1).load(weight)
-            m_i = row_smem.index(1).load(by_row)
-            alpha1 = gl.exp2(m0 - finite(m_i))
-            l_i = l_i * alpha1
+        m_i = gl.maximum(m_old, gl.max(s, 1) * scale_log2)
+        p = gl.exp2(s * scale_log2 - finite(m_i)[:, None])
+        alpha = gl.exp2(m_old - finite(m_i))
+        mine = p.to(dtype)
+        p_smem.index(SIDE).store(mine)
+        row_smem.index(SIDE).store(m_i)
+        fence_async_shared()
+        signal(ready.index(SIDE))
+        l_i = l_i * alpha + gl.sum(p, 1)
+        if SIDE == 1:
+            # ptxas moves a wait for a product up to the start of its block of instructions: this wait, which is over
+            # at once, starts one behind the exponentials.
+            mbarrier.wait(ready.index(0), phase)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            signal(free.index(0))
-            acc = acc * gl.convert_layout(alpha1, gl.SliceLayout(1, result))[:, None]
-            acc = warpgroup_mma(other, kv_smem.index(2), acc, is_async=True)
+            signal(free.index(1))
+        acc = acc * gl.convert_layout(alpha, out_row)[:, None]
+        acc = warpgroup_mma(gl.convert_layout(mine, weight), own_smem.index(SIDE), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        signal(free.index(3 * SIDE))
+        if SIDE == 0:
+            mbarrier.wait(ready.index(1), phase)
+            m_old = m_i
+            m_i = row_smem.index(1).load(by_row)
+            alpha = gl.exp2(m_old - finite(m_i))
+            l_i = l_i * alpha
+            acc = acc * gl.convert_layout(alpha, out_row)[:, None]
+            acc = warpgroup_mma(p_smem.index(1), left_smem.index(1), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             signal(free.index(2))
-        else:
-            mbarrier.wait(ready.index(0), phase)
-            m0 = row_smem.index(0).load(by_row)
-            m1 = gl.maximum(m0, top)
-            p = gl.exp2(s * scale_log2 - finite(m1)[:, None])
-            mine = p.to(dtype)
-            p_smem.index(1).store(mine)
-            row_smem.index(1).store(m1)
-            signal(ready.index(1))
-            other = p_smem.index(0).load(weight)
-            alpha0 = gl.exp2(m_i - finite(m0))
-            alpha1 = gl.exp2(m0 - finite(m1))
-            # Both products in a row: the first one's weights are scaled, not their result.
-            shrink = gl.convert_layout(alpha1, gl.SliceLayout(1, weight))[:, None]
-            other = (other.to(gl.float32) * shrink).to(dtype)
-            acc = acc * gl.convert_layout(alpha0 * alpha1, gl.SliceLayout(1, result))[:, None]
-            acc = warpgroup_mma(other, kv_smem.index(1), acc, is_async=True)
-            acc = warpgroup_mma(gl.convert_layout(mine, weight), kv_smem.index(3), acc, is_async=True)
-            l_i = l_i * (alpha0 * alpha1) + gl.sum(p, 1)
-            m_i = m1
-            acc = warpgroup_mma_wait(1, deps=[acc])
-            signal(free.index(1))
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            signal(free.index(3))
         phase ^= 1
 
     row_smem.index(2 + SIDE).store(l_i)
@@ -178,10 +185,13 @@ def attend(
     mbarrier.wait(done.index(1), 0)
     l_i += row_smem.index(3 - SIDE).load(by_row)
     row_flat = (batch_long * num_heads + head) * q_len + q_row
-    columns = SIDE * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, result))
     if SPLIT:
+        launch_dependents()
         share_flat = row_flat * num_splits + split
-        store_half(partial, share_flat * LATENT, row_ok, acc, columns, LATENT, result)
+        if QUERY_TMA:
+            copy_share(share_boxes, tile, batch, split, num_heads, acc, own_smem, SIDE * HALF)
+        else:
+            store_half(partial, share_flat * LATENT, row_ok, acc, own_smem, SIDE * HALF, LATENT)
         if SIDE == 0:
             gl.store(partial_stats + share_flat * 2, m_i, mask=row_ok)
             gl.store(partial_stats + share_flat * 2 + 1, l_i, mask=row_ok)
@@ -190,38 +200,69 @@ def attend(
         total = gl.where(empty, 1.0, l_i)
         if NAN_ROWS:
             total = gl.where(empty, float("nan"), total)
-        acc = acc / gl.convert_layout(total, gl.SliceLayout(1, result))[:, None]
+        acc = acc / gl.convert_layout(total, out_row)[:, None]
         offset = batch_long * stride_ob + head * stride_oh + q_row * stride_om
-        store_half(out, offset, row_ok, acc, columns, LATENT, result)
+        store_half(out, offset, row_ok, acc, own_smem, SIDE * HALF, LATENT)
         if SIDE == 0:
             gl.store(lse + row_flat, gl.where(empty, NEVER, m_i * LN2 + gl.log2(total) * LN2), mask=row_ok)
 
 
 @gluon.jit
-def store_half(base, offset, row_ok, tile, columns, LATENT: gl.constexpr, layout: gl.constexpr):
-    """Store a group's half of the result; `offset` of each row."""
+def pe_queries(p_smem, BLOCK_R: gl.constexpr):
+    """A group's room for weights as room for the rotated queries, which are in registers before there are weights."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(min(2 * BLOCK_R, 128), 16, rank=2)
+    return p_smem._reinterpret(p_smem.dtype, [BLOCK_M, BLOCK_R], layout)
+
+
+@gluon.jit
+def copy_share(share_boxes, tile, batch, split, num_heads, acc, room, COLUMN: gl.constexpr):
+    """Store a group's half of a share through a descriptor, by way of shared memory, `room`."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=2)
+    staged = room._reinterpret(gl.float32, [BLOCK_M, HALF], layout)
+    staged.store(acc)
+    fence_async_shared()
+    barrier()
+    row = tile * BLOCK_M
+    q_pos = row // num_heads
+    tma.async_copy_shared_to_global(share_boxes, [batch, q_pos, row - q_pos * num_heads, split, COLUMN], staged)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def store_half(base, offset, row_ok, tile, room, COLUMN: gl.constexpr, LATENT: gl.constexpr):
+    """Store a group's half of the result, from COLUMN on; `offset` of each row.
+
+    It goes through shared memory, `room`, so that a warp writes whole rows: a thread's numbers are two here, two there.
+    """
+    dtype: gl.constexpr = base.dtype.element_ty
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    layout: gl.constexpr = gl.BlockedLayout([1, 128 // BITS], [1, 32], [4, 1], [1, 0])
     rows = gl.convert_layout(offset, gl.SliceLayout(1, layout))
     ok = gl.convert_layout(row_ok.to(gl.int32), gl.SliceLayout(1, layout)) != 0
+    columns = COLUMN + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, BITS, rank=2)
+    staged = room._reinterpret(dtype, [BLOCK_M, HALF], shared)
+    staged.store(tile.to(dtype))
+    barrier()
     gl.store(
-        base + rows[:, None] + columns[None, :],
-        tile.to(base.dtype.element_ty),
-        mask=ok[:, None] & (columns < LATENT)[None, :],
+        base + rows[:, None] + columns[None, :], staged.load(layout), mask=ok[:, None] & (columns < LATENT)[None, :]
     )
 
 
 @gluon.jit(do_not_specialize=["q_len", "kv_len", "num_splits", "band_lower", "band_upper"])
 def mla_decode_hopper_kernel(
-    q, q_pe, kv, k_pe, block_table, out, lse, partial, partial_stats, key_mask, kv_start, kv_end,
-    stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_tb, stride_ob, stride_oh, stride_om,
-    stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
-    num_heads, q_len, kv_len, num_splits, softmax_scale, band_lower, band_upper,
-    LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, BOX: gl.constexpr, PAGE: gl.constexpr,
-    SPLIT: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr,
-    HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
+    q, q_pe, q_boxes, q_pe_boxes, share_boxes, kv, k_pe, block_table, out, lse, partial, partial_stats, key_mask,
+    kv_start, kv_end, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_tb, stride_ob, stride_oh,
+    stride_om, stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m, num_heads, q_len,
+    kv_len, num_splits, softmax_scale, band_lower, band_upper, QUERY_TMA: gl.constexpr, LATENT: gl.constexpr,
+    ROPE: gl.constexpr, BLOCK_R: gl.constexpr, BOX: gl.constexpr, PAGE: gl.constexpr, SPLIT: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr,
+    HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
 ):  # fmt: skip
     """As mla_decode_kernel with TMA. NAN_ROWS: a row without keys gives NaN, not 0.
 
     kv and k_pe are tensor descriptors of BOX tokens, and of HALF and BLOCK_R columns. BOX divides PAGE and BLOCK_N.
+    With QUERY_TMA q_boxes, q_pe_boxes and share_boxes are such of queries and shares, see mla_descriptors.py.
     """
     dtype: gl.constexpr = q.dtype.element_ty
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -229,7 +270,8 @@ def mla_decode_hopper_kernel(
     shared_pe: gl.constexpr = gl.NVMMASharedLayout(min(2 * WIDTH_R, 128), 16, rank=2)
     simple: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M, HALF], shared)
-    kv_smem = gl.allocate_shared_memory(dtype, [4, BLOCK_N, HALF], shared)
+    left_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_N, HALF], shared)
+    right_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_N, HALF], shared)
     pe_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_N, WIDTH_R], shared_pe)
     p_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M, BLOCK_N], shared)
     row_smem = gl.allocate_shared_memory(gl.float32, [4, BLOCK_M], simple)
@@ -242,7 +284,8 @@ def mla_decode_hopper_kernel(
         mbarrier.init(free.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(done.index(i), count=2)
+    mbarrier.init(done.index(0), count=1 if QUERY_TMA else 2)
+    mbarrier.init(done.index(1), count=2)
 
     rows_len = q_len * num_heads
     num_tiles = gl.cdiv(rows_len, BLOCK_M)
@@ -250,6 +293,13 @@ def mla_decode_hopper_kernel(
     tile = pid % num_tiles
     split = pid // num_tiles % num_splits
     batch = pid // num_tiles // num_splits
+    if QUERY_TMA:
+        # They are on their way before anything is known of the keys.
+        barrier()
+        rooms = p_smem.index(0), p_smem.index(1)
+        if BLOCK_R > 0:
+            rooms = pe_queries(rooms[0], BLOCK_R), pe_queries(rooms[1], BLOCK_R)
+        copy_queries(q_boxes, q_pe_boxes, tile, batch, num_heads, q_smem, rooms, done.index(0), BLOCK_R)
     batch_long = batch.to(gl.int64)
     if HAS_START:
         kv_start += batch_long * stride_start_b
@@ -277,24 +327,24 @@ def mla_decode_hopper_kernel(
     gl.warp_specialize(
         [
             (attend, (
-                q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem,
-                row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
-                stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split,
-                batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end,
-                2 * num_splits, full_begin, full_end, used_start, used_end, 0, LATENT, ROPE, BLOCK_R, SPLIT,
-                HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
+                share_boxes, q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, left_smem,
+                right_smem, pe_smem, p_smem, row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm,
+                stride_pb, stride_ph, stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m,
+                stride_end_m, tile, split, batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower,
+                band_upper, begin, end, 2 * num_splits, full_begin, full_end, used_start, used_end, 0, QUERY_TMA,
+                LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
             )),
             (attend, (
-                q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, kv_smem, pe_smem, p_smem,
-                row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
-                stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split,
-                batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end,
-                2 * num_splits, full_begin, full_end, used_start, used_end, 1, LATENT, ROPE, BLOCK_R, SPLIT,
-                HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
+                share_boxes, q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, left_smem,
+                right_smem, pe_smem, p_smem, row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm,
+                stride_pb, stride_ph, stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m,
+                stride_end_m, tile, split, batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower,
+                band_upper, begin, end, 2 * num_splits, full_begin, full_end, used_start, used_end, 1, QUERY_TMA,
+                LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
             )),
             (copy_blocks, (
-                kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, 2 * num_splits, used_start,
-                used_end, BOX, BLOCK_R, PAGE,
+                kv, k_pe, block_table, left_smem, right_smem, pe_smem, full, free, batch, begin, end, 2 * num_splits,
+                used_start, used_end, BOX, BLOCK_R, PAGE,
             )),
         ],
         [4, 1],

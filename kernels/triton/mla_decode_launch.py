@@ -16,7 +16,6 @@ from .combine import attention_combine_kernel
 from .launch import (
     DTYPES,
     EMPTY_ROWS,
-    Descriptor,
     Launch,
     Layout,
     Tuning,
@@ -27,6 +26,7 @@ from .launch import (
     layout,
 )
 from .mla_decode import mla_decode_kernel
+from .mla_descriptors import query_boxes, share_descriptor, takes_tma, token_descriptor
 
 MAX_LATENT, MAX_ROPE = 512, 128
 MIN_PAGE = 16
@@ -175,17 +175,10 @@ def mla_decode_launches(
                 attention_combine_kernel,
                 lse.numel() * plan.combine["COLUMN_BLOCKS"],
                 {**plan.combine, **combined},
-                {"num_warps": 4, "num_stages": 1},
+                {"num_warps": 4, "num_stages": 1, **({"launch_pdl": True} if plan.in_flight else {})},
             )
         )
     return launches, out, lse
-
-
-def token_descriptor(cache: Tensor, tokens: int, columns: int, swizzle: int = 0) -> Descriptor:
-    """The descriptor of a `(batch or blocks, tokens, width)` cache, read in blocks of `tokens` x `columns`."""
-    # The stride of a dimension of size 1 says nothing, but must be valid.
-    strides = [stride if size > 1 else 16 for size, stride in zip(cache.shape[:2], cache.stride()[:2])]
-    return Descriptor(cache, tuple(cache.shape), (*strides, 1), (1, tokens, columns), swizzle)
 
 
 def hopper_launch(plan: DecodePlan, arguments: dict[str, Any]) -> Launch:
@@ -201,17 +194,12 @@ def hopper_launch(plan: DecodePlan, arguments: dict[str, Any]) -> Launch:
         if (cache := arguments[name]) is not None:
             swizzle = min(128, columns * cache.element_size())
             given[name] = token_descriptor(cache, box, columns, swizzle)
+    rows, partial = arguments["BLOCK_M"], arguments["partial"]
+    given.update(query_boxes(arguments["q"], arguments["q_pe"], rows, 256, arguments["BLOCK_R"]), share_boxes=None)
+    if partial is not None and given["QUERY_TMA"]:
+        given["share_boxes"] = share_descriptor(partial, arguments["out"], arguments["num_splits"], rows, 256)
     names = [parameter.name for parameter in kernel.params]
     return Launch(kernel, plan.grid, {name: given[name] for name in names}, plan.options)
-
-
-def takes_tma(where: Layout, itemsize: int) -> bool:
-    """Whether the tensor memory accelerator can address a cache: strides of whole 16 bytes, at least 32 bytes wide."""
-    if where is None:
-        return True
-    shape, strides = where
-    outer = all(size == 1 or (stride > 0 and stride * itemsize % 16 == 0) for size, stride in zip(shape[:2], strides))
-    return outer and shape[2] * itemsize >= 32
 
 
 class DecodePlan(NamedTuple):
@@ -342,8 +330,8 @@ def mla_decode_plan(
         "stride_ob": out_strides[0], "stride_oh": out_strides[1], "stride_om": out_strides[2], "stride_oe": 1,
         "num_heads": num_heads, "gqa_group_size": num_heads, "q_len": q_len, "kv_len": kv_len, "num_splits": num_splits,
         "V_HEAD_DIM": latent, "BLOCK_E": columns, "COLUMN_BLOCKS": block_c // columns, "HAS_BIAS": False,
-        "HAS_SINKS": False, "EMPTY_ROWS": EMPTY_ROWS[empty_rows], "BLOCK_S": triton.next_power_of_2(num_splits),
-        "CHUNK": chunk, "BLOCK_N": 16,
+        "HAS_SINKS": False, "WAITS": in_flight, "EMPTY_ROWS": EMPTY_ROWS[empty_rows],
+        "BLOCK_S": triton.next_power_of_2(num_splits), "CHUNK": chunk, "BLOCK_N": 16,
     }  # fmt: skip
     # Not paged: with pages the mean, the only thing for which the kernel reads values, is refused.
     plain = NO_CACHE.arguments(kv)

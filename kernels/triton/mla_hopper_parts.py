@@ -23,6 +23,21 @@ def row_of(tile, num_heads, rows_len, ROWS: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def copy_queries(q_boxes, q_pe_boxes, tile, batch, num_heads, q_smem, rooms, arrived, BLOCK_R: gl.constexpr):
+    """Start the copies of a tile's queries, heads of one position, through descriptors: q_pe to each of the `rooms`."""
+    ROWS: gl.constexpr = q_smem.shape[1]
+    row = tile * ROWS
+    q_pos = row // num_heads
+    head = row - q_pos * num_heads
+    mbarrier.expect(arrived, ROWS * (2 * HALF + len(rooms) * BLOCK_R) * 2)
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(q_boxes, [batch, q_pos, head, half * 256], arrived, q_smem.index(half))
+    if BLOCK_R > 0:
+        for room in gl.static_range(len(rooms)):
+            tma.async_copy_global_to_shared(q_pe_boxes, [batch, q_pos, head, 0], arrived, rooms[room])
+
+
+@gluon.jit
 def load_queries(
     q, tile, num_heads, q_len, stride_h, stride_m, ROWS: gl.constexpr, COLUMN: gl.constexpr, COUNT: gl.constexpr,
     WIDTH: gl.constexpr, target,
