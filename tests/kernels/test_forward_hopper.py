@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 import triton
 
 from rocm_attn_compile.kernels.triton import aot, aot_launches, aot_mla, configs
-from rocm_attn_compile.kernels.triton.common import CAP_SERIES, FIRST_MAX
+from rocm_attn_compile.kernels.triton.common import CAP_SERIES, FIRST_MAX, NO_MAX
 from rocm_attn_compile.kernels.triton.forward_hopper_launch import FASTER, MIN_KEYS, TILES
 from rocm_attn_compile.kernels.triton.launch import Launch, Tuning
 
@@ -47,10 +47,8 @@ def machine_code(found: Launch, folder: Path) -> tuple[str, str]:
 CASES: dict[str, Callable[[], Launch]] = {
     "192/128, causal": lambda: launch(192, 128),
     "latent": lambda: aot_mla.launches("sm90", HALF, 128, absorbed=False, q_len=8192, kv_len=8192, batch=1)[KERNEL],
-    "128, soft cap": lambda: launch(128, 128, soft_cap=30.0, tuning=FORCED),
-    "128, soft cap by a polynomial": lambda: launch(
-        128, 128, soft_cap=30.0, tuning=replace(FORCED, shift=CAP_SERIES.value)
-    ),
+    "128, soft cap": lambda: launch(128, 128, soft_cap=20.0, tuning=FORCED),
+    "128, soft cap by a polynomial": lambda: launch(128, 128, soft_cap=30.0),
     "256": lambda: launch(256, 256, tuning=FORCED, causal=False),
     "first maximum": lambda: launch(128, 128, tuning=replace(FORCED, shift=FIRST_MAX.value)),
     "padding and ids": lambda: launch(128, 128, key_mask=True, q_ids=True, kv_ids=True),
@@ -127,6 +125,13 @@ def test_padding_and_ids_come_with_a_table_of_ranges() -> None:
 def test_what_was_not_faster_stays() -> None:
     for blocks in TILES.keys() - FASTER:
         assert launch(blocks[0] + blocks[1], blocks[2]).kernel.__name__ == "attention_forward_kernel"
+    shifts = {
+        (size, cap): launch(size, size, soft_cap=cap).arguments["SHIFT"] for size in (128, 256) for cap in (10.0, 50.0)
+    }
+    assert [key for key, shift in shifts.items() if shift == CAP_SERIES.value] == [(128, 50.0)]
+    assert {shift for key, shift in shifts.items() if key != (128, 50.0)} == {NO_MAX.value}
+    found = aot_launches.launches("sm90", HALF, 128, 128, **LONG, soft_cap=50.0, key_mask=True)
+    assert found[KERNEL].arguments["SHIFT"] == NO_MAX.value
 
 
 def test_other_gpus_have_no_such_kernel() -> None:
