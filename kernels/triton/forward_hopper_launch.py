@@ -8,7 +8,8 @@ import torch
 import triton
 
 from . import configs
-from .common import CAP_FAST, FIRST_MAX, NO_CAP, RUNNING_MAX
+from .cap_series import series_fits
+from .common import CAP_FAST, CAP_SERIES, FIRST_MAX, NO_CAP, NO_MAX, RUNNING_MAX
 from .empty_rows import empty_rows_launch
 from .launch import EMPTY_ROWS, Launch, Rope, Tuning, swizzled
 from .mask_ranges_launch import ranges_launch
@@ -40,6 +41,9 @@ half as many weights, and the result."""
 
 FASTER: frozenset[Blocks] = frozenset({(128, 0, 128), (128, 64, 128), (256, 0, 256)})
 """Where the kernel was faster than forward.py's on an H200, see docs/kernels.md."""
+
+CAP_BY_SERIES: frozenset[Blocks] = frozenset({(128, 0, 128)})
+"""Where a soft cap begins with the polynomial of cap_series.py: with heads of 256 it was slower than tanh.approx."""
 
 _MEANS = (EMPTY_ROWS["mean"], EMPTY_ROWS["mean_added"])
 _ABSENT = ("HAS_BIAS", "HAS_ATTN_MASK", "HAS_DROPOUT", "HAS_ALIBI", "SPLIT", "PAGE")
@@ -88,6 +92,20 @@ def choose(arch: str, dtype: torch.dtype, arguments: dict[str, Any], tuning: Tun
     return tile if is_free and is_long and is_whole and blocks in FASTER else None
 
 
+def _shift(arguments: dict[str, Any], dtype: torch.dtype) -> int:
+    """SHIFT, where forward.py has no registers for another copy of its loop."""
+    shift, cap = int(arguments["SHIFT"]), arguments["SOFT_CAP"]
+    masks = arguments["HAS_KEY_MASK"] or arguments["HAS_IDS"]
+    blocks = arguments["BLOCK_D"], arguments["BLOCK_REST"], arguments["BLOCK_E"]
+    if shift == RUNNING_MAX.value and masks and cap == NO_CAP.value and dtype == torch.bfloat16:
+        return FIRST_MAX.value
+    # With other masks a row may have no key, and its tile would be computed twice.
+    fits = shift == NO_MAX.value and cap == CAP_FAST.value and blocks in CAP_BY_SERIES and not masks
+    if fits and series_fits(arguments["softmax_scale"], arguments["logits_soft_cap"], arguments["kv_len"]):
+        return CAP_SERIES.value
+    return shift
+
+
 def _longest_row(arguments: dict[str, Any]) -> int:
     """The most keys that the band leaves a query."""
     lower, upper = arguments["band_lower"], arguments["band_upper"]
@@ -117,7 +135,6 @@ def launches(
         given["ranges"] = before[0].arguments["ranges"]
     if arguments["EMPTY_ROWS"] in _MEANS:
         after.append(empty_rows_launch(arguments, tensors))
-    masks = arguments["HAS_KEY_MASK"] or arguments["HAS_IDS"]
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     q_rest, k_rest = (rope[0], rope[1].unsqueeze(1)) if rope else (q, k)
     rest = arguments["BLOCK_REST"]
@@ -132,13 +149,7 @@ def launches(
         num_tiles=num_tiles,
         BLOCK_N=tile.block_n,
         STAGES=tile.stages,
-        # forward.py has no registers for the first maximum beside masks that it reads everywhere.
-        SHIFT=FIRST_MAX.value
-        if masks
-        and arguments["SHIFT"] == RUNNING_MAX.value
-        and arguments["SOFT_CAP"] == NO_CAP.value
-        and tensors["q"].dtype == torch.bfloat16
-        else arguments["SHIFT"],
+        SHIFT=_shift(arguments, q.dtype),
     )
     names = [parameter.name for parameter in attention_forward_hopper_kernel.params]
     main = Launch(

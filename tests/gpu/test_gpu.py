@@ -148,6 +148,41 @@ def test_hopper_runs_its_own_forward(mode: str, monkeypatch: pytest.MonkeyPatch)
     assert_as_accurate_as_eager(actual, eager, exact, factor=FACTOR)
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0),
+    reason="a kernel for Hopper",
+)
+@pytest.mark.parametrize("kind", ["documents", "padding"])
+def test_hopper_skips_what_ids_and_padding_leave_out(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Packed documents by ids, and left padding, whose first rows keep no key and average as eager's."""
+    launched = []
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (launched.append(self.kernel.__name__), run(self)))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 16, 4096, 128, device="cuda").bfloat16() for _ in range(3))
+    at = torch.arange(4096, device="cuda")
+    which = (
+        (at // 700)[None].repeat(2, 1) if kind == "documents" else (at >= torch.tensor([[1000], [0]], device="cuda"))
+    )
+
+    def attend(q, k, v, which):
+        causal = at[None, :] <= at[:, None]
+        if kind == "documents":
+            keep = causal & (which[:, None, :, None] == which[:, None, None, :])
+        else:
+            keep = causal & which[:, None, None, :]
+        scores = (q @ k.transpose(-1, -2)) * 128**-0.5
+        scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
+        return torch.softmax(scores.float(), -1).to(v.dtype) @ v
+
+    with torch.no_grad():
+        eager = attend(q, k, v, which)
+        exact = attend(q.double(), k.double(), v.double(), which)
+        actual = torch.compile(attend, backend="rocm_attn", fullgraph=True)(q, k, v, which)
+    assert {"mask_ranges_kernel", "attention_forward_hopper_kernel"} <= set(launched)
+    assert_as_accurate_as_eager(actual, eager, exact, factor=FACTOR)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_long_calls_read_through_descriptors_that_inductor_makes(batch: int):
     """Packed queries, keys and values as in GPT-2: each an input of the backward that starts inside its storage."""
