@@ -80,6 +80,7 @@ def _add_spec_arguments(parser: argparse.ArgumentParser) -> None:
     add("--causal", action="store_true", help="aligned bottom-right")
     add("--window", type=int, help="keys seen, self included; implies --causal")
     add("--soft-cap", type=float)
+    add("--score-floor", type=float)
     add("--bias", action="store_true", help="a float bias tensor")
     add("--alibi", action="store_true", help="ALiBi: a slope per head")
     add("--sinks", action="store_true", help="learned sinks")
@@ -185,6 +186,7 @@ def _spec(arguments: argparse.Namespace, env: Environment) -> AttentionSpec:
         device=device,
         softmax_scale=arguments.head_dim**-0.5 if arguments.scale is None else arguments.scale,
         logits_soft_cap=arguments.soft_cap,
+        score_floor=arguments.score_floor,
         mask=mask,
         has_bias=arguments.bias,
         has_alibi=arguments.alibi,

@@ -114,8 +114,8 @@ def test_select_where_nothing_can(run):
 def test_select_every_spec_argument_arrives(run):
     line = (
         "--arch gfx942 --dtype fp32 --batch 3 --num-heads 8 --num-kv-heads 2 --head-dim 64 --v-head-dim 32 --q-len 5 "
-        "--kv-len 7 --scale 0.5 --window 4 --soft-cap 9 --bias --alibi --sinks --dropout 0.1 --training --json "
-        "--kv-block-size 16 --kv-dtype float8_e5m2"
+        "--kv-len 7 --scale 0.5 --window 4 --soft-cap 9 --score-floor=-5 --bias --alibi --sinks --dropout 0.1 "
+        "--training --json --kv-block-size 16 --kv-dtype float8_e5m2"
     )
     spec = json.loads(run("select", *line.split()))["spec"]
     mask = spec.pop("mask")
@@ -131,6 +131,7 @@ def test_select_every_spec_argument_arrives(run):
         "device": "cuda",
         "softmax_scale": 0.5,
         "logits_soft_cap": 9.0,
+        "score_floor": -5.0,
         "has_bias": True,
         "has_alibi": True,
         "bias_requires_grad": True,

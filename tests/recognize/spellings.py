@@ -548,20 +548,6 @@ def alibi_slopes(q, k, v, slopes):
     return torch.softmax(q @ k.mT * SCALE + slopes.view(H, 1, 1) * distance, -1) @ v
 
 
-@spelling(
-    lambda: (rand(B, H, 12, D), rand(B, H, 10, D), rand(B, H, 10, D), rand(3, 2, D), rand(4, 5, D)), dynamic=False
-)
-def mvit_two_biases_that_are_products(q, k, v, rows, columns):
-    s = (q * SCALE) @ k.mT
-    by_place = q.reshape(B, H, 3, 4, D)
-    by_row = torch.einsum("byhwc,hkc->byhwk", by_place, rows)
-    by_column = torch.einsum("byhwc,wkc->byhwk", by_place, columns)
-    s[:, :, 0:, 0:] = (s[:, :, 0:, 0:].view(B, -1, 3, 4, 2, 5) + by_row[..., None] + by_column[..., None, :]).view(
-        B, -1, 12, 10
-    )
-    return s.softmax(-1) @ v
-
-
 @spelling(bhsd)
 def gemma2_soft_cap(q, k, v):
     s = q @ k.mT * SCALE
