@@ -32,7 +32,7 @@ from .empty_rows import Term, empty_rows, score_dtype
 from .labels import aligned
 from .live import LiveUsers
 from .masked_bias import take_apart
-from .moderate import is_moderate
+from .moderate import is_moderate, is_never_low
 from .numbers import rounded
 from .proof import Proof
 from .region import Bias, MaskTerm, Operand, Roles
@@ -76,6 +76,7 @@ def prove_masks(
                 "finite_fill", f"masked scores become {term.fills[0]:g}, which is not low enough to count as masked"
             )
     biases, added = _take_masks(proof, symbols, logits, notes, live, tracks)
+    refuse_raised(proof, logits, biases, symbols, live)
     low = not all(_is_moderate(bias, symbols, live) for bias in biases)
     found = None
     if not (low and any(t.is_finite for t in added)):
@@ -101,6 +102,21 @@ def prove_masks(
         for bias in biases:
             bias.added_in = None  # nothing in it is as low as the lowest number
     return ProvedMasks(_spec(closed, bool(dense), mode), closed, symbols.context, dense, [*biases], notes)
+
+
+def refuse_raised(proof: Proof, logits: Logits, biases: list[Operand], symbols: Symbols, live: LiveUsers) -> None:
+    """A bias that may hold a mask's fill, subtracted: it raises scores out of all bounds, over those that masks lower.
+
+    On its own it is a number like others, which is added. But the lowest number minus the lowest is 0, without the
+    score; and minus -inf gives NaN in rows that have keys.
+    """
+    alone = len(logits.biases) == 1 and not (logits.masks or logits.is_causal or proof.zeroed)
+    for bias in biases:
+        if alone or bias.factor > 0 or is_never_low(bias.value, live) or is_of_positions(bias, symbols, live):
+            continue
+        raise Refusal(
+            "bias_subtracted", f"a bias that may be as low as a mask's fill is taken {bias.factor:g} times"
+        )
 
 
 def _together(

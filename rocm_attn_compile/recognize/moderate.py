@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch.utils import _pytree as pytree
 
 from ..capture.trace import Value
@@ -52,7 +53,7 @@ def _judge(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
         return live.reads_parameter(value)
     leaves = pytree.tree_leaves((list(value.args), value.kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Value)]
-    if not all(_is_small(leaf) for leaf in leaves if isinstance(leaf, float)):
+    if not all(_is_small(leaf) for leaf in leaves if isinstance(leaf, (float, torch.SymFloat))):
         return False
     if value.name in _UNBOUNDED:
         return False
@@ -64,7 +65,30 @@ def _judge(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
     return all(_is_moderate(t, live, known) for t in tensors)
 
 
-def _is_small(number: float) -> bool:
+def is_never_low(value: Value, live: LiveUsers) -> bool:
+    """True if no element of `value` can be as low as a mask's fill, though some may be as high."""
+    if is_moderate(value, live):
+        return True
+    if isinstance(value.op, str):
+        return False
+    if value.name == "mul":
+        for inner, number in (value.args[:2], value.args[1::-1]):
+            factor = number_of(number)
+            if isinstance(inner, Value) and isinstance(factor, (int, float)) and factor >= 0:
+                return is_never_low(inner, live)
+    if value.name in ("masked_fill", "where") and len(value.args) == 3:
+        chosen = value.args[::2] if value.name == "masked_fill" else value.args[1:]
+        return all(_is_number_not_low(one) if number_of(one) is not None else is_never_low(one, live) for one in chosen)
+    return False
+
+
+def _is_number_not_low(value: object) -> bool:
+    number = number_of(value)
+    return isinstance(number, (int, float)) and number >= -_LARGEST
+
+
+def _is_small(number: float | torch.SymFloat) -> bool:
+    number = float(number)  # one that Dynamo has made dynamic is specialised
     return math.isfinite(number) and abs(number) <= _LARGEST
 
 

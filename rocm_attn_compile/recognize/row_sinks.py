@@ -13,7 +13,7 @@ from ..spec import EmptyRows, MaskSpec
 from . import mask as prover
 from .compose import Logits
 from .live import LiveUsers
-from .masks import ProvedMasks
+from .masks import ProvedMasks, refuse_raised
 from .proof import Proof
 from .region import Operand, Roles
 from .symbols import Symbols
@@ -36,6 +36,7 @@ def masks_beside_row_sinks(proof: Proof, roles: Roles, logits: Logits, live: Liv
     if proof.zeroed:
         raise Refusal("sink_axis", "the sinks vary with the query, and weights are zeroed afterwards")
     symbols = Symbols(roles, live)
+    refuse_raised(proof, logits, logits.biases, symbols, live)
     closed = prover.classify(prover.make_evaluator(symbols.context), True, symbols.context)
     spec = MaskSpec(empty_rows=EmptyRows.NAN_ADDED, text=prover.mask_in_words(closed))
     return ProvedMasks(spec, closed, symbols.context, [], list(logits.biases))

@@ -208,6 +208,8 @@ class ScoreWalk:
         lowest = value.args[1] if len(value.args) > 1 else value.kwargs.get("min")
         highest = value.args[2] if len(value.args) > 2 else value.kwargs.get("max")
         lowest, highest = number_of(lowest), number_of(highest) if highest is not None else None
+        if not value.dtype.is_floating_point:
+            raise Refusal("score_op", f"{str(value.dtype).removeprefix('torch.')} numbers are clamped to a range")
         if highest is None and isinstance(lowest, (int, float)) and lowest <= torch.finfo(value.dtype).min:
             return self._through(value, value.args[0], Step("floor", value, lowest))
         if not all(bound is None or isinstance(bound, (int, float)) for bound in (lowest, highest)):
