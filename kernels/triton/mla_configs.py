@@ -132,8 +132,8 @@ def step_tokens(config: KernelConfig, in_flight: bool) -> int:
 
 
 LATE_KEYS = 8192
-"""With more keys of a program than these mla_decode_hopper.py takes its products LATE, as it always did before: the
-early order took 1430 instead of 1340 us for 64 sequences, 128 heads, 32768 tokens, and 314 as before with 8192."""
+"""More keys of a program than these, and mla_decode_hopper.py takes its products LATE: 1340 instead of 1430 us for 64
+sequences, 128 heads, 32768 tokens. With 8192 both orders take 314, with 1024 the early one is faster; see docs/mla.md."""
 
 
 def multiplies_late(kv_len: int, num_splits: int) -> bool:

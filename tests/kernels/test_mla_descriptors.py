@@ -1,4 +1,4 @@
-"""Which queries Hopper's latent decode reads through tensor descriptors, and how it is launched."""
+"""Which queries of latent attention Hopper's kernels read through tensor descriptors, and how else they are launched."""
 
 from __future__ import annotations
 
