@@ -131,16 +131,6 @@ def step_tokens(config: KernelConfig, in_flight: bool) -> int:
     return 2 * config.block_n if in_flight and config.block_m > FEW_ROWS else config.block_n
 
 
-LATE_KEYS = 8192
-"""More keys of a program than these, and mla_decode_hopper.py takes its products LATE: 1340 instead of 1430 us for 64
-sequences, 128 heads, 32768 tokens. With 8192 both orders take 314, with 1024 the early one is faster; see docs/mla.md."""
-
-
-def multiplies_late(kv_len: int, num_splits: int) -> bool:
-    """Which order of products mla_decode_hopper.py takes."""
-    return kv_len > LATE_KEYS * num_splits
-
-
 def choose_splits(arch: str, tiles: int, kv_len: int, num_units: int, block_n: int) -> int:
     """How many programs share the keys of one tile, so that they fill the device once, each with a block at least."""
     splits = num_units // tiles if arch.startswith("sm") else 2 * num_units // tiles

@@ -9,8 +9,6 @@ shared memory once.
     group 0:  s0 = q k0^T   m0, p0 ------.    o_left  += p0 v0_left    (p1) o_left  += p1 v1_left
     group 1:  s1 = q k1^T                '--> o_right += p0 v0_right   m1, p1   o_right += p1 v1_right
 
-In long programs (LATE) the second group computes its exponentials first, and takes both products in a row.
-
 Queries come in, and shares go out, through tensor descriptors where a tile's rows are heads of one position.
 
 Triton itself waits for a product where its result is first used, and has no roles for warps on Hopper.
@@ -68,30 +66,13 @@ def copy_blocks(
 
 
 @gluon.jit
-def drop(
-    s, key_mask, block, full_begin, full_end, lower, upper, kv_len, stride_key_n, HAS_KEY_MASK: gl.constexpr,
-    scores: gl.constexpr,
-):  # fmt: skip
-    """A block's scores, -inf where a row's limits or the key mask leave a key out."""
-    if (block < full_begin) | (block >= full_end):
-        kv_pos = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, scores))
-        keep = (kv_pos[None, :] >= lower[:, None]) & (kv_pos[None, :] < upper[:, None])
-        s = gl.where(keep, s, NEVER)
-    if HAS_KEY_MASK:
-        kv_pos = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, scores))
-        kept = gl.load(key_mask + kv_pos.to(gl.int64) * stride_key_n, mask=kv_pos < kv_len, other=0) != 0
-        s = gl.where(kept[None, :], s, NEVER)
-    return s
-
-
-@gluon.jit
 def attend(
     share_boxes, q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, left_smem, right_smem,
     pe_smem, p_smem, row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph,
     stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch,
     num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end, step, full_begin, full_end,
-    used_start, used_end, SIDE: gl.constexpr, LATE: gl.constexpr, QUERY_TMA: gl.constexpr, LATENT: gl.constexpr,
-    ROPE: gl.constexpr, BLOCK_R: gl.constexpr, SPLIT: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr,
+    used_start, used_end, SIDE: gl.constexpr, QUERY_TMA: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr,
+    BLOCK_R: gl.constexpr, SPLIT: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr,
     HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
 ):  # fmt: skip
     """One warp group; SIDE says which block of a pair and which half of the columns are its own."""
@@ -148,99 +129,55 @@ def attend(
         s = warpgroup_mma(q_smem.index(1), right_smem.index(SIDE).permute((1, 0)), s, is_async=True)
         if BLOCK_R > 0:
             s = warpgroup_mma(q_pe_tile, pe_smem.index(SIDE).permute((1, 0)), s, is_async=True)
-        if LATE:
+        m_old = m_i
+        if SIDE == 0:
             s = warpgroup_mma_wait(0, deps=[s])
-            s = drop(s, key_mask, block, full_begin, full_end, lower, upper, kv_len, stride_key_n, HAS_KEY_MASK, scores)
-            top = gl.max(s, 1) * scale_log2
-            if SIDE == 0:
-                m0 = gl.maximum(m_i, top)
-                p = gl.exp2(s * scale_log2 - finite(m0)[:, None])
-                alpha0 = gl.exp2(m_i - finite(m0))
-                mine = p.to(dtype)
-                p_smem.index(0).store(mine)
-                row_smem.index(0).store(m0)
-                signal(ready.index(0))
-                acc = acc * gl.convert_layout(alpha0, out_row)[:, None]
-                acc = warpgroup_mma(gl.convert_layout(mine, weight), left_smem.index(0), acc, is_async=True)
-                l_i = l_i * alpha0 + gl.sum(p, 1)
-                mbarrier.wait(ready.index(1), phase)
-                other = p_smem.index(1).load(weight)
-                m_i = row_smem.index(1).load(by_row)
-                alpha1 = gl.exp2(m0 - finite(m_i))
-                l_i = l_i * alpha1
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                signal(free.index(0))
-                acc = acc * gl.convert_layout(alpha1, out_row)[:, None]
-                acc = warpgroup_mma(other, left_smem.index(1), acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                signal(free.index(2))
-            else:
-                mbarrier.wait(ready.index(0), phase)
-                m0 = row_smem.index(0).load(by_row)
-                m1 = gl.maximum(m0, top)
-                p = gl.exp2(s * scale_log2 - finite(m1)[:, None])
-                mine = p.to(dtype)
-                p_smem.index(1).store(mine)
-                row_smem.index(1).store(m1)
-                signal(ready.index(1))
-                other = p_smem.index(0).load(weight)
-                alpha0 = gl.exp2(m_i - finite(m0))
-                alpha1 = gl.exp2(m0 - finite(m1))
-                # Both products in a row: the first one's weights are scaled, not their result.
-                shrink = gl.convert_layout(alpha1, gl.SliceLayout(1, weight))[:, None]
-                other = (other.to(gl.float32) * shrink).to(dtype)
-                acc = acc * gl.convert_layout(alpha0 * alpha1, out_row)[:, None]
-                acc = warpgroup_mma(other, right_smem.index(0), acc, is_async=True)
-                acc = warpgroup_mma(gl.convert_layout(mine, weight), right_smem.index(1), acc, is_async=True)
-                l_i = l_i * (alpha0 * alpha1) + gl.sum(p, 1)
-                m_i = m1
-                acc = warpgroup_mma_wait(1, deps=[acc])
-                signal(free.index(1))
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                signal(free.index(3))
         else:
-            m_old = m_i
-            if SIDE == 0:
-                s = warpgroup_mma_wait(0, deps=[s])
-            else:
-                # The other group's weights are multiplied while the scores are on their way.
-                mbarrier.wait(ready.index(0), phase)
-                m_old = row_smem.index(0).load(by_row)
-                alpha = gl.exp2(m_i - finite(m_old))
-                l_i = l_i * alpha
-                acc = acc * gl.convert_layout(alpha, out_row)[:, None]
-                acc = warpgroup_mma(p_smem.index(0), right_smem.index(0), acc, is_async=True)
-                s = warpgroup_mma_wait(1, deps=[s])
-            s = drop(s, key_mask, block, full_begin, full_end, lower, upper, kv_len, stride_key_n, HAS_KEY_MASK, scores)
-            m_i = gl.maximum(m_old, gl.max(s, 1) * scale_log2)
-            p = gl.exp2(s * scale_log2 - finite(m_i)[:, None])
-            alpha = gl.exp2(m_old - finite(m_i))
-            mine = p.to(dtype)
-            p_smem.index(SIDE).store(mine)
-            row_smem.index(SIDE).store(m_i)
-            fence_async_shared()
-            signal(ready.index(SIDE))
-            l_i = l_i * alpha + gl.sum(p, 1)
-            if SIDE == 1:
-                # ptxas moves a wait for a product up to the start of its block of instructions: this wait, which is
-                # over at once, starts one behind the exponentials.
-                mbarrier.wait(ready.index(0), phase)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                signal(free.index(1))
+            # The other group's weights are multiplied while the scores are on their way.
+            mbarrier.wait(ready.index(0), phase)
+            m_old = row_smem.index(0).load(by_row)
+            alpha = gl.exp2(m_i - finite(m_old))
+            l_i = l_i * alpha
             acc = acc * gl.convert_layout(alpha, out_row)[:, None]
-            acc = warpgroup_mma(gl.convert_layout(mine, weight), own_smem.index(SIDE), acc, is_async=True)
+            acc = warpgroup_mma(p_smem.index(0), right_smem.index(0), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
+        if (block < full_begin) | (block >= full_end):
+            kv_pos = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, scores))
+            keep = (kv_pos[None, :] >= lower[:, None]) & (kv_pos[None, :] < upper[:, None])
+            s = gl.where(keep, s, NEVER)
+        if HAS_KEY_MASK:
+            kv_pos = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, scores))
+            kept = gl.load(key_mask + kv_pos.to(gl.int64) * stride_key_n, mask=kv_pos < kv_len, other=0) != 0
+            s = gl.where(kept[None, :], s, NEVER)
+        m_i = gl.maximum(m_old, gl.max(s, 1) * scale_log2)
+        p = gl.exp2(s * scale_log2 - finite(m_i)[:, None])
+        alpha = gl.exp2(m_old - finite(m_i))
+        mine = p.to(dtype)
+        p_smem.index(SIDE).store(mine)
+        row_smem.index(SIDE).store(m_i)
+        fence_async_shared()
+        signal(ready.index(SIDE))
+        l_i = l_i * alpha + gl.sum(p, 1)
+        if SIDE == 1:
+            # ptxas moves a wait for a product up to the start of its block of instructions: this wait, which is over
+            # at once, starts one behind the exponentials.
+            mbarrier.wait(ready.index(0), phase)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            signal(free.index(3 * SIDE))
-            if SIDE == 0:
-                mbarrier.wait(ready.index(1), phase)
-                m_old = m_i
-                m_i = row_smem.index(1).load(by_row)
-                alpha = gl.exp2(m_old - finite(m_i))
-                l_i = l_i * alpha
-                acc = acc * gl.convert_layout(alpha, out_row)[:, None]
-                acc = warpgroup_mma(p_smem.index(1), left_smem.index(1), acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                signal(free.index(2))
+            signal(free.index(1))
+        acc = acc * gl.convert_layout(alpha, out_row)[:, None]
+        acc = warpgroup_mma(gl.convert_layout(mine, weight), own_smem.index(SIDE), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        signal(free.index(3 * SIDE))
+        if SIDE == 0:
+            mbarrier.wait(ready.index(1), phase)
+            m_old = m_i
+            m_i = row_smem.index(1).load(by_row)
+            alpha = gl.exp2(m_old - finite(m_i))
+            l_i = l_i * alpha
+            acc = acc * gl.convert_layout(alpha, out_row)[:, None]
+            acc = warpgroup_mma(p_smem.index(1), left_smem.index(1), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            signal(free.index(2))
         phase ^= 1
 
     row_smem.index(2 + SIDE).store(l_i)
@@ -317,15 +254,14 @@ def mla_decode_hopper_kernel(
     q, q_pe, q_boxes, q_pe_boxes, share_boxes, kv, k_pe, block_table, out, lse, partial, partial_stats, key_mask,
     kv_start, kv_end, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_tb, stride_ob, stride_oh,
     stride_om, stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m, num_heads, q_len,
-    kv_len, num_splits, softmax_scale, band_lower, band_upper, LATE: gl.constexpr, QUERY_TMA: gl.constexpr,
-    LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, BOX: gl.constexpr, PAGE: gl.constexpr,
-    SPLIT: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr,
-    HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
+    kv_len, num_splits, softmax_scale, band_lower, band_upper, QUERY_TMA: gl.constexpr, LATENT: gl.constexpr,
+    ROPE: gl.constexpr, BLOCK_R: gl.constexpr, BOX: gl.constexpr, PAGE: gl.constexpr, SPLIT: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr,
+    HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
 ):  # fmt: skip
     """As mla_decode_kernel with TMA. NAN_ROWS: a row without keys gives NaN, not 0.
 
     kv and k_pe are tensor descriptors of BOX tokens, and of HALF and BLOCK_R columns. BOX divides PAGE and BLOCK_N.
-    LATE: The second group multiplies by the first's weights after its own exponentials, not before them.
     With QUERY_TMA q_boxes, q_pe_boxes and share_boxes are such of queries and shares, see mla_descriptors.py.
     """
     dtype: gl.constexpr = q.dtype.element_ty
@@ -395,7 +331,7 @@ def mla_decode_hopper_kernel(
                 right_smem, pe_smem, p_smem, row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm,
                 stride_pb, stride_ph, stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m,
                 stride_end_m, tile, split, batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower,
-                band_upper, begin, end, 2 * num_splits, full_begin, full_end, used_start, used_end, 0, LATE, QUERY_TMA,
+                band_upper, begin, end, 2 * num_splits, full_begin, full_end, used_start, used_end, 0, QUERY_TMA,
                 LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
             )),
             (attend, (
@@ -403,7 +339,7 @@ def mla_decode_hopper_kernel(
                 right_smem, pe_smem, p_smem, row_smem, full, free, ready, done, stride_qb, stride_qh, stride_qm,
                 stride_pb, stride_ph, stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m,
                 stride_end_m, tile, split, batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower,
-                band_upper, begin, end, 2 * num_splits, full_begin, full_end, used_start, used_end, 1, LATE, QUERY_TMA,
+                band_upper, begin, end, 2 * num_splits, full_begin, full_end, used_start, used_end, 1, QUERY_TMA,
                 LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
             )),
             (copy_blocks, (

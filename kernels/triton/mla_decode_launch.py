@@ -175,7 +175,7 @@ def mla_decode_launches(
                 attention_combine_kernel,
                 lse.numel() * plan.combine["COLUMN_BLOCKS"],
                 {**plan.combine, **combined},
-                {"num_warps": 4, "num_stages": 1, **({"launch_pdl": True} if plan.combine["WAITS"] else {})},
+                {"num_warps": 4, "num_stages": 1, **({"launch_pdl": True} if plan.in_flight else {})},
             )
         )
     return launches, out, lse
@@ -190,7 +190,6 @@ def hopper_launch(plan: DecodePlan, arguments: dict[str, Any]) -> Launch:
     kernel = mla_decode_few_kernel if arguments["BLOCK_M"] == mla_configs.FEW_ROWS else mla_decode_hopper_kernel
     box = math.gcd(arguments["PAGE"], arguments["BLOCK_N"])
     given = {**arguments, "NAN_ROWS": arguments["EMPTY_ROWS"] in NAN_ROWS, "BOX": box}
-    given["LATE"] = mla_configs.multiplies_late(arguments["kv_len"], arguments["num_splits"])
     for name, columns in (("kv", 256), ("k_pe", arguments["BLOCK_R"])):
         if (cache := arguments[name]) is not None:
             swizzle = min(128, columns * cache.element_size())

@@ -12,7 +12,6 @@ import mla_oracle
 import pytest
 import torch
 
-from rocm_attn_compile.kernels.triton import mla_configs
 from rocm_attn_compile.kernels.triton.configs import KernelConfig
 from rocm_attn_compile.kernels.triton.launch import Tuning
 from rocm_attn_compile.kernels.triton.mla_decode_launch import mla_decode_launches
@@ -24,10 +23,7 @@ pytestmark = [
     ),
 ]
 
-HOPPER, FEW = "mla_decode_hopper_kernel", "mla_decode_few_kernel"
-CONFIGS = {HOPPER: KernelConfig(64, 64, 4, 1), FEW: KernelConfig(16, 64, 4, 1)}
-KERNELS = {"hopper": (HOPPER, 1 << 30), "hopper, late": (HOPPER, 0), "few": (FEW, 1 << 30)}
-"""Kernel, and the keys of a program from which mla_decode_hopper.py takes its products late."""
+KERNELS = {"mla_decode_hopper_kernel": KernelConfig(64, 64, 4, 1), "mla_decode_few_kernel": KernelConfig(16, 64, 4, 1)}
 SIZES = {"B": 3, "H": 128, "N": 1237, "C": 512, "R": 64, "dtype": torch.bfloat16}
 CASES = {
     "odd length": {},
@@ -47,11 +43,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("which", KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", CASES)
-def test_decode(name, which, splits, monkeypatch):
-    kernel, late_keys = KERNELS[which]
-    monkeypatch.setattr(mla_configs, "LATE_KEYS", late_keys)
+def test_decode(name, kernel, splits):
     fields = {**SIZES, **CASES[name]}
     lengths = fields.pop("lengths", None)
     case = mla_cases.case(name, **fields)
@@ -60,11 +54,10 @@ def test_decode(name, which, splits, monkeypatch):
         tensors["kv_end"] = torch.tensor(lengths, dtype=torch.int32, device="cuda")[:, None]
 
     def run():
-        tuning = Tuning(config=CONFIGS[kernel], tma=True, in_flight=True, num_splits=splits)
+        tuning = Tuning(config=KERNELS[kernel], tma=True, in_flight=True, num_splits=splits)
         launches, out, lse = mla_decode_launches(
             **tensors, **scalars, out_layout=case.get("out_layout", "bhsd"), tuning=tuning
         )
-        assert launches[0].arguments.get("LATE", False) == (which == "hopper, late")
         assert [launch.kernel.__name__ for launch in launches] == [kernel, "attention_combine_kernel"][: min(splits, 2)]
         out.fill_(math.nan)
         lse.fill_(math.nan)

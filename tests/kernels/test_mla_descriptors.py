@@ -1,4 +1,4 @@
-"""Which queries of latent attention Hopper's kernels read through tensor descriptors, and how else they are launched."""
+"""Which queries of latent attention Hopper's kernels read through tensor descriptors, and which launch waits."""
 
 from __future__ import annotations
 
@@ -76,9 +76,3 @@ def test_shares_are_written_as_queries_are_read(heads: int, q_len: int) -> None:
     assert boxes.shape == (2, 3, 128, 4, 512)
     assert boxes.strides == (128 * 3 * 4 * 512, 4 * 512, 3 * 4 * 512, 512, 1)
     assert partial.shape == (2 * 128 * 3 * 4, 512)
-
-
-@pytest.mark.parametrize(("kv_len", "splits", "late"), [(4096, 1, False), (32768, 1, True), (32768, 4, False)])
-def test_long_programs_take_their_products_late(kv_len: int, splits: int, late: bool) -> None:
-    launch = launches("sm90", HALF, 128, kv_len=kv_len, num_splits=splits)["mla_decode_hopper_kernel"]
-    assert launch.arguments["LATE"] is late
