@@ -160,7 +160,7 @@ def one(source: str, name: str, setting: dict[str, Any], with_peer: bool) -> dic
     """One model, judged."""
     import torch
     from zoo_lib.judge import judge
-    from zoo_lib.overrides import CAPTURES_SCALARS
+    from zoo_lib.overrides import captures_scalars
 
     torch.set_default_dtype(torch.float32)  # whatever a model that failed has left
     try:
@@ -170,8 +170,7 @@ def one(source: str, name: str, setting: dict[str, Any], with_peer: bool) -> dic
     except Exception as error:
         return {"status": "not built", "error": str(error)[:1500]}
     start = time.perf_counter()
-    captures = name in CAPTURES_SCALARS
-    with torch._dynamo.config.patch(capture_scalar_outputs=captures):
+    with torch._dynamo.config.patch(capture_scalar_outputs=captures_scalars(name)):
         found = judge(case, with_peer=with_peer, lowering=setting["lowering"])
     if failed := found.get("eager_error") or found.get("watch_error"):
         return {"status": "fails in eager", "error": failed}

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from .overrides import CAPTURES_SCALARS
+from .overrides import CAPTURES_SCALARS, CAPTURES_SCALARS_FROM_2_13
 from .rows import Row, newest
 from .words import ANOTHER, NOT_SEEN, in_words, key_of
 
@@ -116,7 +116,7 @@ def _summary(rows: list[Row]) -> Iterator[str]:
         yield _line(*cells, "{}, {} in {}".format(*graphs, len(compared)) if compared else "-")
     names = {row["name"] for row in _ran(rows) if _package(row) == "transformers"}
     yield f"\n{len(names)} architectures of transformers ran in at least one of these ways.\n"
-    captured = [f"`{name}`" for name in sorted(CAPTURES_SCALARS & names)]
+    captured = [f"`{name}`" for name in sorted((CAPTURES_SCALARS | CAPTURES_SCALARS_FROM_2_13) & names)]
     yield (
         "All models are compiled with PyTorch's defaults, but for those that Dynamo cuts at an `.item()` in or behind "
         f"an attention: for {', '.join(captured)} `torch._dynamo.config.capture_scalar_outputs` is on, as Dynamo's own "
