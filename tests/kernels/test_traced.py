@@ -128,6 +128,15 @@ def test_every_feature(launches_for):
     assert found == {name: WRITTEN[name] | extra.get(name, set()) for name in found} and len(found) == 6
 
 
+def test_long_calls_with_padding_read_a_table_of_ranges(launches_for):
+    launches = launches_for("gfx942", q_len=4096, kv_len=4096, key_mask=True)
+    found = {launch.kernel.__name__: read(launch) for launch in launches}
+    assert found == {name: WRITTEN[name] for name in found} and "mask_ranges_kernel" in found
+    for launch in launches:
+        if launch.kernel.__name__ in ("attention_forward_kernel", "backward_dkdv_kernel", "backward_dq_kernel"):
+            assert launch.arguments["RANGED"] and launch.arguments["ranges"] is not None
+
+
 def test_split_decode(launches_for):
     found = {
         launch.kernel.__name__: read(launch)
