@@ -114,9 +114,7 @@ def refuse_raised(proof: Proof, logits: Logits, biases: list[Operand], symbols: 
     for bias in biases:
         if alone or bias.factor > 0 or is_never_low(bias.value, live) or is_of_positions(bias, symbols, live):
             continue
-        raise Refusal(
-            "bias_subtracted", f"a bias that may be as low as a mask's fill is taken {bias.factor:g} times"
-        )
+        raise Refusal("bias_subtracted", f"a bias that may be as low as a mask's fill is taken {bias.factor:g} times")
 
 
 def _together(
