@@ -107,14 +107,20 @@ def prove_masks(
 def refuse_raised(proof: Proof, logits: Logits, biases: list[Operand], symbols: Symbols, live: LiveUsers) -> None:
     """A bias that may hold a mask's fill, subtracted: it raises scores out of all bounds, over those that masks lower.
 
-    On its own it is a number like others, which is added. But the lowest number minus the lowest is 0, without the
-    score; and minus -inf gives NaN in rows that have keys.
+    On its own it is a number like others, which is added, and a mask after it replaces the sum. But the lowest number
+    minus the lowest is 0, without the score; and minus -inf gives NaN in rows that have keys, to be zeroed.
     """
-    alone = len(logits.biases) == 1 and not (logits.masks or logits.is_causal or proof.zeroed)
     for bias in biases:
-        if alone or bias.factor > 0 or is_never_low(bias.value, live) or is_of_positions(bias, symbols, live):
+        if bias.factor > 0:
             continue
-        raise Refusal("bias_subtracted", f"a bias that may be as low as a mask's fill is taken {bias.factor:g} times")
+        before = logits.biases.index(bias)
+        meets_fill = logits.is_causal or any(mask.biases_before <= before for mask in logits.masks)
+        others = any(other is not bias and not _is_moderate(other, symbols, live) for other in logits.biases)
+        may_cancel = meets_fill or others or proof.zeroed
+        if may_cancel and not (is_never_low(bias.value, live) or is_of_positions(bias, symbols, live)):
+            raise Refusal(
+                "bias_subtracted", f"a bias that may be as low as a mask's fill is taken {bias.factor:g} times"
+            )
 
 
 def _together(

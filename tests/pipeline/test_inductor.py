@@ -7,10 +7,13 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from pipeline_harness import SCALE, B, D, H, M, N, attend, causal, qkv, rand
+from pipeline_harness import SCALE, B, D, H, attend, causal, qkv, rand
 
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.testing import assert_as_accurate_as_eager, peak_memory
+
+M, N = 36, 40
+"""Beside fewer than 16 keys ATen's kernel is given a mask of zeros, see ops/cpu.py."""
 
 
 class Code:
