@@ -178,8 +178,8 @@ def backward_launches(
         tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         return Launch(kernel, grid(config), {**whole, **extra, **tiles}, config.options(is_amd))
 
-    def launch_main(kernel: Any, direction: str, grid: Any, **extra: Any) -> Launch:
-        """dk/dv and dq: through tensor descriptors where those can be had. What finds their ranges goes before."""
+    def add_main(kernel: Any, direction: str, grid: Any, **extra: Any) -> None:
+        """Add dk/dv or dq, through tensor descriptors where those can be had, after what finds its ranges."""
         special = feature(arguments, q.dtype, arch, forward=False)
         config, faster = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
         found = {
@@ -203,7 +203,7 @@ def backward_launches(
                 forward_descriptors(q, k, v, attn_bias, found, rope),
                 grad_out=descriptor(grad_out, config.block_m, found["BLOCK_E"]),
             )
-        return Launch(kernel, grid(config), found, config.options(is_amd), direction, config)
+        launches.append(Launch(kernel, grid(config), found, config.options(is_amd), direction, config))
 
     launches = [
         launch(
@@ -241,7 +241,7 @@ def backward_launches(
             [("backward_k", True, False), ("backward_v", False, True)] if separate else [("backward_kv", True, True)]
         )
         for direction, want_dk, want_dv in pieces:
-            main = launch_main(
+            add_main(
                 backward_dkdv_kernel,
                 direction,
                 lambda c: batch * kv_heads * triton.cdiv(kv_len, c.block_n),
@@ -249,10 +249,9 @@ def backward_launches(
                 WANT_DK=want_dk,
                 WANT_DV=want_dv,
             )
-            launches.append(main)
     if computed[0] and not in_one:
         dq = tensors["dq"]
-        main = launch_main(
+        add_main(
             backward_dq_kernel,
             "backward_q",
             lambda c: batch * num_heads * triton.cdiv(q_len, c.block_m),
@@ -260,7 +259,6 @@ def backward_launches(
             **of_rope("grad_q_rest", "stride_dqp", tensors.get("dq_pe"), "bhm"),
             **dict(zip(("stride_dqb", "stride_dqh", "stride_dqm", "stride_dqd"), dq.stride())),
         )
-        launches.append(main)
     if computed[3]:
         dbias = tensors["dbias"]
         bias_batch, bias_heads, bias_m, bias_n = dbias.shape
