@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, launch_dependents, row_limits, signal
+from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, launch_dependents, opaque_zero, row_limits, signal
 from .mla_hopper_parts import (
     BLOCK_N,
     HALF,
@@ -114,6 +114,10 @@ def attend(
     phase = 0
     for first in range(begin, end, step):
         block = first + SIDE
+        # Opaque, and of this round: else LLVM makes the descriptors of all products before the loop, 60 registers, and
+        # what is spilled for them is loaded again in each round.
+        zero = opaque_zero()
+        at = zero + SIDE
         mbarrier.wait(full.index(2 * SIDE), phase)
         start_n = block * BLOCK_N
         if (used_end < start_n + BLOCK_N) | (used_start > start_n):
@@ -123,12 +127,12 @@ def attend(
             clear_rows(right_smem.index(SIDE), used_start - start_n, used_end - start_n)
             fence_async_shared()
             barrier()
-        s = warpgroup_mma(q_smem.index(0), left_smem.index(SIDE).permute((1, 0)), nothing, use_acc=False,
+        s = warpgroup_mma(q_smem.index(zero), left_smem.index(at).permute((1, 0)), nothing, use_acc=False,
                           is_async=True)  # fmt: skip
         mbarrier.wait(full.index(2 * SIDE + 1), phase)
-        s = warpgroup_mma(q_smem.index(1), right_smem.index(SIDE).permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(q_smem.index(zero + 1), right_smem.index(at).permute((1, 0)), s, is_async=True)
         if BLOCK_R > 0:
-            s = warpgroup_mma(q_pe_tile, pe_smem.index(SIDE).permute((1, 0)), s, is_async=True)
+            s = warpgroup_mma(q_pe_tile, pe_smem.index(at).permute((1, 0)), s, is_async=True)
         m_old = m_i
         if SIDE == 0:
             s = warpgroup_mma_wait(0, deps=[s])
@@ -139,7 +143,7 @@ def attend(
             alpha = gl.exp2(m_i - finite(m_old))
             l_i = l_i * alpha
             acc = acc * gl.convert_layout(alpha, out_row)[:, None]
-            acc = warpgroup_mma(p_smem.index(0), right_smem.index(0), acc, is_async=True)
+            acc = warpgroup_mma(p_smem.index(0), right_smem.index(zero), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
         if (block < full_begin) | (block >= full_end):
             kv_pos = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, scores))
@@ -165,7 +169,7 @@ def attend(
             acc = warpgroup_mma_wait(0, deps=[acc])
             signal(free.index(1))
         acc = acc * gl.convert_layout(alpha, out_row)[:, None]
-        acc = warpgroup_mma(gl.convert_layout(mine, weight), own_smem.index(SIDE), acc, is_async=True)
+        acc = warpgroup_mma(gl.convert_layout(mine, weight), own_smem.index(at), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         signal(free.index(3 * SIDE))
         if SIDE == 0:
@@ -175,7 +179,7 @@ def attend(
             alpha = gl.exp2(m_old - finite(m_i))
             l_i = l_i * alpha
             acc = acc * gl.convert_layout(alpha, out_row)[:, None]
-            acc = warpgroup_mma(p_smem.index(1), left_smem.index(1), acc, is_async=True)
+            acc = warpgroup_mma(p_smem.index(1), left_smem.index(zero + 1), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             signal(free.index(2))
         phase ^= 1
