@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..capture.trace import Value
-from ..symbolic import product, same_size, static
+from ..symbolic import is_one, product, same_size, static
 from .axes import Atom, Dim, resolve, unify
 from .descent import hides_gradient
 from .labels import Labels, source_of

@@ -129,6 +129,7 @@ def _compiled(case: Case, function: Any, eager: Ran, exact: Ran, **options: Any)
     reports = rocm_attn_compile.reports()
     entries = [entry for report in reports for entry in (*report.sites, *report.look_alikes)]
     codes = {reason.code for entry in entries for reason in entry.reasons}
+    codes |= {note.code for report in reports for site in report.sites for note in site.notes if "error" in note.code}
     sites = [site for report in reports for site in report.sites if site.replaced]
     text = "\n".join(map(str, reports))
     if guards:

@@ -38,8 +38,6 @@ def test_a_position_is_not_guarded():
     for start in (0, 3, 6):
         inputs = rand(2, 3, 3, D), values, rand(2, 3, 3, D), start
         mine, theirs = cache.clone(), cache.clone()
-        torch.testing.assert_close(
-            compiled(inputs[0], mine, *inputs[1:]), step(inputs[0], theirs, *inputs[1:])
-        )
+        torch.testing.assert_close(compiled(inputs[0], mine, *inputs[1:]), step(inputs[0], theirs, *inputs[1:]))
         assert torch.equal(mine, theirs)
     assert len(reports()) == pipeline.calls == 1, "\n".join(map(str, reports()))
