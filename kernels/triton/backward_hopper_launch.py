@@ -12,6 +12,7 @@ from . import configs
 from .backward_finish import backward_finish_kernel
 from .common import CAP_FAST, NO_CAP
 from .launch import NO_SWIZZLE, Descriptor, Launch, swizzled
+from .mask_ranges_launch import key_ranges_launch, ranges_launch
 
 BLOCK_M, BLOCK_N, WIDTH, PART = 64, 128, 128, 16
 """As in backward_hopper_parts.py."""
@@ -20,9 +21,9 @@ MIN_SCORES = 2**29
 """Below this many scores (B * H * M * N) the gradients take less than 0.7 ms. This kernel is none that Inductor can
 launch itself, and an opaque call costs the host up to 1.1 ms."""
 
-_FEATURES = (
-    "HAS_BIAS", "HAS_ATTN_MASK", "HAS_KEY_MASK", "HAS_START", "HAS_END", "HAS_IDS", "HAS_DROPOUT", "HAS_ALIBI",
-)  # fmt: skip
+_FEATURES = ("HAS_BIAS", "HAS_ATTN_MASK", "HAS_DROPOUT", "HAS_ALIBI")
+RANGED = ("HAS_KEY_MASK", "HAS_START", "HAS_END", "HAS_IDS")
+"""Masks that stand in tensors, of which tables of ranges are made."""
 
 
 def refusal(
@@ -52,7 +53,7 @@ def refusal(
 def mask_refusal(arguments: dict[str, Any]) -> str:
     """The reasons of `refusal` that lie in masks, soft cap and rows; those of backward_large_launch, too."""
     if not arguments["RAW"] or arguments["EMPTY_ROWS"] or any(arguments[name] for name in _FEATURES):
-        return "it knows no mask but the band, no bias, no dropout and no empty rows with a gradient"
+        return "it knows no mask with a number a pair, no bias, no dropout and no empty rows with a gradient"
     if arguments["SOFT_CAP"] not in (NO_CAP.value, CAP_FAST.value):
         return "of soft caps it knows the one by NVIDIA's tanh instruction, for bfloat16"
     if arguments["q"].shape[2] % 4:
@@ -104,6 +105,12 @@ def hopper_launches(
         **dict(zip(("stride_dkb", "stride_dkh", "stride_dkn", "stride_dkd"), dk.stride())),
         **dict(zip(("stride_dvb", "stride_dvh", "stride_dvn", "stride_dve"), dv.stride())),
     }
+    before: list[Launch] = []
+    given["ranges"] = given["key_ranges"] = None
+    if any(arguments[name] for name in RANGED):
+        before = [ranges_launch(given, BLOCK_M, BLOCK_N)]
+        before.append(key_ranges_launch(before[0]))
+        given.update({name: before[1].arguments[name] for name in ("ranges", "key_ranges")})
     names = [parameter.name for parameter in backward_hopper_kernel.params]
     main = Launch(
         backward_hopper_kernel,
@@ -114,7 +121,7 @@ def hopper_launches(
     strides = dict(zip(("stride_dqb", "stride_dqh", "stride_dqm", "stride_dqd"), dq.stride()))
     found = {**shared, **strides, "partial": partial, "turns": counters[1:], "ticket": counters, "grad_q": dq,
              "num_row_blocks": num_row_blocks}  # fmt: skip
-    return [main, Launch(backward_finish_kernel, tiles, found, {"num_warps": 4, "num_stages": 1})]
+    return [*before, main, Launch(backward_finish_kernel, tiles, found, {"num_warps": 4, "num_stages": 1})]
 
 
 def row_statistics(tensor: Tensor, rows: int) -> Descriptor:

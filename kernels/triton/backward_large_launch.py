@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from . import configs
-from .backward_hopper_launch import MIN_SCORES, mask_refusal, of_rows, row_statistics
+from .backward_hopper_launch import MIN_SCORES, RANGED, mask_refusal, of_rows, row_statistics
 from .backward_large_dq import backward_large_dq_kernel
 from .launch import Launch, Rope, descriptor, swizzled
 
@@ -96,6 +96,8 @@ def refusal(
     programs = heads * arguments["gqa_group_size"] * (parts[0][1] - parts[0][0])
     if len(parts) > 1 and programs < MIN_PROGRAMS and not any_size:
         return "so long that memory holds ds of too few queries"
+    if any(arguments[name] for name in RANGED):
+        return "it knows no mask but the band"
     return mask_refusal(arguments)
 
 

@@ -116,7 +116,10 @@ def backward(ranged: bool | None, **arguments: Any) -> Any:
 
 
 def mask_ranges(block_m: int, block_n: int, by_key: bool, numbers_at_once: int, **arguments: Any) -> Any:
-    """The ranges, `(B, blocks, 4)`; q_len, kv_len, the band and the masks as mask_ranges_kernel's."""
+    """The ranges, `(B, blocks, 4)`; q_len, kv_len, the band and the masks as mask_ranges_kernel's.
+
+    Unless `by_key` also those that key_ranges_kernel makes of them.
+    """
     from rocm_attn_compile.kernels.triton import mask_ranges_launch
 
     mask_ranges_launch.NUMBERS_AT_ONCE = numbers_at_once
@@ -132,7 +135,13 @@ def mask_ranges(block_m: int, block_n: int, by_key: bool, numbers_at_once: int, 
     launch = mask_ranges_launch.ranges_launch({**arguments, "batch_size": batch}, block_m, block_n, by_key)
     launch.arguments["ranges"].fill_(-77)
     launch.run()
-    return launch.arguments["ranges"].view(batch, -1, 4)
+    ranges = launch.arguments["ranges"].view(batch, -1, 4)
+    if by_key:
+        return ranges
+    launch = mask_ranges_launch.key_ranges_launch(launch)
+    launch.arguments["key_ranges"].fill_(-77)
+    launch.run()
+    return ranges, launch.arguments["key_ranges"].view(batch, -1, 4)
 
 
 def autotune(
