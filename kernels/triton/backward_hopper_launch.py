@@ -52,8 +52,8 @@ def refusal(
 
 def mask_refusal(arguments: dict[str, Any]) -> str:
     """The reasons of `refusal` that lie in masks, soft cap and rows; those of backward_large_launch, too."""
-    if not arguments["RAW"] or arguments["EMPTY_ROWS"] or any(arguments[name] for name in _FEATURES):
-        return "it knows no mask with a number a pair, no bias, no dropout and no empty rows with a gradient"
+    if not arguments["RAW"] or any(arguments[name] for name in _FEATURES):
+        return "it knows no mask with a number a pair, no bias and no dropout"
     if arguments["SOFT_CAP"] not in (NO_CAP.value, CAP_FAST.value):
         return "of soft caps it knows the one by NVIDIA's tanh instruction, for bfloat16"
     if arguments["q"].shape[2] % 4:

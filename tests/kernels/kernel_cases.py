@@ -168,7 +168,8 @@ def hopper_backward_cases() -> list[dict[str, Any]]:
 
 def mask_name(case: dict[str, Any]) -> str:
     """A test's id: the sizes, and which masks stand in tensors."""
-    masks = [f"{name} {case[name]}" for name in ("key_mask", "limits", "documents", "ids") if case.get(name)]
+    names = ("key_mask", "limits", "documents", "ids", "empty_rows")
+    masks = [f"{name} {case[name]}" for name in names if case.get(name) and case[name] != "zero"]
     return ", ".join([f"{case['M']}-{case['N']}", *masks])
 
 
@@ -193,6 +194,11 @@ def tables_of_ranges_cases() -> list[dict[str, Any]]:
         {"M": 1000, "N": 900, "ids": "in turn", "band_upper": 0},
         {"M": 700, "N": 900, "ids": "in turn", "key_mask": "padding", "documents": 500, "soft_cap": 3.0, "sinks": True},
         {"B": 1, "H": 2, "K": 2, "M": 4100, "N": 4100, "ids": True, "key_mask": "hole", "band_upper": 0},
+        {"M": 700, "N": 700, "key_mask": "left", "band_upper": 0, "empty_rows": "mean"},
+        {"M": 700, "N": 500, "key_mask": "padding", "band_upper": 0, "empty_rows": "mean_added", "soft_cap": 3.0},
+        {"M": 332, "N": 332, "key_mask": "left", "band_upper": 0, "empty_rows": "nan"},
+        {"M": 700, "N": 300, "band_upper": -400, "empty_rows": "nan_added", "H": 8, "dtype": torch.float16},
+        {"M": 700, "N": 700, "empty_rows": "mean_added", "band_upper": 0},
     ]
 
 
@@ -225,6 +231,9 @@ def large_backward_cases() -> list[dict[str, Any]]:
         {**latent, "M": 332, "N": 517, "band_upper": 185, "dtype": torch.float16, "rope": True},
         {**latent, "M": 700, "N": 700, "band_lower": -200, "band_upper": 0, "rope": True},
         {**latent, "M": 2052, "N": 1300, "rope": True},
+        {"M": 700, "N": 300, "band_upper": -400, "empty_rows": "mean"},
+        {**latent, "M": 700, "N": 300, "band_upper": -400, "empty_rows": "mean_added"},
+        {**latent, "M": 700, "N": 300, "band_upper": -400, "empty_rows": "mean_added", "rope": True},
     ]
     return [{**base, **feature} for feature in features]
 

@@ -41,7 +41,7 @@ def test_long_calls_take_it(features):
     [
         {"q_len": 1024, "kv_len": 1024}, {"head_dim": 64}, {"head_dim": 96}, {"head_dim": 192},
         {"dtype": torch.float32}, {"arch": "sm100"}, {"arch": "gfx942"},
-        {"dtype": torch.float16, "soft_cap": 30.0}, {"dropout_p": 0.1}, {"empty_rows": "mean"}, {"q_len": 8190},
+        {"dtype": torch.float16, "soft_cap": 30.0}, {"dropout_p": 0.1}, {"q_len": 8190},
         *({name: True} for name in ("attn_bias", "attn_mask", "alibi_slopes")),
     ],
     ids=str,
@@ -63,6 +63,19 @@ def test_masks_in_tensors_are_read_beforehand(features):
     main, by_key = found[KERNEL].arguments, found["key_ranges_kernel"].arguments
     assert main["ranges"] is by_key["ranges"] and main["ranges"].shape == (2 * 8192 // 64, 4)
     assert main["key_ranges"] is by_key["key_ranges"] and main["key_ranges"].shape == (2 * 8192 // 128, 4)
+
+
+@pytest.mark.parametrize("mode", ["mean", "mean_added", "nan", "nan_added"])
+def test_rows_without_keys_are_added_afterwards(mode):
+    found = aot_launches.launches(**{**LONG, "key_mask": True, "empty_rows": mode})
+    has_ds = mode.endswith("added")
+    assert list(found)[-2 - has_ds :] == [FINISH, "backward_dkdv_kernel"] + ["backward_dq_kernel"] * has_ds
+    dkdv = found["backward_dkdv_kernel"]
+    assert dkdv.arguments["ONLY_EMPTY"] and dkdv.arguments["WANT_DV"] and dkdv.arguments["WANT_DK"] == has_ds
+    assert not dkdv.arguments["RANGED"] and not dkdv.direction
+    if mode in ("mean", "nan_added"):
+        for name in list(found)[-1 - has_ds :]:
+            assert aot.compile_launch(found[name], "sm90").asm["cubin"]
 
 
 def test_programs_of_a_head_have_ascending_numbers():
