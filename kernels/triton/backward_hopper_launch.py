@@ -22,8 +22,6 @@ MIN_SCORES = 2**29
 launch itself, and an opaque call costs the host up to 1.1 ms."""
 
 _FEATURES = ("HAS_BIAS", "HAS_ATTN_MASK", "HAS_DROPOUT", "HAS_ALIBI")
-RANGED = ("HAS_KEY_MASK", "HAS_START", "HAS_END", "HAS_IDS")
-"""Masks that stand in tensors, of which tables of ranges are made."""
 
 
 def refusal(
@@ -87,8 +85,10 @@ def hopper_launches(
     # Cleared by a memset, which CUDA graphs capture. The first one numbers the programs.
     counters = torch.zeros((1 + tiles,), dtype=torch.int32, device=q.device)
     shared = {name: arguments[name] for name in ("num_heads", "q_len", "softmax_scale", "HEAD_DIM")}
+    before, tables = tables_of_ranges(arguments, BLOCK_M, BLOCK_N)
     given = {
         **arguments,
+        **tables,
         "q": swizzled(q, BLOCK_M, WIDTH // 2),
         "k": swizzled(k, BLOCK_N // 2, WIDTH // 2),
         "v": swizzled(v, BLOCK_N // 2, WIDTH),
@@ -105,12 +105,6 @@ def hopper_launches(
         **dict(zip(("stride_dkb", "stride_dkh", "stride_dkn", "stride_dkd"), dk.stride())),
         **dict(zip(("stride_dvb", "stride_dvh", "stride_dvn", "stride_dve"), dv.stride())),
     }
-    before: list[Launch] = []
-    given["ranges"] = given["key_ranges"] = None
-    if any(arguments[name] for name in RANGED):
-        before = [ranges_launch(given, BLOCK_M, BLOCK_N)]
-        before.append(key_ranges_launch(before[0]))
-        given.update({name: before[1].arguments[name] for name in ("ranges", "key_ranges")})
     names = [parameter.name for parameter in backward_hopper_kernel.params]
     main = Launch(
         backward_hopper_kernel,
@@ -122,6 +116,15 @@ def hopper_launches(
     found = {**shared, **strides, "partial": partial, "turns": counters[1:], "ticket": counters, "grad_q": dq,
              "num_row_blocks": num_row_blocks}  # fmt: skip
     return [*before, main, Launch(backward_finish_kernel, tiles, found, {"num_warps": 4, "num_stages": 1})]
+
+
+def tables_of_ranges(arguments: dict[str, Any], block_m: int, block_n: int) -> tuple[list[Launch], dict[str, Any]]:
+    """Where masks stand in tensors, the launches that make `ranges` and `key_ranges`, and these; else neither."""
+    if not any(arguments[name] for name in ("HAS_KEY_MASK", "HAS_START", "HAS_END", "HAS_IDS")):
+        return [], {"ranges": None, "key_ranges": None}
+    of_rows = ranges_launch({**arguments, "batch_size": arguments["q"].shape[0]}, block_m, block_n)
+    of_keys = key_ranges_launch(of_rows)
+    return [of_rows, of_keys], {name: of_keys.arguments[name] for name in ("ranges", "key_ranges")}
 
 
 def row_statistics(tensor: Tensor, rows: int) -> Descriptor:

@@ -235,6 +235,11 @@ def large_backward_cases() -> list[dict[str, Any]]:
         {**latent, "M": 700, "N": 300, "band_upper": -400, "empty_rows": "mean_added"},
         {**latent, "M": 700, "N": 300, "band_upper": -400, "empty_rows": "mean_added", "rope": True},
     ]
+    features += [
+        feature if index % 3 == 0 else {**feature, **latent}
+        for index, feature in enumerate(tables_of_ranges_cases())
+        if "layout" not in feature and "D" not in feature
+    ]
     return [{**base, **feature} for feature in features]
 
 
