@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from rocm_attn_compile.kernels.triton import aot, aot_launches, traced
+from rocm_attn_compile.kernels.triton import aot, aot_launches, backward_hopper_launch, backward_launch, traced
 
 KERNEL, FINISH = "backward_hopper_kernel", "backward_finish_kernel"
 LONG = {"arch": "sm90", "dtype": torch.bfloat16, "head_dim": 128, "q_len": 8192, "kv_len": 8192}
@@ -36,18 +36,34 @@ def test_long_calls_take_it(features):
     assert not traced._trace(list(found.values()), {}, SimpleNamespace())
 
 
+HEADS = "its accumulators are those of 16-bit heads of 65 to 128 numbers"
+MASKS = "it knows no mask with a number a pair, no bias and no dropout"
+CAPS = "of soft caps it knows the one by NVIDIA's tanh instruction, for bfloat16"
+ROWS = "rows of row statistics do not start at multiples of 16 bytes, as the copy engine needs them"
+HOPPER = "written for Hopper, in Gluon, which is experimental, as two releases of Triton have it"
+
+
 @pytest.mark.parametrize(
-    "features",
+    ("features", "reason"),
     [
-        {"q_len": 1024, "kv_len": 1024}, {"head_dim": 64}, {"head_dim": 96}, {"head_dim": 192},
-        {"dtype": torch.float32}, {"arch": "sm100"}, {"arch": "gfx942"},
-        {"dtype": torch.float16, "soft_cap": 30.0}, {"dropout_p": 0.1}, {"q_len": 8190},
-        *({name: True} for name in ("attn_bias", "attn_mask", "alibi_slopes")),
+        ({"q_len": 1024, "kv_len": 1024}, "short, so that the host's time counts"),
+        ({"head_dim": 64}, HEADS), ({"head_dim": 96}, HEADS), ({"head_dim": 192}, HEADS), ({"arch": "sm100"}, HOPPER),
+        ({"dtype": torch.float16, "soft_cap": 30.0}, CAPS), ({"dropout_p": 0.1}, MASKS), ({"q_len": 8190}, ROWS),
+        *(({name: True}, MASKS) for name in ("attn_bias", "attn_mask", "alibi_slopes")),
+        ({"dtype": torch.float32}, HEADS), ({"arch": "gfx942"}, HOPPER),
     ],
     ids=str,
 )  # fmt: skip
-def test_others_keep_the_kernels_for_each_gradient(features):
+def test_others_keep_the_kernels_for_each_gradient(features, reason, monkeypatch):
+    reasons = []
+
+    def refusal(*arguments):
+        reasons.append(backward_hopper_launch.refusal(*arguments))
+        return reasons[-1]
+
+    monkeypatch.setattr(backward_launch, "refusal", refusal)
     found = aot_launches.launches(**{**LONG, **features})
+    assert reasons == [reason]
     assert KERNEL not in found
     assert {"backward_dkdv_kernel", "backward_dq_kernel"} <= set(found)
 
