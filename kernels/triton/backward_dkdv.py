@@ -70,10 +70,11 @@ def backward_dkdv_kernel(
     kv_head_index, kv_block = deal_programs(pid, batch_size * num_kv_heads, num_kv_blocks, heads_at_once)
     batch = (kv_head_index // num_kv_heads).to(tl.int64)
     kv_head = (kv_head_index % num_kv_heads).to(tl.int64)
-    if ONLY_EMPTY:
-        seen = 0
+    seen = 0
+    if EMPTY_MATTERS:
         for member in range(gqa_group_size):
             seen |= tl.load(any_empty + batch * num_heads + kv_head * gqa_group_size + member)
+    if ONLY_EMPTY:
         if seen == 0:
             return
     n_first = kv_block * BLOCK_N
@@ -149,7 +150,7 @@ def backward_dkdv_kernel(
             count = (end - begin) - (full_end - full_begin)
         else:
             first = 0
-            count = num_row_blocks
+            count = tl.where(seen != 0, num_row_blocks, 0)
         if (
             (phase == 0 and not ONLY_EMPTY)
             or (phase == 1 and not MERGED and not ONLY_EMPTY)

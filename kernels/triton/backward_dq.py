@@ -122,7 +122,7 @@ def backward_dq_kernel(
     m, d, fix = load_row_statistics(shift, delta, correction, row_base + q_first, row_ok, HAS_BIAS, True, BLOCK_M)
     empty = row_ok
     if EMPTY_HAS_DS:
-        empty = load_empty(lse, row_base, q_pos, row_ok)
+        empty = load_empty(lse, row_base, q_pos, row_ok) & (tl.load(any_empty + head_index) != 0)
     q_tile = load_head_tile(q, batch, head, q_first, stride_qm, stride_qd, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D, True,
                             WIDE, TMA)  # fmt: skip
     g_tile = load_head_tile(grad_out, batch, head, q_first, stride_gm, stride_ge, q_len, 0, V_HEAD_DIM, BLOCK_M,
