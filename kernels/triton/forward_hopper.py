@@ -32,8 +32,10 @@ from .common import (
     NO_MAX,
     RUNNING_MAX,
     SMALLEST_SUM,
+    kv_block_range,
 )
 from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, row_limits, signal
+from .mask_ranges import load_range
 
 ROWS = gl.constexpr(64)
 """Rows of a warp group."""
@@ -61,43 +63,27 @@ def key_range(
     stride_end_m, band_lower, band_upper, BLOCK_N: gl.constexpr, WARPS: gl.constexpr, HAS_START: gl.constexpr,
     HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, RANGED: gl.constexpr,
 ):  # fmt: skip
-    """As common.kv_block_range: `(begin, full_begin, full_end, end)` of a tile, in blocks of keys; or from `ranges`."""
+    """common.kv_block_range of a tile, or what `ranges` says."""
     # All rows in each warp: no exchange between warps.
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
     q_pos = gl.minimum(row_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=layout), q_len - 1)
     q_first = row_block * BLOCK_M
-    q_last = gl.minimum(q_first + BLOCK_M, q_len) - 1
-    lo = q_first * 0
-    hi = lo + kv_len
-    full_lo = lo
-    full_hi = hi
-    if HAS_UPPER:
-        hi = gl.minimum(hi, q_last + band_upper + 1)
-        full_hi = gl.minimum(full_hi, q_first + band_upper + 1)
-    if HAS_LOWER:
-        lo = gl.maximum(lo, q_first + band_lower)
-        full_lo = gl.maximum(full_lo, q_last + band_lower)
+    starts = q_pos
+    ends = q_pos
     if HAS_START:
         at = batch.to(gl.int64) * stride_start_b + q_pos.to(gl.int64) * stride_start_m
         starts = gl.minimum(gl.maximum(gl.load(kv_start + at), 0), kv_len).to(gl.int32)
-        lo = gl.maximum(lo, gl.min(starts, 0))
-        full_lo = gl.maximum(full_lo, gl.max(starts, 0))
     if HAS_END:
         at = batch.to(gl.int64) * stride_end_b + q_pos.to(gl.int64) * stride_end_m
         ends = gl.minimum(gl.maximum(gl.load(kv_end + at), 0), kv_len).to(gl.int32)
-        hi = gl.minimum(hi, gl.max(ends, 0))
-        full_hi = gl.minimum(full_hi, gl.min(ends, 0))
-    begin = lo // BLOCK_N
-    end = gl.maximum(begin, gl.cdiv(gl.maximum(hi, 0), BLOCK_N))
-    full_begin = gl.minimum(gl.maximum(gl.cdiv(full_lo, BLOCK_N), begin), end)
-    full_end = gl.minimum(gl.maximum(gl.maximum(full_hi, 0) // BLOCK_N, full_begin), end)
     if RANGED:
-        ranges += (batch * gl.cdiv(q_len, BLOCK_M) + row_block) * 4
-        begin = gl.load(ranges)
-        full_begin = gl.load(ranges + 1)
-        full_end = gl.load(ranges + 2)
-        end = gl.load(ranges + 3)
-    return begin, full_begin, full_end, end
+        found = load_range(ranges, batch * gl.cdiv(q_len, BLOCK_M) + row_block)
+    else:
+        found = kv_block_range(
+            q_first, gl.minimum(q_first + BLOCK_M, q_len) - 1, kv_len, starts, ends, band_lower, band_upper, BLOCK_N,
+            HAS_LOWER, HAS_UPPER, HAS_START, HAS_END,
+        )  # fmt: skip
+    return found
 
 
 @gluon.jit
