@@ -43,6 +43,8 @@ class Case:
         documents: Length of packed documents, None for one.
         by_ids: Whether the documents stand in ids of queries and keys, else in each row's first key.
         padded: Keys that a padding mask leaves, None for all.
+        left: Keys of padding before them, as of a batch in training: their own rows keep none, give the mean as in
+            eager, and get no gradient from the loss.
         bias: Whether a (1, H, M, N) bias is added, as in T5.
         page: Block size of a paged cache, whose blocks lie in random order; None is a contiguous one.
         float8: Whether the cache holds float8_e4m3fn with a scale per head.
@@ -64,6 +66,7 @@ class Case:
     documents: int | None = None
     by_ids: bool = False
     padded: int | None = None
+    left: int = 0
     bias: bool = False
     page: int | None = None
     float8: bool = False
@@ -78,7 +81,7 @@ class Case:
     @property
     def pairs(self) -> float:
         """Query-key pairs per head that the mask keeps."""
-        M, N = self.M, self.valid or self.padded or self.N
+        M, N = self.M - self.left, (self.valid or self.padded or self.N) - self.left
         if self.window:
             return M * self.window - self.window**2 / 2
         if self.documents:
@@ -153,6 +156,7 @@ CASES = [
         "structure: 8 documents by ids", 1, 32, 8, 8192, 128, documents=1024, by_ids=True, plain="structure: causal"
     ),
     prefill("structure: a quarter padding", 1, 32, 8, 8192, 128, causal=False, padded=6144, plain="structure: full"),
+    prefill("structure: a quarter padding, left, causal", 8, 32, 8, 2048, 128, left=512, plain="table 1"),
     prefill("structure: soft cap", 1, 32, 8, 8192, 128, soft_cap=30.0, plain="structure: causal"),
     prefill("structure: sinks", 1, 32, 8, 8192, 128, sinks=True, plain="structure: causal"),
     prefill("structure: bias", 2, 16, 16, 2048, 128, causal=False, bias=True),
@@ -183,8 +187,12 @@ def make_inputs(case: Case) -> dict[str, Any]:
         at = torch.arange(case.M, device="cuda", dtype=torch.int32) // case.documents * case.documents
         names = ("q_ids", "kv_ids") if case.by_ids else ("kv_start",)
         arguments.update(dict.fromkeys(names, at.expand(case.B, -1).contiguous()))
-    if case.padded:
-        arguments["key_mask"] = (torch.arange(case.N, device="cuda") < case.padded).expand(case.B, -1).contiguous()
+    if case.padded or case.left:
+        at = torch.arange(case.N, device="cuda")
+        kept = (at >= case.left) & (at < (case.padded or case.N))
+        arguments["key_mask"] = kept.expand(case.B, -1).contiguous()
+    if case.left:
+        arguments["empty_rows"] = "mean"
     if case.bias:
         arguments["attn_bias"] = random(1, case.H, case.M, case.N)
     if case.float8:
@@ -221,6 +229,8 @@ def keep_mask(case: Case, rows: torch.Tensor) -> torch.Tensor | None:
         keep &= i // case.documents == j // case.documents
     if case.valid or case.padded:
         keep &= j < (case.valid or case.padded)
+    if case.left:
+        keep &= j >= case.left
     return keep
 
 
@@ -240,12 +250,13 @@ def reference(case: Case, a: dict[str, Any], grad_out: torch.Tensor | None) -> d
             if case.bias:
                 s = s + a["attn_bias"][0, head, rows].float()
             s = s.masked_fill(~keep_mask(case, rows), -math.inf)
-            top = s.amax(-1, keepdim=True)
+            # Not -inf, for rows that keep nothing.
+            top = s.amax(-1, keepdim=True).clamp(min=-1e30)
             p = torch.exp(s - top)
             total = p.sum(-1, keepdim=True)
             if case.sinks:
                 total = total + torch.exp(a["sinks"][head] - top)
-            p = p / total
+            p = p / total.clamp(min=1e-30)
             out = p @ v
             found["out"][head, rows] = out
             if grad_out is not None:
@@ -263,7 +274,9 @@ def reference(case: Case, a: dict[str, Any], grad_out: torch.Tensor | None) -> d
 def worst_error(case: Case, want: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> float:
     """Largest relative error of the results given, on the reference's slice."""
     group = case.H // case.K
-    slices = {"out": (0, slice(group)), "q": (0, slice(group)), "k": (0, 0), "v": (0, 0)}
+    rows = slice(case.left, None)  # those before keep nothing
+    want = {**want, "out": want["out"][:, rows]}
+    slices = {"out": (0, slice(group), rows), "q": (0, slice(group)), "k": (0, 0), "v": (0, 0)}
     return max(base.relative(tensor[slices[name]], want[name]) for name, tensor in got.items())
 
 
@@ -369,7 +382,7 @@ def peers(case: Case, a: dict[str, Any], with_flex: bool, with_tuned: bool = Fal
         found["tuned"] = lambda: tuned(case, a)
     if not (case.soft_cap or case.sinks or case.valid or case.documents):
         mask = a["attn_bias"].expand(case.B, -1, -1, -1) if case.bias else None
-        if case.window or case.padded:
+        if case.window or case.padded or case.left:
             mask = keep_mask(case, torch.arange(case.M, device="cuda"))
         for name, kind in (
             ("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION),
@@ -395,6 +408,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the CSV for one case."""
     a = make_inputs(case)
     grad_out = random(case.B, case.H, case.M, case.E)
+    grad_out[:, :, : case.left] = 0
     wants_backward = not case.decode and not options.no_backward
     want = reference(case, a, grad_out if wants_backward else None)
     cache_bytes = (1 if case.float8 else 2) * case.B * case.K * (case.valid or case.N) * (case.D + case.E)

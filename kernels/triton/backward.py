@@ -8,7 +8,8 @@ Dropout multiplies p in dv, and dp, by keep / (1 - p). Nothing is accumulated at
 program and a fixed order, so gradients are deterministic. dk/dv loops over the query heads of its group.
 
 Rows without a key have lse = -inf. The main loops give them p = 0; where eager gives them a gradient (every mode but
-zero) a second pass adds it, entered only for heads in which the first kernel has seen such a row.
+zero) a second pass adds it, entered only for heads in which the first kernel has seen such a row, and a gradient there
+where it is a mean.
 
 Letters as in common.py.
 """
@@ -178,6 +179,9 @@ def backward_rows_kernel(
         m = m * LOG2E - score_offset(logits_soft_cap, SOFT_CAP, HAS_BIAS)
     tl.store(shift + row_base + row_store, m, mask=row_ok)
     if EMPTY_ROWS != EMPTY_ZERO:
+        if EMPTY_ROWS == EMPTY_MEAN or EMPTY_ROWS == EMPTY_MEAN_ADDED:
+            # Rows of padding get none in training, where the loss leaves them out: then they give none.
+            empty &= tl.max(tl.where(g_tile != 0, 1, 0), 1) != 0
         if tl.max(tl.where(empty, 1, 0)) != 0:
             tl.atomic_max(any_empty + head_index, 1)
 

@@ -21,7 +21,7 @@ from .common import (
     narrow,
 )
 from .mask_ranges import load_range, q_block_range
-from .tiles import load_head_tile, store_tile, tile_ptrs
+from .tiles import load_head_tile, load_tile, store_tile, tile_ptrs
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "heads_at_once", "band_lower", "band_upper"])
@@ -40,7 +40,7 @@ def backward_dkdv_kernel(
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr,
-    MERGED: tl.constexpr, RANGED: tl.constexpr,
+    MERGED: tl.constexpr, RANGED: tl.constexpr, ONLY_EMPTY: tl.constexpr,
     WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, ROUND_BITS: tl.constexpr, BIAS: tl.constexpr,
     RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
@@ -50,6 +50,8 @@ def backward_dkdv_kernel(
     """Write `grad_k` `(B, K, N, D)` (WANT_DK) and `grad_v` `(B, K, N, E)` (WANT_DV). Phases and TMA as in dq.
 
     With RANGED, which must be where rows have limits, the queries to walk over are read from `ranges`, see mask_ranges.
+
+    ONLY_EMPTY: add to what is there what rows without a key give, and nothing else.
 
     With ROPE > 0, the part of every head in the gradient of the shared piece goes to `grad_k_rest` `(B, K, N, ROPE)`.
     """
@@ -68,6 +70,13 @@ def backward_dkdv_kernel(
     kv_head_index, kv_block = deal_programs(pid, batch_size * num_kv_heads, num_kv_blocks, heads_at_once)
     batch = (kv_head_index // num_kv_heads).to(tl.int64)
     kv_head = (kv_head_index % num_kv_heads).to(tl.int64)
+    seen = 0
+    if EMPTY_MATTERS:
+        for member in range(gqa_group_size):
+            seen |= tl.load(any_empty + batch * num_heads + kv_head * gqa_group_size + member)
+    if ONLY_EMPTY:
+        if seen == 0:
+            return
     n_first = kv_block * BLOCK_N
     n_last = tl.minimum(n_first + BLOCK_N, kv_len) - 1
     n_first_long = n_first.to(tl.int64)
@@ -141,8 +150,12 @@ def backward_dkdv_kernel(
             count = (end - begin) - (full_end - full_begin)
         else:
             first = 0
-            count = num_row_blocks
-        if phase == 0 or (phase == 1 and not MERGED) or (phase == 2 and EMPTY_MATTERS):
+            count = tl.where(seen != 0, num_row_blocks, 0)
+        if (
+            (phase == 0 and not ONLY_EMPTY)
+            or (phase == 1 and not MERGED and not ONLY_EMPTY)
+            or (phase == 2 and EMPTY_MATTERS)
+        ):
             head = kv_head * gqa_group_size
             at = first
             for _ in range(count * gqa_group_size):
@@ -160,15 +173,16 @@ def backward_dkdv_kernel(
                     HAS_START, HAS_END, HAS_IDS,
                 )  # fmt: skip
                 visit = True
+                empty = row_ok
                 if phase == 2:
                     visit = tl.load(any_empty + batch * num_heads + head) != 0
+                    if visit:
+                        empty = load_empty(lse, row_base, q_pos, row_ok)
+                        visit = tl.max(tl.where(empty, 1, 0)) != 0
                 if visit:
                     m, d, fix = load_row_statistics(
                         shift, delta, correction, row_base + q_first, row_ok, HAS_BIAS, MERGED or phase > 0, BLOCK_M
                     )
-                    empty = row_ok
-                    if phase == 2:
-                        empty = load_empty(lse, row_base, q_pos, row_ok)
                     alibi = load_alibi(alibi_slopes, batch, head, stride_slopes_b, stride_slopes_h, HAS_ALIBI, HAS_BIAS)
                     q_head = q
                     g_head = grad_out
@@ -238,16 +252,25 @@ def backward_dkdv_kernel(
                 head = tl.where(done, head + 1, head)
                 at = tl.where(done, first, at)
     if WANT_DK:
+        dk *= softmax_scale
         grad_k += batch * stride_dkb + kv_head * stride_dkh
-        store_tile(grad_k, dk * softmax_scale, n_first, stride_dkn, stride_dkd, kv_len, 0, HEAD_DIM, BLOCK_N, BLOCK_D,
-                   WIDE)  # fmt: skip
-        if BLOCK_REST > 0 and ROPE > 0:
-            grad_k_rest += batch * stride_dkpb + kv_head * stride_dkph
-            store_tile(grad_k_rest, dk_rest * softmax_scale, n_first, stride_dkpn, 1, kv_len, 0, ROPE, BLOCK_N,
+        if ONLY_EMPTY:
+            dk += load_tile(grad_k, n_first, stride_dkn, stride_dkd, kv_len, 0, HEAD_DIM, BLOCK_N, BLOCK_D, True, WIDE)
+        store_tile(grad_k, dk, n_first, stride_dkn, stride_dkd, kv_len, 0, HEAD_DIM, BLOCK_N, BLOCK_D, WIDE)
+        if BLOCK_REST > 0:
+            dk_rest *= softmax_scale
+            stride_rest_n, stride_rest_d = stride_dkn, stride_dkd
+            if ROPE > 0:
+                grad_k = grad_k_rest + batch * stride_dkpb + kv_head * stride_dkph
+                stride_rest_n, stride_rest_d = stride_dkpn, 1
+            if ONLY_EMPTY:
+                dk_rest += load_tile(grad_k, n_first, stride_rest_n, stride_rest_d, kv_len, REST_COL, REST_SIZE,
+                                     BLOCK_N, BLOCK_REST, True, WIDE)  # fmt: skip
+            store_tile(grad_k, dk_rest, n_first, stride_rest_n, stride_rest_d, kv_len, REST_COL, REST_SIZE, BLOCK_N,
                        BLOCK_REST, WIDE)  # fmt: skip
-        elif BLOCK_REST > 0:
-            store_tile(grad_k, dk_rest * softmax_scale, n_first, stride_dkn, stride_dkd, kv_len, BLOCK_D, HEAD_DIM,
-                       BLOCK_N, BLOCK_REST, WIDE)  # fmt: skip
     if WANT_DV:
         grad_v += batch * stride_dvb + kv_head * stride_dvh
+        if ONLY_EMPTY:
+            dv += load_tile(grad_v, n_first, stride_dvn, stride_dve, kv_len, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E, True,
+                            WIDE)  # fmt: skip
         store_tile(grad_v, dv, n_first, stride_dvn, stride_dve, kv_len, 0, V_HEAD_DIM, BLOCK_N, BLOCK_E, WIDE)

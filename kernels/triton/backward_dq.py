@@ -17,7 +17,7 @@ from .common import (
     narrow,
 )
 from .mask_ranges import load_range
-from .tiles import load_head_tile, store_tile, tile_ptrs
+from .tiles import load_head_tile, load_tile, store_tile, tile_ptrs
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "heads_at_once", "band_lower", "band_upper"])
@@ -36,7 +36,7 @@ def backward_dq_kernel(
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr,
-    MERGED: tl.constexpr, RANGED: tl.constexpr, ROUND_BITS: tl.constexpr, BIAS: tl.constexpr,
+    MERGED: tl.constexpr, RANGED: tl.constexpr, ONLY_EMPTY: tl.constexpr, ROUND_BITS: tl.constexpr, BIAS: tl.constexpr,
     RAW: tl.constexpr, SOFT_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr,
@@ -45,7 +45,7 @@ def backward_dq_kernel(
     """Write `grad_q` `(B, H, M, D)`. Phases: blocks that no limit of position cuts, cut blocks, empty rows.
 
     TMA, RANGED and ROPE as in attention_forward_kernel; with ROPE > 0 the second piece goes to `grad_q_rest`
-    `(B, H, M, ROPE)`.
+    `(B, H, M, ROPE)`. ONLY_EMPTY as in dk/dv.
     """
     # Inductor hands numbers over in float64, or as constants.
     softmax_scale = tl.full((), softmax_scale, tl.float32)
@@ -66,6 +66,9 @@ def backward_dq_kernel(
     head = kv_head * gqa_group_size + tile % gqa_group_size
     head_index = batch * num_heads + head
     row_base = head_index * q_len
+    if ONLY_EMPTY:
+        if tl.load(any_empty + head_index) == 0:
+            return
     q_first = row_block * BLOCK_M
     q_last = tl.minimum(q_first + BLOCK_M, q_len) - 1
     q_first_long = q_first.to(tl.int64)
@@ -119,7 +122,7 @@ def backward_dq_kernel(
     m, d, fix = load_row_statistics(shift, delta, correction, row_base + q_first, row_ok, HAS_BIAS, True, BLOCK_M)
     empty = row_ok
     if EMPTY_HAS_DS:
-        empty = load_empty(lse, row_base, q_pos, row_ok)
+        empty = load_empty(lse, row_base, q_pos, row_ok) & (tl.load(any_empty + head_index) != 0)
     q_tile = load_head_tile(q, batch, head, q_first, stride_qm, stride_qd, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D, True,
                             WIDE, TMA)  # fmt: skip
     g_tile = load_head_tile(grad_out, batch, head, q_first, stride_gm, stride_ge, q_len, 0, V_HEAD_DIM, BLOCK_M,
@@ -152,7 +155,11 @@ def backward_dq_kernel(
             last = 0
             if EMPTY_HAS_DS:
                 last = tl.where(tl.max(tl.where(empty, 1, 0)) != 0, tl.cdiv(kv_len, BLOCK_N), 0)
-        if phase == 0 or (phase == 1 and not MERGED) or (phase == 2 and EMPTY_HAS_DS):
+        if (
+            (phase == 0 and not ONLY_EMPTY)
+            or (phase == 1 and not MERGED and not ONLY_EMPTY)
+            or (phase == 2 and EMPTY_HAS_DS)
+        ):
             for i in range(first, last):
                 block = i
                 if phase == 1:
@@ -206,12 +213,19 @@ def backward_dq_kernel(
                 acc = tl.dot(ds, k_tile, acc, input_precision=PRECISION)
                 if BLOCK_REST > 0:
                     acc_rest = tl.dot(ds, k_rest_tile, acc_rest, input_precision=PRECISION)
+    acc *= softmax_scale
     grad_q += batch * stride_dqb + head * stride_dqh
-    store_tile(grad_q, acc * softmax_scale, q_first, stride_dqm, stride_dqd, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D, WIDE)
-    if BLOCK_REST > 0 and ROPE > 0:
-        grad_q_rest += batch * stride_dqpb + head * stride_dqph
-        store_tile(grad_q_rest, acc_rest * softmax_scale, q_first, stride_dqpm, 1, q_len, 0, ROPE, BLOCK_M, BLOCK_REST,
-                   WIDE)  # fmt: skip
-    elif BLOCK_REST > 0:
-        store_tile(grad_q, acc_rest * softmax_scale, q_first, stride_dqm, stride_dqd, q_len, BLOCK_D, HEAD_DIM, BLOCK_M,
+    if ONLY_EMPTY:
+        acc += load_tile(grad_q, q_first, stride_dqm, stride_dqd, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D, True, WIDE)
+    store_tile(grad_q, acc, q_first, stride_dqm, stride_dqd, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D, WIDE)
+    if BLOCK_REST > 0:
+        acc_rest *= softmax_scale
+        stride_rest_m, stride_rest_d = stride_dqm, stride_dqd
+        if ROPE > 0:
+            grad_q = grad_q_rest + batch * stride_dqpb + head * stride_dqph
+            stride_rest_m, stride_rest_d = stride_dqpm, 1
+        if ONLY_EMPTY:
+            acc_rest += load_tile(grad_q, q_first, stride_rest_m, stride_rest_d, q_len, REST_COL, REST_SIZE, BLOCK_M,
+                                  BLOCK_REST, True, WIDE)  # fmt: skip
+        store_tile(grad_q, acc_rest, q_first, stride_rest_m, stride_rest_d, q_len, REST_COL, REST_SIZE, BLOCK_M,
                    BLOCK_REST, WIDE)  # fmt: skip

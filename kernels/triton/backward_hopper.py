@@ -35,7 +35,8 @@ from .backward_hopper_parts import (
     pack,
 )
 from .common import CAP_FAST
-from .hopper_parts import LOG2E, NEVER, NEVER_CAPPED, barrier, signal
+from .hopper_parts import LOG2E, NEVER, NEVER_CAPPED, barrier, keep_pairs, signal
+from .mask_ranges import load_range, q_block_range
 
 
 @gluon.jit
@@ -69,10 +70,13 @@ def stage_dq(dq_smem, dq, taken, step, SIDE: gl.constexpr):
 
 @gluon.jit
 def sum_keys(
-    grad_k, grad_v, q_smem, k_smem, v_smem, g_smem, ds_smem, dq_smem, row_smem, kv_full, full, ds_full, done, taken,
-    stride_dkn, stride_dkd, stride_dvn, stride_dve, group, kv_len, softmax_scale, scale_log2, inner_scale,
-    band_lower, band_upper, n_first, end, steps, full_begin, full_end, SIDE: gl.constexpr, HEAD_DIM: gl.constexpr,
-    V_HEAD_DIM: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr,
+    grad_k, grad_v, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem, v_smem, g_smem, ds_smem, dq_smem,
+    row_smem, kv_full, full, ds_full, done, taken, stride_dkn, stride_dkd, stride_dvn, stride_dve, stride_key_n,
+    stride_start_m, stride_end_m, stride_qid_m, stride_kid_n, group, q_len, kv_len, softmax_scale, scale_log2,
+    inner_scale, band_lower, band_upper, n_first, end, steps, full_begin, full_end, SIDE: gl.constexpr,
+    HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr,
+    HAS_END: gl.constexpr, HAS_IDS: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr,
+    SOFT_CAP: gl.constexpr,
 ):  # fmt: skip
     """One of the two warp groups.
 
@@ -105,11 +109,11 @@ def sum_keys(
                                           is_pure=True, pack=1)  # fmt: skip
         if (block < full_begin) | (block >= full_end):
             q_pos = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=by_query)
-            keep = (kv_pos < kv_len)[:, None] & (q_pos >= 0)[None, :]
-            if HAS_UPPER:
-                keep &= kv_pos[:, None] - q_pos[None, :] <= band_upper
-            if HAS_LOWER:
-                keep &= kv_pos[:, None] - q_pos[None, :] >= band_lower
+            keep = keep_pairs(
+                q_pos, kv_pos, q_len, kv_len, key_mask, kv_start, kv_end, q_ids, kv_ids, stride_key_n, stride_start_m,
+                stride_end_m, stride_qid_m, stride_kid_n, band_lower, band_upper, HAS_KEY_MASK, HAS_START, HAS_END,
+                HAS_IDS, HAS_LOWER, HAS_UPPER,
+            )  # fmt: skip
             s = gl.where(keep, s, NEVER_CAPPED if SOFT_CAP == CAP_FAST else NEVER)
         dp = warpgroup_mma(v_smem.index(SIDE), g_smem.index(stage).permute((1, 0)), nothing, use_acc=False,
                            is_async=True)  # fmt: skip
@@ -170,10 +174,14 @@ _SIZES = ["batch_size", "num_heads", "gqa_group_size", "q_len", "kv_len", "heads
 
 @gluon.jit(do_not_specialize=_SIZES)
 def backward_hopper_kernel(
-    q, k, v, grad_out, grad_k, grad_v, shift, delta, partial, turns, ticket,
+    q, k, v, grad_out, grad_k, grad_v, shift, delta, partial, turns, ticket, key_mask, kv_start, kv_end, q_ids, kv_ids,
+    ranges, key_ranges,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dve,
+    stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m, stride_qid_b, stride_qid_m,
+    stride_kid_b, stride_kid_n,
     batch_size, num_heads, gqa_group_size, q_len, kv_len, heads_at_once, softmax_scale, logits_soft_cap,
-    band_lower, band_upper, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, HAS_LOWER: gl.constexpr,
+    band_lower, band_upper, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
+    HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_IDS: gl.constexpr, HAS_LOWER: gl.constexpr,
     HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr,
 ):  # fmt: skip
     """Write `grad_k` `(B, K, N, D)` and `grad_v` `(B, K, N, E)`, and add up dq in `partial`; D and E are at most 128.
@@ -186,6 +194,9 @@ def backward_hopper_kernel(
             queries that see no key are not written.
         turns: int32 `(B, H, blocks of queries)`, zeros; more than 0 where `partial` has been written.
         ticket: int32 `(1,)`, zero.
+        ranges, key_ranges: Where a mask stands in tensors, the tables of mask_ranges_kernel, for blocks of 64 queries,
+            and of key_ranges_kernel, for blocks of 128 keys. The turns at a block of queries are counted from the first
+            of its range, so all keys in it must have the block in theirs: that is why one table is made of the other.
     """
     dtype: gl.constexpr = q.dtype
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -229,49 +240,57 @@ def backward_hopper_kernel(
     kv_head = kv_index % num_kv_heads
     n_first = kv_block * BLOCK_N
     n_last = gl.minimum(n_first + BLOCK_N, kv_len) - 1
-    lo = 0
-    hi = q_len
-    full_lo = 0
-    full_hi = q_len
-    if HAS_UPPER:
-        lo = gl.maximum(lo, n_first - band_upper)
-        full_lo = gl.maximum(full_lo, n_last - band_upper)
-    if HAS_LOWER:
-        hi = gl.minimum(hi, n_last - band_lower + 1)
-        full_hi = gl.minimum(full_hi, n_first - band_lower + 1)
-    begin = lo // BLOCK_M
-    end = gl.maximum(begin, gl.cdiv(gl.maximum(hi, 0), BLOCK_M))
-    steps = (end - begin) * gqa_group_size
-    # Blocks of queries that the mask leaves whole. Absent queries have weight 0 in any case, absent keys have not.
-    full_begin = gl.cdiv(full_lo, BLOCK_M)
-    full_end = gl.where(full_hi >= q_len, num_row_blocks, gl.maximum(full_hi, 0) // BLOCK_M)
+    RANGED: gl.constexpr = HAS_KEY_MASK or HAS_START or HAS_END or HAS_IDS
+    if RANGED:
+        begin, full_begin, full_end, end = load_range(key_ranges, batch * num_kv_blocks + kv_block)
+        ranges += batch * num_row_blocks * 4
+    else:
+        # As if all queries of the last block were there: absent ones add nothing in any case. Absent keys do.
+        begin, full_begin, full_end, end = q_block_range(
+            n_first, n_last, num_row_blocks * BLOCK_M, band_lower, band_upper, BLOCK_M, HAS_LOWER, HAS_UPPER
+        )
     full_end = gl.where(n_first + BLOCK_N > kv_len, 0, full_end)
+    steps = (end - begin) * gqa_group_size
+    batch_long = batch.to(gl.int64)
+    if HAS_KEY_MASK:
+        key_mask += batch_long * stride_key_b
+    if HAS_START:
+        kv_start += batch_long * stride_start_b
+    if HAS_END:
+        kv_end += batch_long * stride_end_b
+    if HAS_IDS:
+        q_ids += batch_long * stride_qid_b
+        kv_ids += batch_long * stride_kid_b
 
-    grad_k += batch.to(gl.int64) * stride_dkb + kv_head.to(gl.int64) * stride_dkh
-    grad_v += batch.to(gl.int64) * stride_dvb + kv_head.to(gl.int64) * stride_dvh
+    grad_k += batch_long * stride_dkb + kv_head.to(gl.int64) * stride_dkh
+    grad_v += batch_long * stride_dvb + kv_head.to(gl.int64) * stride_dvh
     barrier()
     # Written out twice: constants stay constants only in the call itself.
     gl.warp_specialize(
         [
             (sum_keys, (
-                grad_k, grad_v, q_smem, k_smem, v_smem, g_smem, ds_smem, dq_smem, row_smem, kv_full.index(0), full,
-                ds_full, done, taken, stride_dkn, stride_dkd, stride_dvn, stride_dve, gqa_group_size, kv_len,
-                softmax_scale, scale_log2, inner_scale, band_lower, band_upper, n_first, end, steps, full_begin,
-                full_end, 0, HEAD_DIM, V_HEAD_DIM, HAS_LOWER, HAS_UPPER, SOFT_CAP,
+                grad_k, grad_v, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem, v_smem, g_smem, ds_smem,
+                dq_smem, row_smem, kv_full.index(0), full, ds_full, done, taken, stride_dkn, stride_dkd, stride_dvn,
+                stride_dve, stride_key_n, stride_start_m, stride_end_m, stride_qid_m, stride_kid_n, gqa_group_size,
+                q_len, kv_len, softmax_scale, scale_log2, inner_scale, band_lower, band_upper, n_first, end, steps,
+                full_begin, full_end, 0, HEAD_DIM, V_HEAD_DIM, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER,
+                HAS_UPPER, SOFT_CAP,
             )),
             (sum_keys, (
-                grad_k, grad_v, q_smem, k_smem, v_smem, g_smem, ds_smem, dq_smem, row_smem, kv_full.index(0), full,
-                ds_full, done, taken, stride_dkn, stride_dkd, stride_dvn, stride_dve, gqa_group_size, kv_len,
-                softmax_scale, scale_log2, inner_scale, band_lower, band_upper, n_first, end, steps, full_begin,
-                full_end, 1, HEAD_DIM, V_HEAD_DIM, HAS_LOWER, HAS_UPPER, SOFT_CAP,
+                grad_k, grad_v, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem, v_smem, g_smem, ds_smem,
+                dq_smem, row_smem, kv_full.index(0), full, ds_full, done, taken, stride_dkn, stride_dkd, stride_dvn,
+                stride_dve, stride_key_n, stride_start_m, stride_end_m, stride_qid_m, stride_kid_n, gqa_group_size,
+                q_len, kv_len, softmax_scale, scale_log2, inner_scale, band_lower, band_upper, n_first, end, steps,
+                full_begin, full_end, 1, HEAD_DIM, V_HEAD_DIM, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER,
+                HAS_UPPER, SOFT_CAP,
             )),
             (copy_in, (
                 q, k, v, grad_out, shift, delta, q_smem, k_smem, v_smem, g_smem, row_smem, kv_full.index(0), full,
                 done, batch, kv_head, num_heads, gqa_group_size, n_first, end, steps,
             )),
             (add_in_turn, (
-                partial, turns, dq_smem, done, taken, batch * num_heads + kv_head * gqa_group_size, gqa_group_size,
-                num_row_blocks, band_lower, kv_block, end, steps, HAS_LOWER,
+                partial, turns, ranges, dq_smem, done, taken, batch * num_heads + kv_head * gqa_group_size,
+                gqa_group_size, num_row_blocks, band_lower, kv_block, end, steps, HAS_LOWER, RANGED,
             )),
         ],
         [4, 1, 1],

@@ -12,6 +12,7 @@ from . import configs
 from .backward_finish import backward_finish_kernel
 from .common import CAP_FAST, NO_CAP
 from .launch import NO_SWIZZLE, Descriptor, Launch, swizzled
+from .mask_ranges_launch import key_ranges_launch, ranges_launch
 
 BLOCK_M, BLOCK_N, WIDTH, PART = 64, 128, 128, 16
 """As in backward_hopper_parts.py."""
@@ -20,9 +21,7 @@ MIN_SCORES = 2**29
 """Below this many scores (B * H * M * N) the gradients take less than 0.7 ms. This kernel is none that Inductor can
 launch itself, and an opaque call costs the host up to 1.1 ms."""
 
-_FEATURES = (
-    "HAS_BIAS", "HAS_ATTN_MASK", "HAS_KEY_MASK", "HAS_START", "HAS_END", "HAS_IDS", "HAS_DROPOUT", "HAS_ALIBI",
-)  # fmt: skip
+_FEATURES = ("HAS_BIAS", "HAS_ATTN_MASK", "HAS_DROPOUT", "HAS_ALIBI")
 
 
 def refusal(
@@ -51,8 +50,8 @@ def refusal(
 
 def mask_refusal(arguments: dict[str, Any]) -> str:
     """The reasons of `refusal` that lie in masks, soft cap and rows; those of backward_large_launch, too."""
-    if not arguments["RAW"] or arguments["EMPTY_ROWS"] or any(arguments[name] for name in _FEATURES):
-        return "it knows no mask but the band, no bias, no dropout and no empty rows with a gradient"
+    if not arguments["RAW"] or any(arguments[name] for name in _FEATURES):
+        return "it knows no mask with a number a pair, no bias and no dropout"
     if arguments["SOFT_CAP"] not in (NO_CAP.value, CAP_FAST.value):
         return "of soft caps it knows the one by NVIDIA's tanh instruction, for bfloat16"
     if arguments["q"].shape[2] % 4:
@@ -86,8 +85,10 @@ def hopper_launches(
     # Cleared by a memset, which CUDA graphs capture. The first one numbers the programs.
     counters = torch.zeros((1 + tiles,), dtype=torch.int32, device=q.device)
     shared = {name: arguments[name] for name in ("num_heads", "q_len", "softmax_scale", "HEAD_DIM")}
+    before, tables = tables_of_ranges(arguments, BLOCK_M, BLOCK_N)
     given = {
         **arguments,
+        **tables,
         "q": swizzled(q, BLOCK_M, WIDTH // 2),
         "k": swizzled(k, BLOCK_N // 2, WIDTH // 2),
         "v": swizzled(v, BLOCK_N // 2, WIDTH),
@@ -114,7 +115,16 @@ def hopper_launches(
     strides = dict(zip(("stride_dqb", "stride_dqh", "stride_dqm", "stride_dqd"), dq.stride()))
     found = {**shared, **strides, "partial": partial, "turns": counters[1:], "ticket": counters, "grad_q": dq,
              "num_row_blocks": num_row_blocks}  # fmt: skip
-    return [main, Launch(backward_finish_kernel, tiles, found, {"num_warps": 4, "num_stages": 1})]
+    return [*before, main, Launch(backward_finish_kernel, tiles, found, {"num_warps": 4, "num_stages": 1})]
+
+
+def tables_of_ranges(arguments: dict[str, Any], block_m: int, block_n: int) -> tuple[list[Launch], dict[str, Any]]:
+    """Where masks stand in tensors, the launches that make `ranges` and `key_ranges`, and these; else neither."""
+    if not any(arguments[name] for name in ("HAS_KEY_MASK", "HAS_START", "HAS_END", "HAS_IDS")):
+        return [], {"ranges": None, "key_ranges": None}
+    of_rows = ranges_launch({**arguments, "batch_size": arguments["q"].shape[0]}, block_m, block_n)
+    of_keys = key_ranges_launch(of_rows)
+    return [of_rows, of_keys], {name: of_keys.arguments[name] for name in ("ranges", "key_ranges")}
 
 
 def row_statistics(tensor: Tensor, rows: int) -> Descriptor:

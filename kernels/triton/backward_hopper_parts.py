@@ -101,33 +101,41 @@ def copy_in(
 
 @gluon.jit
 def add_in_turn(
-    partial, turns, dq_smem, done, taken, first_row, group, num_row_blocks, band_lower, kv_block, end, steps,
-    HAS_LOWER: gl.constexpr,
+    partial, turns, ranges, dq_smem, done, taken, first_row, group, num_row_blocks, band_lower, kv_block, end, steps,
+    HAS_LOWER: gl.constexpr, RANGED: gl.constexpr,
 ):  # fmt: skip
     """A warp that adds dq of a block to what the programs with lower keys have left in `partial`; the first one stores.
 
-    `first_row` is the first query head's number among all of them.
+    `first_row` is the first query head's number among all of them. RANGED: `ranges` says which keys a block meets. A
+    program may pass blocks that do not meet its keys, on its way to others; there it has nothing to add, and no turn.
     """
     head = 0
     block = end - 1
     for step in range(steps):
         stage = step % 2
         first = 0
+        meets = True
         if HAS_LOWER:
             # The first keys that the block sees.
             first = gl.maximum(block * BLOCK_M + band_lower, 0) // BLOCK_N
+        if RANGED:
+            first = gl.load(ranges + 4 * block)
+            meets = (kv_block >= first) & (kv_block < gl.load(ranges + 4 * block + 3))
         tile = (first_row + head) * num_row_blocks + block
         # Staged in the step that follows.
         mbarrier.wait(done.index(stage ^ 1), (step + 1) // 2 % 2)
-        if kv_block > first:
-            while load_acquire(turns + tile) < kv_block - first:
-                pass
-            for half in gl.static_range(2):
-                async_add(partial, [(2 * tile + half) * PART, 0], dq_smem.index(2 * stage + half))
-        else:
-            for half in gl.static_range(2):
-                tma.async_copy_shared_to_global(partial, [(2 * tile + half) * PART, 0], dq_smem.index(2 * stage + half))
-        tma.store_wait(0)
+        if meets:
+            if kv_block > first:
+                while load_acquire(turns + tile) < kv_block - first:
+                    pass
+                for half in gl.static_range(2):
+                    async_add(partial, [(2 * tile + half) * PART, 0], dq_smem.index(2 * stage + half))
+            else:
+                for half in gl.static_range(2):
+                    tma.async_copy_shared_to_global(partial, [(2 * tile + half) * PART, 0],
+                                                    dq_smem.index(2 * stage + half))  # fmt: skip
+            tma.store_wait(0)
         mbarrier.arrive(taken.index(stage), count=1)
-        store_release(turns + tile, kv_block - first + 1)
+        if meets:
+            store_release(turns + tile, kv_block - first + 1)
         head, block = next_step(head, block, group)

@@ -28,7 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward_hopper_parts import next_step
 from .common import CAP_FAST
-from .hopper_parts import LOG2E, NEVER, NEVER_CAPPED, barrier, signal
+from .hopper_parts import LOG2E, NEVER, NEVER_CAPPED, barrier, keep_pairs, signal
+from .mask_ranges import load_range
 
 KEYS = gl.constexpr(64)
 """Of a program."""
@@ -99,12 +100,14 @@ def store_keys(pointer, tile, n_first, kv_len, stride_n, stride_d, width, layout
 
 @gluon.jit
 def weigh(
-    grad_v, part, q_smem, k_smem, q_rest_smem, k_rest_smem, g_smem, x_smem, row_smem, kv_full, q_full, q_free, g_full,
-    g_free, x_full, x_free, stride_dvn, stride_dve, group, kv_len, scale_log2, inner_scale, band_lower, band_upper,
-    n_first, end, steps, full_begin, full_end, V_HEAD_DIM: gl.constexpr, BLOCK_REST: gl.constexpr,
-    BLOCK_E: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
-    WIDTH: gl.constexpr, IS_FIRST: gl.constexpr, IS_LAST: gl.constexpr, HAS_LOWER: gl.constexpr,
-    HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr,
+    grad_v, part, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem, q_rest_smem, k_rest_smem, g_smem, x_smem,
+    row_smem, kv_full, q_full, q_free, g_full, g_free, x_full, x_free, stride_dvn, stride_dve, stride_key_n,
+    stride_start_m, stride_end_m, stride_qid_m, stride_kid_n, group, q_len, kv_len, scale_log2, inner_scale, band_lower,
+    band_upper, n_first, end, steps, full_begin, full_end, V_HEAD_DIM: gl.constexpr, BLOCK_REST: gl.constexpr,
+    BLOCK_E: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, WIDTH: gl.constexpr,
+    IS_FIRST: gl.constexpr, IS_LAST: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr,
+    HAS_END: gl.constexpr, HAS_IDS: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr,
+    SOFT_CAP: gl.constexpr,
 ):  # fmt: skip
     """The group of scores, weights and dv."""
     dtype: gl.constexpr = q_smem.dtype
@@ -134,11 +137,11 @@ def weigh(
                                           is_pure=True, pack=1)  # fmt: skip
         if (block < full_begin) | (block >= full_end):
             q_pos = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=by_query)
-            keep = (kv_pos < kv_len)[:, None] & (q_pos >= 0)[None, :]
-            if HAS_UPPER:
-                keep &= kv_pos[:, None] - q_pos[None, :] <= band_upper
-            if HAS_LOWER:
-                keep &= kv_pos[:, None] - q_pos[None, :] >= band_lower
+            keep = keep_pairs(
+                q_pos, kv_pos, q_len, kv_len, key_mask, kv_start, kv_end, q_ids, kv_ids, stride_key_n, stride_start_m,
+                stride_end_m, stride_qid_m, stride_kid_n, band_lower, band_upper, HAS_KEY_MASK, HAS_START, HAS_END,
+                HAS_IDS, HAS_LOWER, HAS_UPPER,
+            )  # fmt: skip
             s = gl.where(keep, s, NEVER_CAPPED if SOFT_CAP == CAP_FAST else NEVER)
         p = gl.exp2(s * scale_log2 - shift)
         # In ds with the derivative of the soft cap.
@@ -292,12 +295,15 @@ _SIZES = [
 @gluon.jit(do_not_specialize=_SIZES)
 def backward_large_kernel(
     q, k, q_rest, k_rest, v, grad_out, grad_k, grad_k_rest, grad_v, part, shift, delta, ds,
+    key_mask, kv_start, kv_end, q_ids, kv_ids, key_ranges,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dkpb, stride_dkph, stride_dkpn, stride_dkpd,
-    stride_dvb, stride_dvh, stride_dvn, stride_dve,
+    stride_dvb, stride_dvh, stride_dvn, stride_dve, stride_key_b, stride_key_n, stride_start_b, stride_start_m,
+    stride_end_b, stride_end_m, stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
     num_heads, gqa_group_size, q_len, kv_len, first_head, head_count, heads_at_once, first_tile, last_tile, row_tiles,
     softmax_scale, logits_soft_cap, band_lower, band_upper, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
     ROPE: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_REST: gl.constexpr, BLOCK_E: gl.constexpr, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, IS_FIRST: gl.constexpr, IS_LAST: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_IDS: gl.constexpr,
     HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr,
 ):  # fmt: skip
     """Write `grad_k` `(B, K, N, D)`, `grad_v` `(B, K, N, E)` and ds of `head_count` key/value heads from `first_head`.
@@ -312,6 +318,7 @@ def backward_large_kernel(
         ds: Descriptor of 64 x BLOCK_M of `(tiles * 64, 128)`: for each query head from the first one's group on, and
             128 queries, `row_tiles` blocks of 64 keys, of which block i is at i % row_tiles. What no query sees is not
             written.
+        key_ranges: Where a mask stands in tensors, the table of key_ranges_kernel by blocks of 64 keys and 128 queries.
         first_head, head_count: Of all batch entries' heads.
         first_tile, last_tile: Queries, by 128s.
     """
@@ -366,22 +373,38 @@ def backward_large_kernel(
     batch = (first_head + index) // num_kv_heads
     kv_head = (first_head + index) % num_kv_heads
     n_first = kv_block * KEYS
-    tile_begin, tile_end = query_range(n_first, q_len, band_lower, band_upper, HAS_LOWER, HAS_UPPER)
+    RANGED: gl.constexpr = HAS_KEY_MASK or HAS_START or HAS_END or HAS_IDS
+    RATIO: gl.constexpr = TILE_M // BLOCK_M
+    if RANGED:
+        tile_begin, full_begin, full_end, tile_end = load_range(key_ranges, batch * num_kv_blocks + kv_block)
+        full_begin *= RATIO
+        full_end *= RATIO
+    else:
+        tile_begin, tile_end = query_range(n_first, q_len, band_lower, band_upper, HAS_LOWER, HAS_UPPER)
+        # Blocks of queries that the mask leaves whole. Absent queries have weight 0 in any case, absent keys have not.
+        full_begin = 0
+        full_end = tile_end * RATIO
+        if HAS_UPPER:
+            full_begin = gl.cdiv(gl.maximum(n_first + KEYS - 1 - band_upper, 0), BLOCK_M)
+        if HAS_LOWER:
+            full_end = gl.maximum(n_first - band_lower + 1, 0) // BLOCK_M
+    full_end = gl.where(n_first + KEYS > kv_len, 0, full_end)
     tile_begin = gl.maximum(tile_begin, first_tile)
     tile_end = gl.maximum(gl.minimum(tile_end, last_tile), tile_begin)
-    end = tile_end * (TILE_M // BLOCK_M)
-    steps = (tile_end - tile_begin) * (TILE_M // BLOCK_M) * gqa_group_size
-    # Blocks of queries that the mask leaves whole. Absent queries have weight 0 in any case, absent keys have not.
-    full_begin = 0
-    full_end = end
-    if HAS_UPPER:
-        full_begin = gl.cdiv(gl.maximum(n_first + KEYS - 1 - band_upper, 0), BLOCK_M)
-    if HAS_LOWER:
-        full_end = gl.maximum(n_first - band_lower + 1, 0) // BLOCK_M
-    full_end = gl.where(n_first + KEYS > kv_len, 0, full_end)
+    end = tile_end * RATIO
+    steps = (tile_end - tile_begin) * RATIO * gqa_group_size
 
     num_tiles = last_tile - first_tile
     batch_long = batch.to(gl.int64)
+    if HAS_KEY_MASK:
+        key_mask += batch_long * stride_key_b
+    if HAS_START:
+        kv_start += batch_long * stride_start_b
+    if HAS_END:
+        kv_end += batch_long * stride_end_b
+    if HAS_IDS:
+        q_ids += batch_long * stride_qid_b
+        kv_ids += batch_long * stride_kid_b
     head_long = kv_head.to(gl.int64)
     grad_k += batch_long * stride_dkb + head_long * stride_dkh
     grad_v += batch_long * stride_dvb + head_long * stride_dvh
@@ -394,11 +417,12 @@ def backward_large_kernel(
     gl.warp_specialize(
         [
             (weigh, (
-                grad_v, part + BLOCK_D + BLOCK_REST, q_smem, k_smem, q_rest_smem, k_rest_smem, g_smem, x_smem, row_smem,
-                kv_full.index(0), q_full, q_free, g_full, g_free, x_full, x_free, stride_dvn, stride_dve,
-                gqa_group_size, kv_len, scale_log2, inner_scale, band_lower, band_upper, n_first, end, steps,
-                full_begin, full_end, V_HEAD_DIM, BLOCK_REST, BLOCK_E, BLOCK_M, STAGES, SLOTS, WIDTH, IS_FIRST,
-                IS_LAST, HAS_LOWER, HAS_UPPER, SOFT_CAP,
+                grad_v, part + BLOCK_D + BLOCK_REST, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem,
+                q_rest_smem, k_rest_smem, g_smem, x_smem, row_smem, kv_full.index(0), q_full, q_free, g_full, g_free,
+                x_full, x_free, stride_dvn, stride_dve, stride_key_n, stride_start_m, stride_end_m, stride_qid_m,
+                stride_kid_n, gqa_group_size, q_len, kv_len, scale_log2, inner_scale, band_lower, band_upper, n_first,
+                end, steps, full_begin, full_end, V_HEAD_DIM, BLOCK_REST, BLOCK_E, BLOCK_M, STAGES, SLOTS, WIDTH,
+                IS_FIRST, IS_LAST, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, SOFT_CAP,
             )),
             (differentiate, (
                 grad_k, grad_k_rest, part, q_smem, q_rest_smem, v_smem, g_smem, x_smem, row_smem, kv_full.index(0),

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .common import deal_programs
+from .mask_ranges import load_range
 from .tiles import store_tile
 
 KEYS = tl.constexpr(64)
@@ -31,15 +32,17 @@ _SIZES = [
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward_large_dq_kernel(
-    ds, k, k_rest, grad_q, grad_q_rest, stride_dqb, stride_dqh, stride_dqm, stride_dqd,
+    ds, k, k_rest, grad_q, grad_q_rest, ranges, stride_dqb, stride_dqh, stride_dqm, stride_dqd,
     stride_dqpb, stride_dqph, stride_dqpm,
     num_heads, gqa_group_size, q_len, kv_len, first_head, head_count, heads_at_once, first_tile, last_tile, row_tiles,
     softmax_scale, band_lower, band_upper, HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_REST: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, RANGED: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Write `grad_q` `(B, H, M, D)` of the query heads of `head_count` key/value heads, 128 queries a program.
 
     ds, k and k_rest are tensor descriptors of 64 x 128 and of 64 rows; the other arguments are as in backward_large.py.
+    RANGED: the blocks of keys stand in `ranges`, see mask_ranges_kernel, of which the first kernel's table is made.
     With ROPE the second piece goes to `grad_q_rest` `(B, H, M, ROPE)`.
     """
     softmax_scale = tl.full((), softmax_scale, tl.float32)
@@ -58,7 +61,10 @@ def backward_large_dq_kernel(
         rest_head = kv_head * 0
     REST_COL: tl.constexpr = 0 if ROPE > 0 else BLOCK_D
     row = ((index * gqa_group_size + member) * num_tiles + tile) * row_tiles
-    begin, end = key_range(q_first, kv_len, band_lower, band_upper, HAS_LOWER, HAS_UPPER)
+    if RANGED:
+        begin, _full_begin, _full_end, end = load_range(ranges, batch * tl.cdiv(q_len, TILE_M) + first_tile + tile)
+    else:
+        begin, end = key_range(q_first, kv_len, band_lower, band_upper, HAS_LOWER, HAS_UPPER)
     acc = tl.zeros((TILE_M, BLOCK_D), tl.float32)
     if BLOCK_REST > 0:
         acc_rest = tl.zeros((TILE_M, BLOCK_REST), tl.float32)

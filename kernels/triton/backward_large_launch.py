@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from . import configs
-from .backward_hopper_launch import MIN_SCORES, mask_refusal, of_rows, row_statistics
+from .backward_hopper_launch import MIN_SCORES, mask_refusal, of_rows, row_statistics, tables_of_ranges
 from .backward_large_dq import backward_large_dq_kernel
 from .launch import Launch, Rope, descriptor, swizzled
 
@@ -132,8 +132,11 @@ def large_launches(
     dk_rest = tensors["dk_pe"] if rope else dk[..., first:]
     dq_rest = tensors.get("dq_pe")
     dq_rest_strides = dq_rest.stride()[:3] if rope else (None,) * 3
+    launches, tables = tables_of_ranges(arguments, TILE_M, KEYS)
     given = {
         **arguments,
+        **tables,
+        "RANGED": bool(launches),
         "ROPE": rope[1].shape[2] if rope else 0,
         "part": part,
         "grad_k": dk, "grad_k_rest": dk_rest if rest else None, "grad_v": dv,
@@ -165,7 +168,6 @@ def large_launches(
         "ds": of_rows(ds, KEYS, TILE_M, 0),
         "heads_at_once": configs.backward_heads_at_once(at_once, q_tiles // len(parts) * group, num_units),
     }
-    launches = []
     for first_head, (first_tile, last_tile, row_tiles) in itertools.product(range(0, heads, at_once), parts):
         count = min(at_once, heads - first_head)
         which = {"first_head": first_head, "head_count": count, "first_tile": first_tile, "last_tile": last_tile,

@@ -172,6 +172,7 @@ def backward_launches(
     )
 
     bias_itemsize, bias_is_aligned = bias_storage(attn_bias, tuning.traced)
+    tables: dict[tuple[int, int, bool], Tensor] = {}
 
     def launch(kernel: Any, direction: str, grid: Any, **extra: Any) -> Launch:
         config = tuning.config or configs.select(arch, direction, head_block, itemsize)
@@ -179,7 +180,7 @@ def backward_launches(
         return Launch(kernel, grid(config), {**whole, **extra, **tiles}, config.options(is_amd))
 
     def add_main(kernel: Any, direction: str, grid: Any, **extra: Any) -> None:
-        """Add dk/dv or dq, through tensor descriptors where those can be had, after what finds its ranges."""
+        """Add dk/dv or dq, through tensor descriptors where those can be had, behind the table of its ranges."""
         special = feature(arguments, q.dtype, arch, forward=False)
         config, faster = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
         found = {
@@ -194,16 +195,23 @@ def backward_launches(
             ),
             "ROUND_BITS": configs.rounds_bits(arch), "ranges": None,
         }  # fmt: skip
-        found["RANGED"] = is_ranged(arguments, lse.numel() * kv_len, tuning, direction != "backward_q")
+        ranged = is_ranged(arguments, lse.numel() * kv_len, tuning, direction != "backward_q")
+        found["ONLY_EMPTY"] = in_one
+        found["RANGED"] = ranged and not in_one
         if found["RANGED"]:
-            launches.append(ranges_launch(found, config.block_m, config.block_n, direction != "backward_q"))
-            found["ranges"] = launches[-1].arguments["ranges"]
+            key = (config.block_m, config.block_n, direction != "backward_q")
+            if key not in tables:
+                launches.append(ranges_launch(found, *key))
+                tables[key] = launches[-1].arguments["ranges"]
+            found["ranges"] = tables[key]
         if faster:
             found.update(
                 forward_descriptors(q, k, v, attn_bias, found, rope),
                 grad_out=descriptor(grad_out, config.block_m, found["BLOCK_E"]),
             )
-        launches.append(Launch(kernel, grid(config), found, config.options(is_amd), direction, config))
+        # What only rows without keys need is not worth tuning.
+        tuned = () if in_one else (direction, config)
+        launches.append(Launch(kernel, grid(config), found, config.options(is_amd), *tuned))
 
     launches = [
         launch(
@@ -223,7 +231,9 @@ def backward_launches(
         launches += large_launches(grad_out, q, k, v, rope, blocks, arguments, tensors, num_units)
     else:
         in_one = False
-    if computed[1] and not in_one:
+    # Hopper's own kernels leave it to the others to add what rows without keys give.
+    has_ds = not in_one or empty in (EMPTY_ROWS["mean_added"], EMPTY_ROWS["nan_added"])
+    if computed[1] and (not in_one or empty):
         dk, dv = tensors["dk"], tensors["dv"]
         outputs = {
             "grad_k": dk, "grad_v": dv, **of_rope("grad_k_rest", "stride_dkp", tensors.get("dk_pe"), "bhn"),
@@ -240,16 +250,16 @@ def backward_launches(
         pieces = (
             [("backward_k", True, False), ("backward_v", False, True)] if separate else [("backward_kv", True, True)]
         )
-        for direction, want_dk, want_dv in pieces:
+        for direction, want_dk, want_dv in pieces if has_ds else pieces[-1:]:
             add_main(
                 backward_dkdv_kernel,
                 direction,
                 lambda c: batch * kv_heads * triton.cdiv(kv_len, c.block_n),
                 **outputs,
-                WANT_DK=want_dk,
+                WANT_DK=want_dk and has_ds,
                 WANT_DV=want_dv,
             )
-    if computed[0] and not in_one:
+    if computed[0] and (not in_one or (empty and has_ds)):
         dq = tensors["dq"]
         add_main(
             backward_dq_kernel,

@@ -34,6 +34,36 @@ def row_limits(
 
 
 @gluon.jit
+def keep_pairs(
+    q_pos, kv_pos, q_len, kv_len, key_mask, kv_start, kv_end, q_ids, kv_ids, stride_key_n, stride_start_m, stride_end_m,
+    stride_qid_m, stride_kid_n, band_lower, band_upper, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr,
+    HAS_END: gl.constexpr, HAS_IDS: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr,
+):  # fmt: skip
+    """Which pairs of a (key, query) tile the mask keeps. The pointers already point at the batch entry.
+
+    Absent queries, which have no gradients to add, count as the last one.
+    """
+    keep = (kv_pos < kv_len)[:, None] & (q_pos >= 0)[None, :]
+    if HAS_UPPER:
+        keep &= kv_pos[:, None] - q_pos[None, :] <= band_upper
+    if HAS_LOWER:
+        keep &= kv_pos[:, None] - q_pos[None, :] >= band_lower
+    row = gl.minimum(q_pos, q_len - 1).to(gl.int64)
+    key = gl.minimum(kv_pos, kv_len - 1).to(gl.int64)
+    if HAS_KEY_MASK:
+        keep &= (gl.load(key_mask + key * stride_key_n) != 0)[:, None]
+    if HAS_START:
+        starts = gl.minimum(gl.maximum(gl.load(kv_start + row * stride_start_m), 0), kv_len).to(gl.int32)
+        keep &= kv_pos[:, None] >= starts[None, :]
+    if HAS_END:
+        ends = gl.minimum(gl.maximum(gl.load(kv_end + row * stride_end_m), 0), kv_len).to(gl.int32)
+        keep &= kv_pos[:, None] < ends[None, :]
+    if HAS_IDS:
+        keep &= gl.load(kv_ids + key * stride_kid_n)[:, None] == gl.load(q_ids + row * stride_qid_m)[None, :]
+    return keep
+
+
+@gluon.jit
 def finite(m):
     """The maximum to subtract: 0 for a row that has seen no key, where -inf would give NaN."""
     return gl.where(m == NEVER, 0.0, m)

@@ -152,6 +152,40 @@ def mask_ranges_kernel(
     tl.store(ranges + 3, last)
 
 
+@triton.jit(do_not_specialize=["num_row_blocks", "num_kv_blocks"])
+def key_ranges_kernel(ranges, key_ranges, num_row_blocks, num_kv_blocks, BLOCKS: tl.constexpr):
+    """From `ranges` by blocks of queries the same by blocks of keys: `key_ranges` `(B, blocks of keys, 4)`.
+
+    What mask_ranges_kernel finds with BY_KEY may lack a block of queries that has the keys in its range: one with keys
+    before and after them. Here none is missing.
+    """
+    pid = tl.program_id(0)
+    own = pid % num_kv_blocks
+    ranges += (pid // num_kv_blocks).to(tl.int64) * num_row_blocks * 4
+    first = num_row_blocks
+    last = 0
+    full_first = num_row_blocks
+    full_last = num_row_blocks
+    for at in range(0, num_row_blocks, BLOCKS):
+        blocks = at + tl.arange(0, BLOCKS)
+        begin, full_begin, full_end, end = load_range(ranges, tl.minimum(blocks, num_row_blocks - 1))
+        meets = (blocks < num_row_blocks) & (begin <= own) & (own < end)
+        whole = (full_begin <= own) & (own < full_end)
+        first = tl.minimum(first, tl.min(tl.where(meets, blocks, num_row_blocks)))
+        last = tl.maximum(last, tl.max(tl.where(meets, blocks + 1, 0)))
+        full_first = tl.minimum(full_first, tl.min(tl.where(whole, blocks, num_row_blocks)))
+        after = (blocks > full_first) & (whole == 0)
+        full_last = tl.minimum(full_last, tl.min(tl.where(after, blocks, num_row_blocks)))
+    last = tl.maximum(first, last)
+    full_first = tl.minimum(tl.maximum(full_first, first), last)
+    full_last = tl.minimum(tl.maximum(full_last, full_first), last)
+    key_ranges += pid.to(tl.int64) * 4
+    tl.store(key_ranges, first)
+    tl.store(key_ranges + 1, full_first)
+    tl.store(key_ranges + 2, full_last)
+    tl.store(key_ranges + 3, last)
+
+
 @triton.jit
 def load_range(ranges, index):
     """The four numbers of block `index`."""

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from .launch import Launch, Tuning
-from .mask_ranges import mask_ranges_kernel
+from .mask_ranges import key_ranges_kernel, mask_ranges_kernel
 
 MIN_SCORES = 2**26
 """From so many scores (B * H * M * N) on, padding and ids are read beforehand. Below, attention takes less than 30 us
@@ -54,3 +54,16 @@ def ranges_launch(arguments: dict[str, Any], block_m: int, block_n: int, by_key:
     given["ranges"] = torch.empty((programs, 4), dtype=torch.int32, device=device)
     given.update(BLOCK_M=block_m, BLOCK_N=block_n, BLOCKS=max(1, NUMBERS_AT_ONCE // other), BY_KEY=by_key)
     return Launch(mask_ranges_kernel, programs, given, {"num_warps": 4, "num_stages": 1})
+
+
+def key_ranges_launch(found: Launch) -> Launch:
+    """The launch that fills `key_ranges` by blocks of keys, behind `found`, which does so by blocks of queries."""
+    given = found.arguments
+    row_blocks = triton.cdiv(given["q_len"], given["BLOCK_M"])
+    kv_blocks = triton.cdiv(given["kv_len"], given["BLOCK_N"])
+    programs = given["ranges"].shape[0] // row_blocks * kv_blocks
+    arguments = {
+        "ranges": given["ranges"], "key_ranges": given["ranges"].new_empty((programs, 4)),
+        "num_row_blocks": row_blocks, "num_kv_blocks": kv_blocks, "BLOCKS": max(1, NUMBERS_AT_ONCE // 4),
+    }  # fmt: skip
+    return Launch(key_ranges_kernel, programs, arguments, {"num_warps": 4, "num_stages": 1})

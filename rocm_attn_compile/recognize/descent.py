@@ -71,8 +71,9 @@ def range_of(value: Value) -> tuple[int, int, int] | None:
     elif value.name == "select":
         dim, start = numbers
     else:
-        dim, start = (numbers[0] if numbers else 0), (numbers[1] if len(numbers) > 1 else 0) or 0
-        if len(numbers) > 3 and numbers[3] != 1:
+        dim, start = (numbers[0] if numbers else 0), numbers[1] if len(numbers) > 1 else 0
+        start = 0 if start is None else start
+        if len(numbers) > 3 and not is_one(numbers[3]):
             return None
     dim = dim % source.ndim
     size, length = source.shape[dim], (1 if value.ndim < source.ndim else value.shape[dim])

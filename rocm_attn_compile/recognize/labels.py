@@ -43,7 +43,7 @@ def is_view(value: Value) -> bool:
 
 
 def _unit_step(value: Value) -> bool:
-    return len(value.args) < 5 or value.args[4] == 1
+    return len(value.args) < 5 or is_one(value.args[4])
 
 
 def is_cast(value: Value) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..capture.trace import Value
-from ..symbolic import product, same_size, static
+from ..symbolic import is_one, product, same_size, static
 from .axes import Atom, Dim, resolve, unify
 from .descent import hides_gradient
 from .labels import Labels, source_of
@@ -110,15 +110,15 @@ def _written(whole: Piece, axis: int) -> list[Piece] | None:
             return None
         given: list[Any] = [*others, *[0, None, None, 1][len(others) :]]
         dim, first, last, step = given
-        if step != 1:
+        if not is_one(step):
             return None
-        dim, first = dim % len(shape), first or 0
+        dim, first = dim % len(shape), static(0 if first is None else first)
         if dim != axis:
-            if first != 0 or not (last is None or last == _END or same_size(last, shape[dim])):
+            if first != 0 or not (last is None or static(last) == _END or same_size(last, shape[dim])):
                 return None
             continue
         size = length
-        first, last = static(first), static(size if last is None else last)
+        last = static(size if last is None else last)
         if first is None or last is None:
             return None
         first, last = (min(max(n + size if n < 0 else n, 0), size) for n in (first, last))

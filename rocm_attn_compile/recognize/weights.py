@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ..capture.trace import Value
 from ..normalize.softmax import SoftmaxAnchor
 from ..reasons import Refusal
-from ..symbolic import same_size, to_expr
+from ..symbolic import is_one, same_size, to_expr
 from .labels import is_cast, is_contraction, is_view, number_of, product_under_sum
 from .live import LiveUsers
 
@@ -146,7 +146,7 @@ def _cut_column(source: Value, value: Value) -> str | None:
     dim = (value.args[1] if len(value.args) > 1 else 0) % source.ndim
     start = value.args[2] if len(value.args) > 2 else None
     step = value.args[4] if len(value.args) > 4 else 1
-    if dim != source.ndim - 1 or step != 1 or not same_size(to_expr(value.shape[dim]) + 1, source.shape[dim]):
+    if dim != source.ndim - 1 or not is_one(step) or not same_size(to_expr(value.shape[dim]) + 1, source.shape[dim]):
         return None
     if start is None or same_size(start, 0):
         return "last"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 import torch._dynamo
 from fuzz_case import Case, Ran
@@ -14,6 +15,8 @@ from fuzz_compare import compare
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rocm_attn_compile
+from rocm_attn_compile import pipeline
+from rocm_attn_compile._torch_private import current_shape_env
 from rocm_attn_compile.pipeline import compile_graph
 from rocm_attn_compile.rewrite import builder
 from rocm_attn_compile.testing import Float64Everywhere, RoundedAgain
@@ -111,8 +114,13 @@ def _compiled(case: Case, function: Any, eager: Ran, exact: Ran, **options: Any)
         return compile_graph(graph_module, example_inputs, lowering=case.lowering, options=options)
 
     limit = 4 if case.is_large else builder._SNAPSHOT_LIMIT
+    guards: list[str] = []
     try:
-        with warnings.catch_warnings(), mock.patch.object(builder, "_SNAPSHOT_LIMIT", limit):
+        with (
+            warnings.catch_warnings(),
+            mock.patch.object(builder, "_SNAPSHOT_LIMIT", limit),
+            mock.patch.object(pipeline, "recognize", _watched(pipeline.recognize, guards)),
+        ):
             warnings.simplefilter("ignore")
             compiled = torch.compile(function, backend=backend, dynamic=case.dynamic)
             actual = case.run(compiled, case.dtype)
@@ -121,8 +129,11 @@ def _compiled(case: Case, function: Any, eager: Ran, exact: Ran, **options: Any)
     reports = rocm_attn_compile.reports()
     entries = [entry for report in reports for entry in (*report.sites, *report.look_alikes)]
     codes = {reason.code for entry in entries for reason in entry.reasons}
+    codes |= {note.code for report in reports for site in report.sites for note in site.notes if "error" in note.code}
     sites = [site for report in reports for site in report.sites if site.replaced]
     text = "\n".join(map(str, reports))
+    if guards:
+        return Outcome("wrong", f"guards were added: {', '.join(guards)}\n{text}", codes)
     if "internal_error" in codes or any("internal_error" in note for report in reports for note in report.notes):
         return Outcome("crash", text, codes)
     if sites or options:  # else the very same graph ran
@@ -139,6 +150,27 @@ def _compiled(case: Case, function: Any, eager: Ran, exact: Ran, **options: Any)
     if case.changes or codes & PROMISED_REFUSALS or case.has_ones or undecided:
         return Outcome("refused", text, codes)
     return Outcome("missed", text, codes)
+
+
+def _watched(recognize: Any, guards: list[str]) -> Any:
+    """Recognition, which may ask nothing that Dynamo has to guard, but for the number of channels.
+
+    A program that asks more is compiled anew for every length or position.
+    """
+
+    def watched(*args: Any) -> Any:
+        shape_env = current_shape_env()
+        before = len(shape_env.guards) if shape_env is not None else 0
+        result = recognize(*args)
+        added = [guard.expr for guard in shape_env.guards[before:]] if shape_env is not None else []
+        guards.extend(str(expr) for expr in added if not _is_number_of_channels(expr))
+        return result
+
+    return watched
+
+
+def _is_number_of_channels(guard: sympy.Basic) -> bool:
+    return isinstance(guard, sympy.Eq) and guard.rhs.is_Integer and guard.rhs > 1
 
 
 def _rounded_again(case: Case, function: Any, seed: int) -> Ran:

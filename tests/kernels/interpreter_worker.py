@@ -115,8 +115,28 @@ def backward(ranged: bool | None, **arguments: Any) -> Any:
         mask_ranges_launch.MIN_SCORES = least
 
 
+def backward_in_two(**arguments: Any) -> Any:
+    """dq, dk, dv as behind Hopper's own kernels: rows without keys are added to what the others have given.
+
+    Also whether any head has rows to add.
+    """
+    from rocm_attn_compile.kernels.triton.backward_launch import backward_launches
+
+    launches, tensors = backward_launches(**arguments, output_mask=[True, True, True, False, False])
+    launches[0].run()
+    for launch in launches[1:]:
+        mode, launch.arguments["EMPTY_ROWS"] = launch.arguments["EMPTY_ROWS"], 0
+        launch.run()
+        launch.arguments.update(EMPTY_ROWS=mode, ONLY_EMPTY=True, RANGED=False, ranges=None)
+        launch.run()
+    return *(tensors[name] for name in ("dq", "dk", "dv")), bool(launches[0].arguments["any_empty"].any())
+
+
 def mask_ranges(block_m: int, block_n: int, by_key: bool, numbers_at_once: int, **arguments: Any) -> Any:
-    """The ranges, `(B, blocks, 4)`; q_len, kv_len, the band and the masks as mask_ranges_kernel's."""
+    """The ranges, `(B, blocks, 4)`; q_len, kv_len, the band and the masks as mask_ranges_kernel's.
+
+    Unless `by_key` also those that key_ranges_kernel makes of them.
+    """
     from rocm_attn_compile.kernels.triton import mask_ranges_launch
 
     mask_ranges_launch.NUMBERS_AT_ONCE = numbers_at_once
@@ -132,7 +152,13 @@ def mask_ranges(block_m: int, block_n: int, by_key: bool, numbers_at_once: int, 
     launch = mask_ranges_launch.ranges_launch({**arguments, "batch_size": batch}, block_m, block_n, by_key)
     launch.arguments["ranges"].fill_(-77)
     launch.run()
-    return launch.arguments["ranges"].view(batch, -1, 4)
+    ranges = launch.arguments["ranges"].view(batch, -1, 4)
+    if by_key:
+        return ranges
+    launch = mask_ranges_launch.key_ranges_launch(launch)
+    launch.arguments["key_ranges"].fill_(-77)
+    launch.run()
+    return ranges, launch.arguments["key_ranges"].view(batch, -1, 4)
 
 
 def autotune(

@@ -162,7 +162,44 @@ def hopper_backward_cases() -> list[dict[str, Any]]:
         {"M": 332, "N": 517, "soft_cap": 3.0, "band_upper": 185},
         {"M": 700, "N": 500, "soft_cap": 50.0, "scale": 5.0, "band_lower": -200, "band_upper": 0, "sinks": True},
     ]
+    features += tables_of_ranges_cases()
     return [{**base, **feature, "one_backward": True} for feature in features]
+
+
+def mask_name(case: dict[str, Any]) -> str:
+    """A test's id: the sizes, and which masks stand in tensors."""
+    names = ("key_mask", "limits", "documents", "ids", "empty_rows")
+    masks = [f"{name} {case[name]}" for name in names if case.get(name) and case[name] != "zero"]
+    return ", ".join([f"{case['M']}-{case['N']}", *masks])
+
+
+def tables_of_ranges_cases() -> list[dict[str, Any]]:
+    """Masks that stand in tensors: padding, limits of rows and ids, with holes, and with rows that keep nothing."""
+    return [
+        {"M": 700, "N": 700, "key_mask": "left", "band_upper": 0},
+        {"M": 1000, "N": 1100, "key_mask": "padding"},
+        {"M": 332, "N": 517, "key_mask": "padding", "band_upper": 185, "D": 104, "E": 112, "dtype": torch.float16},
+        {"M": 700, "N": 900, "key_mask": "hole", "band_upper": 200, "sinks": True},
+        {"M": 700, "N": 900, "key_mask": True, "soft_cap": 3.0},
+        {"M": 700, "N": 700, "key_mask": True, "empty": ("key_mask",), "band_lower": -200, "band_upper": 0},
+        {"B": 1, "M": 4100, "N": 4100, "key_mask": "left", "band_upper": 0},
+        {"M": 700, "N": 900, "limits": (True, False)},
+        {"M": 332, "N": 517, "limits": (True, True), "band_upper": 185},
+        {"M": 700, "N": 700, "limits": (False, True), "band_lower": -200, "band_upper": 0, "soft_cap": 3.0},
+        {"M": 500, "N": 700, "limits": (True, False), "empty": ("limits",), "dtype": torch.float16},
+        {"M": 1000, "N": 1000, "documents": 150, "band_upper": 0},
+        {"M": 1000, "N": 1100, "documents": 300, "H": 8, "K": 2},
+        {"M": 700, "N": 900, "ids": True},
+        {"M": 1000, "N": 1000, "ids": True, "empty": ("ids",), "band_upper": 0},
+        {"M": 1000, "N": 900, "ids": "in turn", "band_upper": 0},
+        {"M": 700, "N": 900, "ids": "in turn", "key_mask": "padding", "documents": 500, "soft_cap": 3.0, "sinks": True},
+        {"B": 1, "M": 4100, "N": 4100, "ids": True, "key_mask": "hole", "band_upper": 0},
+        {"M": 700, "N": 700, "key_mask": "left", "band_upper": 0, "empty_rows": "mean"},
+        {"M": 700, "N": 500, "key_mask": "padding", "band_upper": 0, "empty_rows": "mean_added", "soft_cap": 3.0},
+        {"M": 332, "N": 332, "key_mask": "left", "band_upper": 0, "empty_rows": "nan"},
+        {"M": 700, "N": 300, "band_upper": -400, "empty_rows": "nan_added", "H": 8, "dtype": torch.float16},
+        {"M": 700, "N": 700, "empty_rows": "mean_added", "band_upper": 0},
+    ]
 
 
 def large_backward_cases() -> list[dict[str, Any]]:
@@ -194,6 +231,14 @@ def large_backward_cases() -> list[dict[str, Any]]:
         {**latent, "M": 332, "N": 517, "band_upper": 185, "dtype": torch.float16, "rope": True},
         {**latent, "M": 700, "N": 700, "band_lower": -200, "band_upper": 0, "rope": True},
         {**latent, "M": 2052, "N": 1300, "rope": True},
+        {"M": 700, "N": 300, "band_upper": -400, "empty_rows": "mean"},
+        {**latent, "M": 700, "N": 300, "band_upper": -400, "empty_rows": "mean_added"},
+        {**latent, "M": 700, "N": 300, "band_upper": -400, "empty_rows": "mean_added", "rope": True},
+    ]
+    features += [
+        feature if index % 3 == 0 or "H" in feature else {**feature, **latent}
+        for index, feature in enumerate(tables_of_ranges_cases())
+        if "D" not in feature
     ]
     return [{**base, **feature} for feature in features]
 

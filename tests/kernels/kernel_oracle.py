@@ -26,7 +26,9 @@ def make_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, Te
     Args:
         case: sizes B, H, K, M, N, D, E; dtype; seed; layout ("bhsd", "packed", "k_transposed", "expanded");
             bias, mask: shape as a 4-tuple of bools (True is the full size, False is 1); bias_kind ("normal", "holes",
-            "finfo_min", "minus_1e9"); key_mask, limits, ids: bool; band_lower, band_upper; soft_cap; sinks;
+            "finfo_min", "minus_1e9"); key_mask: True, "padding" (on both sides), "left" or "hole"; limits: whether
+            kv_start and kv_end have rows, and exceed the keys; documents: their length, as kv_start and kv_end; ids:
+            True, or "in turn" for documents in pieces of 100; band_lower, band_upper; soft_cap; sinks;
             alibi (True or "batch"); dropout_p; empty: kinds of rows to empty; empty_rows; out_layout; scale;
             page: block size of a paged cache, which divides N; kv_dtype: a float8, with a scale per head for k and one
             for v.
@@ -82,6 +84,10 @@ def make_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, Te
         if case["key_mask"] == "padding":
             first, at = integers(0, N // 2, B, 1), torch.arange(N)
             tensors["key_mask"] = (at >= first) & (at < first + N // 2)
+        elif case["key_mask"] == "left":
+            tensors["key_mask"] = torch.arange(N) >= integers(0, N, B, 1)
+        elif case["key_mask"] == "hole":
+            tensors["key_mask"] = (torch.arange(N) - N // 2).abs().expand(B, N) > N // 4
         if "key_mask" in case.get("empty", ()):
             tensors["key_mask"][0] = False
     if case.get("limits"):
@@ -94,7 +100,14 @@ def make_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, Te
         if "limits" in case.get("empty", ()):
             tensors["kv_end"][:, 1::3] = 0
             tensors["kv_end"][-1, 0] = -5
-    if case.get("ids"):
+    if case.get("documents"):
+        start = torch.arange(M) // case["documents"] * case["documents"]
+        tensors["kv_start"] = start.expand(B, M).to(torch.int32)
+        tensors["kv_end"] = tensors["kv_start"] + case["documents"]
+    if case.get("ids") == "in turn":
+        at = torch.arange(max(M, N)) // 100 % 3 + 2**40
+        tensors["q_ids"], tensors["kv_ids"] = at[:M].expand(B, M), at[:N].expand(B, N)
+    elif case.get("ids"):
         tensors["q_ids"] = integers(0, 3, B, M).sort(-1).values
         tensors["kv_ids"] = integers(0, 3, 1, N).sort(-1).values
         if "ids" in case.get("empty", ()):

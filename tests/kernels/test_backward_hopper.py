@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from rocm_attn_compile.kernels.triton import aot, aot_launches, traced
+from rocm_attn_compile.kernels.triton import aot, aot_launches, backward_hopper_launch, backward_launch, traced
 
-KERNEL = "backward_hopper_kernel"
+KERNEL, FINISH = "backward_hopper_kernel", "backward_finish_kernel"
 LONG = {"arch": "sm90", "dtype": torch.bfloat16, "head_dim": 128, "q_len": 8192, "kv_len": 8192}
 
 
@@ -32,24 +32,66 @@ LONG = {"arch": "sm90", "dtype": torch.bfloat16, "head_dim": 128, "q_len": 8192,
 )
 def test_long_calls_take_it(features):
     found = aot_launches.launches(**{**LONG, **features})
-    assert [name for name in found if "backward" in name] == ["backward_rows_kernel", KERNEL, "backward_finish_kernel"]
+    assert [name for name in found if "backward" in name] == ["backward_rows_kernel", KERNEL, FINISH]
     assert not traced._trace(list(found.values()), {}, SimpleNamespace())
+
+
+HEADS = "its accumulators are those of 16-bit heads of 65 to 128 numbers"
+MASKS = "it knows no mask with a number a pair, no bias and no dropout"
+CAPS = "of soft caps it knows the one by NVIDIA's tanh instruction, for bfloat16"
+ROWS = "rows of row statistics do not start at multiples of 16 bytes, as the copy engine needs them"
+HOPPER = "written for Hopper, in Gluon, which is experimental, as two releases of Triton have it"
+
+
+@pytest.mark.parametrize(
+    ("features", "reason"),
+    [
+        ({"q_len": 1024, "kv_len": 1024}, "short, so that the host's time counts"),
+        ({"head_dim": 64}, HEADS), ({"head_dim": 96}, HEADS), ({"head_dim": 192}, HEADS), ({"arch": "sm100"}, HOPPER),
+        ({"dtype": torch.float16, "soft_cap": 30.0}, CAPS), ({"dropout_p": 0.1}, MASKS), ({"q_len": 8190}, ROWS),
+        *(({name: True}, MASKS) for name in ("attn_bias", "attn_mask", "alibi_slopes")),
+        ({"dtype": torch.float32}, HEADS), ({"arch": "gfx942"}, HOPPER),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_others_keep_the_kernels_for_each_gradient(features, reason, monkeypatch):
+    reasons = []
+
+    def refusal(*arguments):
+        reasons.append(backward_hopper_launch.refusal(*arguments))
+        return reasons[-1]
+
+    monkeypatch.setattr(backward_launch, "refusal", refusal)
+    found = aot_launches.launches(**{**LONG, **features})
+    assert reasons == [reason]
+    assert KERNEL not in found
+    assert {"backward_dkdv_kernel", "backward_dq_kernel"} <= set(found)
 
 
 @pytest.mark.parametrize(
     "features",
-    [
-        {"q_len": 1024, "kv_len": 1024}, {"head_dim": 64}, {"head_dim": 96}, {"head_dim": 192},
-        {"dtype": torch.float32}, {"arch": "sm100"}, {"arch": "gfx942"},
-        {"dtype": torch.float16, "soft_cap": 30.0}, {"dropout_p": 0.1}, {"empty_rows": "mean"}, {"q_len": 8190},
-        *({name: True} for name in ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "alibi_slopes")),
-    ],
+    [{"key_mask": True}, {"kv_start": True}, {"kv_end": True, "causal": False}, {"q_ids": True, "kv_ids": True}],
     ids=str,
-)  # fmt: skip
-def test_others_keep_the_kernels_for_each_gradient(features):
+)
+def test_masks_in_tensors_are_read_beforehand(features):
     found = aot_launches.launches(**{**LONG, **features})
-    assert KERNEL not in found
-    assert {"backward_dkdv_kernel", "backward_dq_kernel"} <= set(found)
+    assert "mask_ranges_kernel" in found and list(found)[-3:] == ["key_ranges_kernel", KERNEL, FINISH]
+    main, by_key = found[KERNEL].arguments, found["key_ranges_kernel"].arguments
+    assert main["ranges"] is by_key["ranges"] and main["ranges"].shape == (2 * 8192 // 64, 4)
+    assert main["key_ranges"] is by_key["key_ranges"] and main["key_ranges"].shape == (2 * 8192 // 128, 4)
+
+
+@pytest.mark.parametrize("mode", ["mean", "mean_added", "nan", "nan_added"])
+def test_rows_without_keys_are_added_afterwards(mode):
+    found = aot_launches.launches(**{**LONG, "key_mask": True, "empty_rows": mode})
+    has_ds = mode.endswith("added")
+    assert list(found)[-2 - has_ds :] == [FINISH, "backward_dkdv_kernel"] + ["backward_dq_kernel"] * has_ds
+    dkdv = found["backward_dkdv_kernel"]
+    assert dkdv.arguments["ONLY_EMPTY"] and dkdv.arguments["WANT_DV"] and dkdv.arguments["WANT_DK"] == has_ds
+    assert not dkdv.arguments["RANGED"] and not dkdv.direction
+    if mode in ("mean", "nan_added"):
+        for name in list(found)[-1 - has_ds :]:
+            assert aot.compile_launch(found[name], "sm90").asm["cubin"]
 
 
 def test_programs_of_a_head_have_ascending_numbers():
@@ -67,8 +109,20 @@ def test_programs_of_a_head_have_ascending_numbers():
     assert all(order == list(range(blocks)) for order in seen.values())
 
 
-@pytest.mark.parametrize("features", [{"band_lower": -1023}, {"causal": False}, {"soft_cap": 30.0}], ids=str)
-def test_machine_code(features):
+@pytest.mark.parametrize(
+    ("features", "spills"),
+    [
+        ({"band_lower": -1023}, 16),
+        ({"causal": False}, 16),
+        ({"soft_cap": 30.0}, 16),
+        ({"key_mask": True}, 16),
+        pytest.param({"kv_start": True}, 16, marks=pytest.mark.slow),
+        pytest.param({"q_ids": True, "kv_ids": True}, 24, marks=pytest.mark.slow),
+        ({"kv_start": True, "kv_end": True}, 32),
+    ],
+    ids=str,
+)
+def test_machine_code(features, spills):
     """The products of warp groups, dq added by the copy engine, and registers moved between the roles.
 
     Where a role does not get by with its registers, ptxas ignores what the roles ask for, and everything spills.
@@ -78,7 +132,7 @@ def test_machine_code(features):
     assert ptx.count("wgmma.mma_async") > 80
     assert ptx.count("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add") == 2
     assert "USETMAXREG" in sass
-    assert sass.count("STL") < 16
+    assert sass.count("STL") < spills
     assert compiled.metadata.shared <= 227 * 1024
 
 

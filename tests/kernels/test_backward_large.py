@@ -40,9 +40,9 @@ def test_long_calls_take_it(features):
     [
         {"q_len": 1024, "kv_len": 1024}, {"head_dim": 192}, {"head_dim": 256, "v_head_dim": 128},
         {"dtype": torch.float32}, {"arch": "sm100"}, {"arch": "gfx942"}, {"dtype": torch.float16, "soft_cap": 30.0},
-        {"dropout_p": 0.1}, {"empty_rows": "mean"}, {"q_len": 8190},
+        {"dropout_p": 0.1}, {"q_len": 8190},
         {"q_len": 65536, "kv_len": 65536, "batch": 1, "num_heads": 4},
-        *({name: True} for name in ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "alibi_slopes")),
+        *({name: True} for name in ("attn_bias", "attn_mask", "alibi_slopes")),
     ],
     ids=str,
 )  # fmt: skip
@@ -50,6 +50,19 @@ def test_others_keep_the_kernels_for_each_gradient(features):
     found = aot_launches.launches(**{**LONG, **features})
     assert not set(KERNELS) & set(found)
     assert {"backward_dkdv_kernel", "backward_dq_kernel"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    "features", [{"key_mask": True}, {"kv_start": True, **LATENT}, {"q_ids": True, "kv_ids": True}], ids=str
+)
+def test_masks_in_tensors_are_read_beforehand(features):
+    found = aot_launches.launches(**{**LONG, **features})
+    assert "mask_ranges_kernel" in found and list(found)[-3:] == ["key_ranges_kernel", *KERNELS]
+    by_key = found["key_ranges_kernel"].arguments
+    assert found[KERNELS[0]].arguments["key_ranges"] is by_key["key_ranges"]
+    assert by_key["key_ranges"].shape == (2 * 8192 // 64, 4)
+    assert found[KERNELS[1]].arguments["ranges"] is by_key["ranges"] and found[KERNELS[1]].arguments["RANGED"]
+    assert by_key["ranges"].shape == (2 * 8192 // 128, 4)
 
 
 def test_latent_attention_takes_it_in_pieces():

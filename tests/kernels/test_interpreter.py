@@ -81,6 +81,24 @@ def test_forward_and_backward(worker: Any, case: dict[str, Any]) -> None:
     check(case, tensors, scalars, got, grad_out)
 
 
+@pytest.mark.parametrize("has_gradient", [True, False], ids=["", "no gradient"])
+@pytest.mark.parametrize("mode", ["mean", "mean_added", "nan", "nan_added"])
+def test_rows_without_keys_are_added_to_what_the_others_give(worker: Any, mode: str, has_gradient: bool) -> None:
+    """Where such rows have no gradient, as padding in training, a mean of values has nothing to add."""
+    case = cases_module.case(
+        f"two-passes-{mode}", B=1, H=2, key_mask="left", M=37, band_upper=0, empty_rows=mode, soft_cap=2.0
+    )
+    tensors, scalars = oracle_module.make_inputs(case)
+    out, lse = run_forward(worker, case, tensors, scalars)
+    assert (lse == -torch.inf).any()
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    if not has_gradient:
+        grad_out = grad_out * (lse > -torch.inf).unsqueeze(-1)
+    *grads, seen = worker.call("backward_in_two", grad_out=grad_out, **tensors, out=out, lse=lse, **scalars)
+    assert seen == (has_gradient or "nan" in mode)
+    check(case, tensors, scalars, dict(zip("qkv", grads)), grad_out)
+
+
 @pytest.mark.parametrize("case", parameters(cases_module.decode_cases() + cases_module.shift_cases()))
 def test_decode_forward(worker: Any, case: dict[str, Any]) -> None:
     tensors, scalars = oracle_module.make_inputs(case)

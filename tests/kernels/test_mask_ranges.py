@@ -83,18 +83,24 @@ def kept(masks: dict[str, Tensor | None], band: tuple[int | None, int | None]) -
     return keep
 
 
-@pytest.mark.parametrize("by_key", [False, True], ids=["of rows", "of keys"])
-@pytest.mark.parametrize("band", [(None, None), (None, 0), (-90, 40)], ids=str)
-@pytest.mark.parametrize("kind", [documents, starts, ids, padding, same_limits, unordered])
-def test_ranges(worker, kind, band, by_key):
+def find(worker, kind, band, by_key: bool):
+    """The masks, by name, and the table, or both tables of a call that is not `by_key`."""
     generator = torch.Generator().manual_seed(0)
     rows = [kind(generator) for _ in range(2)]
     masks: dict[str, Tensor | None] = dict.fromkeys(("key_mask", "kv_start", "kv_end", "q_ids", "kv_ids"))
     masks |= {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    found = worker.call(
+    return masks, worker.call(
         "mask_ranges", block_m=BLOCK_M, block_n=BLOCK_N, by_key=by_key, numbers_at_once=64, q_len=Q_LEN,
         kv_len=KV_LEN, band_lower=band[0], band_upper=band[1], **masks,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("by_key", [False, True], ids=["of rows", "of keys"])
+@pytest.mark.parametrize("band", [(None, None), (None, 0), (-90, 40)], ids=str)
+@pytest.mark.parametrize("kind", [documents, starts, ids, padding, same_limits, unordered])
+def test_ranges(worker, kind, band, by_key):
+    masks, found = find(worker, kind, band, by_key)
+    found = found if by_key else found[0]
     keep = kept(masks, band)
     own, other = (BLOCK_N, BLOCK_M) if by_key else (BLOCK_M, BLOCK_N)
     seen = 0
@@ -114,3 +120,23 @@ def test_ranges(worker, kind, band, by_key):
                 assert (begin, end) == (some[0], some[-1] + 1) if some else begin == end
                 assert set(every) <= set(range(full_begin, full_end))
     assert seen or kind in (unordered, ids, padding) or band == (-90, 40)
+
+
+@pytest.mark.parametrize("band", [(None, None), (None, 0), (-90, 40)], ids=str)
+@pytest.mark.parametrize("kind", [documents, ids, padding, unordered])
+def test_ranges_of_keys_hold_all_that_have_them_in_theirs(worker, kind, band):
+    """So that nobody waits for a turn that is never taken."""
+    _, (of_rows, of_keys) = find(worker, kind, band, False)
+    blocks = torch.arange(of_keys.shape[1])
+    for batch in range(2):
+        begin, full_begin, full_end, end = (column[:, None] for column in of_rows[batch].unbind(1))
+        meets = (begin <= blocks) & (blocks < end)
+        whole = (full_begin <= blocks) & (blocks < full_end)
+        for block, (begin, full_begin, full_end, end) in enumerate(of_keys[batch].tolist()):
+            rows = meets[:, block].nonzero().flatten().tolist()
+            assert (begin, end) == (rows[0], rows[-1] + 1) if rows else begin == end
+            assert begin <= full_begin <= full_end <= end
+            rows = whole[:, block].nonzero().flatten().tolist()
+            assert set(range(full_begin, full_end)) <= set(rows) and bool(rows) == (full_begin < full_end)
+            if kind is not unordered:
+                assert len(rows) == full_end - full_begin
