@@ -45,6 +45,7 @@ PROMISED_REFUSALS = frozenset(
         "floor_of_fills",
         "floor_grad",
         "after_floor",
+        "after_clamp",  # what follows a clamp of scores without their largest
         "mask_input_written",  # a position that a trained graph counts up
     ]
 )
