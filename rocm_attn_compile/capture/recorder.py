@@ -101,7 +101,9 @@ class Recorder(private.TorchDispatchMode):
         if effect.functional is not None and len(targets) == 1:
             state = memory.state_of(targets[0])
             values = memory.as_values(args), memory.as_values(kwargs)
-            memory.write(state, memory.new_value(effect.functional, *values, Look.of(targets[0])))
+            value = memory.new_value(effect.functional, *values, Look.of(targets[0]))
+            value.in_place = True
+            memory.write(state, value)
         else:
             for target in targets:
                 state = memory.state_of(target)

@@ -33,6 +33,7 @@ class Value:
         time: Position of that node in the graph; -1 before the first.
         grad_mode: Whether autograd would have recorded the computation.
         output_index: Which output of a multi-output op, else None.
+        in_place: The call wrote it over its first argument, which is gone.
         users: Values that have this one among their arguments (views included), in order of execution.
         questions: Where it is told what the value is asked: see `questions`.
     """
@@ -49,6 +50,7 @@ class Value:
     time: int
     grad_mode: bool
     output_index: int | None = None
+    in_place: bool = False
     users: list[Value] = field(default_factory=list)
     questions: Questions = field(default_factory=Questions)
 

@@ -67,11 +67,23 @@ def _from_log(value: Value) -> SoftmaxAnchor | None:
     if source.name in ("_log_softmax", "log_softmax"):
         return SoftmaxAnchor(value, source.args[0], source.args[1] % source.ndim, internals=(source,))
     if source.name == "sub" and isinstance(source.args[1], Value) and source.kwargs.get("alpha", 1) == 1:
-        norm = source.args[1]
-        if norm.name == "logsumexp" and norm.args[0] is source.args[0] and _keepdim(norm) and len(norm.args[1]) == 1:
+        norm, restored, values = _behind_unsqueeze(source.args[1])
+        if norm.name == "logsumexp" and norm.args[0] is source.args[0] and len(norm.args[1]) == 1:
             dim = norm.args[1][0] % source.ndim
-            return SoftmaxAnchor(value, source.args[0], dim, normalized=False, internals=(source, norm))
+            if restored == ([] if _keepdim(norm) else [dim]):
+                return SoftmaxAnchor(value, source.args[0], dim, normalized=False, internals=(source, norm, *values))
     return None
+
+
+def _behind_unsqueeze(value: Value) -> tuple[Value, list[int], list[Value]]:
+    """What is unsqueezed, at which dimensions, and the values that do."""
+    dims: list[int] = []
+    values: list[Value] = []
+    while value.name == "unsqueeze":
+        dims.append(value.args[1] % value.ndim)
+        values.append(value)
+        value = value.args[0]
+    return value, dims, values
 
 
 def _from_quotient(value: Value) -> SoftmaxAnchor | None:

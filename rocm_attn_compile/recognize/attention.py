@@ -25,7 +25,6 @@ from .compose import Logits, compose, sink_atoms
 from .empty_rows import score_dtype
 from .kinship import stands_between_products
 from .kv_cache import add_cache
-from .labels import scaled_source_of, source_of
 from .latent import add_latent
 from .live import LiveUsers
 from .masks import prove_masks
@@ -176,13 +175,13 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
 
 
 def _operand(factor: Factor) -> Operand:
-    source, number = scaled_source_of(factor.value)
+    source, number = factor.labels.scaled_source_of(factor.value)
     return Operand(source, factor.labels.of(source), factor=number)
 
 
 def _scaled_values(factor: Factor, unscaled: Operand, roles: Roles) -> Operand:
     """v as the model scaled it, if it did so before it repeated the heads; else scaled by the rewrite."""
-    scaled = source_of(factor.value)
+    scaled = factor.labels.source_of(factor.value)
     dims = factor.labels.of(scaled)
     is_repeated = bool({*atoms_of(dims)} & {*roles.groups})
     return unscaled if is_repeated and isinstance(unscaled.factor, (int, float)) else Operand(scaled, dims)
@@ -230,8 +229,8 @@ def _op_dtype(proof: Proof) -> torch.dtype:
     """
     if score_dtype(proof) == torch.float64:
         return torch.float64
-    tensors = [factor.value for factor in proof.factors()]
-    dtypes = {scaled_source_of(t)[0].dtype for t in tensors} | {proof.output.dtype}
+    dtypes = {factor.labels.scaled_source_of(factor.value)[0].dtype for factor in proof.factors()}
+    dtypes |= {proof.output.dtype}
     for dtype in dtypes:
         if dtype not in _PRECISION:
             raise Refusal("dtype", f"attention in {dtype}; float16, bfloat16, float32 and float64 are known")

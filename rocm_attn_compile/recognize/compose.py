@@ -17,7 +17,6 @@ import torch
 from ..capture.trace import Value
 from ..reasons import Refusal
 from .axes import Atom, Dim, atoms_of, resolve, unify
-from .labels import source_of
 from .maximum import includes_own_row, maximum_chain
 from .numbers import narrows, rounded
 from .proof import Proof
@@ -269,7 +268,7 @@ def _operand(proof: Proof, step: Step) -> Operand:
     """The step's tensor behind views and exact casts, labelled (so that a broadcast is not materialised)."""
     labels, value = proof.labels_of(step), step.operand
     labels.of(value)
-    value = source_of(value)
+    value = labels.source_of(value)
     labels.check_distinct()
     return Operand(value, labels.of(value))
 

@@ -98,11 +98,16 @@ def scaled(value: Value) -> tuple[Value, Any] | None:
 
 
 class Labels:
-    """Labels of values, by memo. `set` gives a value its labels from outside (results of contractions)."""
+    """Labels of values, by memo. `set` gives a value its labels from outside (results of contractions).
 
-    def __init__(self) -> None:
+    A view that cannot be followed raises Refusal; for an `operand` it is where the way ends: a tensor of its own.
+    """
+
+    def __init__(self, operand: bool = False) -> None:
         self._dims: dict[int, list[Dim]] = {}
         self._values: dict[int, Value] = {}
+        self._is_operand = operand
+        self._ends: set[int] = set()
 
     def set(self, value: Value, dims: list[Dim]) -> None:
         self._dims[value.id] = list(dims)
@@ -141,9 +146,39 @@ class Labels:
 
     def _derive(self, value: Value) -> list[Dim]:
         if is_view(value) or is_cast(value):
-            return self._through_view(value)
+            try:
+                return self._through_view(value)
+            except Refusal:
+                if not self._is_operand:
+                    raise
+                self._ends.add(value.id)
+                return fresh_dims(value.shape)
         factor = scaled(value)
         return fresh_dims(value.shape) if factor is None else self.of(factor[0])
+
+    def source_of(self, value: Value) -> Value:
+        """The tensor behind views and exact casts: what the kernel should read."""
+        while (is_view(value) or is_exact_cast(value)) and not self._stops_at(value):
+            value = value.args[0]
+        return value
+
+    def scaled_source_of(self, value: Value) -> tuple[Value, Any]:
+        """The tensor behind views, exact casts and factors (but not in place: there it is gone), and their product."""
+        factor: Any = 1
+        while not self._stops_at(value):
+            if is_view(value) or is_exact_cast(value):
+                value = value.args[0]
+                continue
+            step = None if value.in_place else scaled(value)
+            if step is None:
+                break
+            value, factor = step[0], factor * step[1]
+        return value, factor
+
+    def _stops_at(self, value: Value) -> bool:
+        if self._is_operand:
+            self.of(value)
+        return value.id in self._ends or cuts_gradient(value)
 
     def _through_view(self, value: Value) -> list[Dim]:
         source = value.args[0]
@@ -203,20 +238,6 @@ def source_of(value: Value) -> Value:
     while (is_view(value) or is_exact_cast(value)) and not cuts_gradient(value):
         value = value.args[0]
     return value
-
-
-def scaled_source_of(value: Value) -> tuple[Value, Any]:
-    """The tensor behind views, exact casts and scalar factors, and the product of those factors."""
-    factor: Any = 1
-    while not cuts_gradient(value):
-        if is_view(value) or is_exact_cast(value):
-            value = value.args[0]
-            continue
-        step = scaled(value)
-        if step is None:
-            return value, factor
-        value, factor = step[0], factor * step[1]
-    return value, factor
 
 
 def aligned(dims: list[Dim], value: Value) -> list[Dim]:

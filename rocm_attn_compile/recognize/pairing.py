@@ -67,7 +67,7 @@ class Pairing:
 
 def look_of(value: Value) -> Look:
     """Everything that a value is without its surroundings."""
-    look = (value.op, value.output_index, value.dtype, value.device, value.grad_mode)
+    look = (value.op, value.output_index, value.dtype, value.device, value.grad_mode, value.in_place)
     return (*look, tuple(map(_plain, value.shape)), tuple(map(_plain, value.stride)))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ..reasons import Refusal
 from .axes import Atom, Dim, atoms_of, resolve
-from .labels import scaled_source_of
 from .proof import Factor, Proof
 from .region import Roles
 
@@ -39,7 +38,7 @@ def assign_roles(proof: Proof, sink_atoms: list[Atom]) -> Roles:
 
 def _atoms(factor: Factor) -> list[Atom]:
     """Axes of the tensor a factor is read from, before any expand."""
-    return atoms_of(factor.labels.of(scaled_source_of(factor.value)[0]))
+    return atoms_of(factor.labels.of(factor.labels.scaled_source_of(factor.value)[0]))
 
 
 def _check_depth(depth: list[Atom], scores: list[Atom]) -> None:

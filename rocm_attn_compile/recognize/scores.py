@@ -14,7 +14,8 @@ import torch
 
 from ..capture.trace import Value
 from ..reasons import Refusal
-from ..symbolic import is_one
+from ..symbolic import is_one, same_size
+from .fills import filled_with
 from .labels import cuts_gradient, is_cast, is_contraction, is_view, number_of
 from .maximum import maximum_chain
 
@@ -231,7 +232,9 @@ class ScoreWalk:
         condition, left, right = value.args
         for score, other, keeps in ((left, right, True), (right, left, False)):
             if self.reaches(score):
-                fill = number_of(other)
+                # A tensor of the fill must not make the scores wider.
+                is_plain = all(map(same_size, score.shape, value.shape)) and score.ndim == value.ndim
+                fill = filled_with(other) if is_plain else number_of(other)
                 if fill is None:
                     raise Refusal("fill_unknown", "where() puts a tensor, not a number, in place of masked scores")
                 return self._through(value, score, Step("mask", value, condition, keeps=keeps, fill=fill))

@@ -29,7 +29,7 @@ def prove_sdpa_site(value: Value) -> Proof:
             f"query, key, value have dtypes {q.dtype}, {k.dtype}, {v.dtype}, ranks {q.ndim}, {k.ndim}, {v.ndim}",
         )
     labels = Labels()
-    factors = [Factor(t, Labels()) for t in (q, k, v)]
+    factors = [Factor(t, Labels(operand=True)) for t in (q, k, v)]
     lq, lk, lv = (f.labels.of(f.value) for f in factors)
     unify(lq[-1], lk[-1])
     unify(lk[-2], lv[-2])
@@ -48,7 +48,7 @@ def prove_sdpa_site(value: Value) -> Proof:
     own = {}
     for step in _mask_steps(value, mask) if isinstance(mask, Value) else ():
         steps.append(step)
-        own[id(step)] = Labels()
+        own[id(step)] = Labels(operand=True)
         own[id(step)].align(step.operand, score_dims)
     return Proof(
         anchor=value,

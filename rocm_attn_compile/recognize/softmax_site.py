@@ -39,7 +39,7 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
     rescale = find_rescale(anchor, path, weights, live)
     shared = _check_scores_stay_inside(path, anchor, weights, rescale, live)
     labels = Labels()
-    left, right = (Factor(value, Labels()) for value in operands_of(path.contraction))
+    left, right = (Factor(value, Labels(operand=True)) for value in operands_of(path.contraction))
     depth = label_contraction(labels, path.contraction, left.labels, right.labels)
     seconds = _label_seconds(labels, path)
     operand_labels = _label_scores(labels, path)
@@ -48,7 +48,7 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
     if not resolve(key):
         raise Refusal("single_key", f"the softmax runs over dimension {anchor.dim}, which has one element")
     labels.set(anchor.weights, score_dims)
-    v = Factor(_other_factor(weights), Labels())
+    v = Factor(_other_factor(weights), Labels(operand=True))
     contracted = _label_weights(labels, weights, v)
     if weights.cut_at is not None and resolve(labels.of(weights.cut_at)[-1]) != resolve(key):
         raise Refusal("sink_axis", "the attention weights are sliced along another axis than the keys")
@@ -116,7 +116,7 @@ def _label_scores(labels: Labels, path: ScorePath) -> dict[int, Labels]:
     for value in (path.contraction, *path.values):
         own = [s for s in steps.get(value.id, ()) if isinstance(s.operand, Value) and s.kind != "sinks"]
         for step in own:
-            found[id(step)] = Labels()
+            found[id(step)] = Labels(operand=True)
         if value is not path.contraction:
             _label_score(labels, previous, value, [(found[id(s)], s.operand) for s in own])
         for step in own:
@@ -149,7 +149,7 @@ def _label_seconds(labels: Labels, path: ScorePath) -> list[tuple[ScorePath, tup
     for step in path.steps:
         if step.kind == "second":
             other: ScorePath = step.operand
-            left, right = (Factor(value, Labels()) for value in operands_of(other.contraction))
+            left, right = (Factor(value, Labels(operand=True)) for value in operands_of(other.contraction))
             depth = label_contraction(labels, other.contraction, left.labels, right.labels)
             found.append((other, (left, right), depth))
             _label_scores(labels, other)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from fuzz_clamps import clamped, floored
 from fuzz_latent import latent_operands
 from fuzz_noise import mislead, noise, unread
+from fuzz_order import write_in_between
 from fuzz_program import Program, Tensor
 from fuzz_site import (
     bias,
     cap,
     contract,
     draw_sizes,
-    floored,
     letters_of,
     masked,
     operands,
@@ -52,6 +53,8 @@ def attention(rng: random.Random) -> tuple[Program, str]:
         name = p.pick(q.name, k.name, v.name)
         p.change("overwritten afterwards")
         p.do(f"{name}.mul_(2.0)")
+    elif p.chance(0.08):
+        extras += write_in_between(p)
     if p.chance(0.05):
         p.change("result written in place")
         p.do(f"{out.name}.add_(1.0)")
@@ -96,7 +99,12 @@ def _steps(p: Program) -> list:
     steps = [scale] * p.pick(0, 1, 1, 2)
     if p.chance(0.1):
         steps.append(tensor_scale)
+    if p.chance(0.08):  # before what changes the scores' largest
+        steps.append(clamped)
     if p.chance(0.15):
+        if p.chance(0.15):
+            p.change("inside the cap")
+            steps.append(p.pick(bias, masked, positions))
         steps.append(cap)
     if p.is_simple:
         return [*steps[:1], *[masked] * p.pick(0, 1, 1)]
@@ -108,7 +116,7 @@ def _steps(p: Program) -> list:
         steps.append(shifted)
     if p.chance(0.04):
         p.change("steps in another order")
-        steps = list(p.shuffled([*steps, p.pick(scale, cap, tensor_scale, floored)]))
+        steps = list(p.shuffled([*steps, p.pick(scale, cap, tensor_scale, floored, clamped)]))
     return steps
 
 

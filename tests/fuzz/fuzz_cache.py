@@ -34,7 +34,7 @@ def cache_inputs(p: Program, length: str) -> tuple[Tensor, Tensor]:
         p.kept.append(cache.name)
         if p.chance(0.08):  # of a narrower dtype than what attends to it
             p.inputs[-1] = (cache.name, f"{p.inputs[-1][1]}.to(torch.bfloat16)")
-        elif p.chance(0.05):  # a longer or wider buffer, of which this is a part
+        elif p.chance(0.05) and length != "p":  # a longer or wider buffer, of which this is a part
             p.inputs[-1] = (cache.name, f"rand(3, {', '.join(shape(dims))})")
             cache = p.let(f"{cache.name}[{p.rng.randrange(3)}]", dims, name)
         made.append(cache)

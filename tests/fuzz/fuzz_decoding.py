@@ -238,11 +238,11 @@ def _meanwhile(p: Program, pos: Positions, first: int, extras: list[str]) -> Non
         p.change("another view of a cache")
         aliased = p.name("alias")
         p.inputs.append((aliased, f"{p.pick(*names)}{p.pick('[:1]', '', '.transpose(0, 1)', '[..., :1]')}"))
-    if p.chance(0.2):
+    for _ in range(p.pick(0, 0, 0, 0, 0, 0, 0, 1, 1, 2)):
         place = _place(p, p.pick(first, (first + len(p.lines)) // 2))
         if place < len(p.lines):
             p.change("written in between")
-        c = p.pick(*names) if aliased is None else aliased
+        c = p.pick(*names) if aliased is None else p.pick(aliased, *names)
         is_float8 = any(name == c and "float8" in made for name, made in p.inputs) or (
             aliased and "float8" in str(p.inputs)
         )
@@ -250,6 +250,9 @@ def _meanwhile(p: Program, pos: Positions, first: int, extras: list[str]) -> Non
         if not is_float8:
             ways += [f"{c}.mul_(2.0)", f"{c}.add_(1.0)", f"{c}.copy_({c}.flip(0))"]
         p.lines.insert(place, p.pick(*ways))
+        if p.chance(0.3):
+            extras.append(p.name("seen"))
+            p.lines.insert(p.pick(place, place + 1), f"{extras[-1]} = {c}.float()")
 
 
 def _place(p: Program, first: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fuzz_clamps import clamped_mask
 from fuzz_program import Program, Tensor
 
 HARD_FILLS = (
@@ -174,6 +175,8 @@ def apply_mask(p: Program, s: Tensor, keep: Tensor) -> Tensor:
         f"(1.0 - {m}.to({x}.dtype)) * {fill}" if "inf" not in fill.replace("finfo", "") else f"{m}.to({x}.dtype).log()",
         f"torch.full({m}.shape, {fill}, dtype={x}.dtype).masked_fill({m}, 0)",
     )
+    if p.chance(0.2):
+        bias = clamped_mask(p, bias, x)
     b = p.name("bias")
     p.do(f"{b} = {bias}")
     if p.chance(0.1):

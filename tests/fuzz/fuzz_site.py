@@ -276,23 +276,3 @@ def shifted(p: Program, s: Tensor) -> Tensor:
         ),
         s.dims,
     )
-
-
-def floored(p: Program, s: Tensor) -> Tensor:
-    """Scores raised to the lowest number, as XGLM and OPT write it, or to a number that matters."""
-    x = s.name
-    floor = f"torch.finfo({x}.dtype).min"
-    if p.chance(0.2):
-        p.change("floor")
-        floor = p.pick("-1e9", "-1e4", "-10000.0", "-1.0", "0.0")
-    number = p.pick(f"torch.tensor({floor}, dtype={x}.dtype)", f"torch.full([], {floor}, dtype={x}.dtype)")
-    return p.let(
-        p.pick(
-            f"torch.max({x}, {number})",
-            f"torch.maximum({number}, {x})",
-            f"{x}.clamp(min={floor})",
-            f"{x}.clamp_min({floor})",
-            f"torch.clamp({x}, {floor})",
-        ),
-        s.dims,
-    )

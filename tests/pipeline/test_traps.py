@@ -42,6 +42,31 @@ def test_operand_overwritten_before_the_result(function):
     check(function, large_qkv, calls=0, refused="value_unavailable")
 
 
+def operands_scaled_in_place(q, k, v):
+    """OpenFold and Google's Gemma write `q *= scale`: what q was before is gone, and is not needed."""
+    q, k, v = q + 1.0, k + 1.0, v + 1.0
+    q *= SCALE
+    k.mul_(0.5)
+    v.div_(3.0)
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def test_large_operands_scaled_in_place():
+    check(operands_scaled_in_place, large_qkv, calls=1)
+    check(operands_scaled_in_place, large_qkv, calls=1, trains=True)
+
+
+def inputs_scaled_in_place_between_two_attentions(q, k, v):
+    q.mul_(SCALE)
+    first = (q @ k.mT).softmax(-1) @ v
+    q.mul_(2.0)
+    return first, (q @ k.mT).softmax(-1) @ v
+
+
+def test_inputs_scaled_in_place_between_two_attentions():
+    check(inputs_scaled_in_place_between_two_attentions, large_qkv, calls=2)
+
+
 def value_before_product(q, k, v):
     p = weights(q, k)
     v.mul_(2.0)

@@ -135,6 +135,25 @@ def normalised_over_another_axis(q, k, v):
     return (e / e.sum((-1, -2), keepdim=True)) @ v
 
 
+@look_alike(None, cube)
+def logsumexp_of_another_axis(q, k, v):
+    s = q @ k.mT
+    return torch.exp(s - torch.logsumexp(s, -1)[:, :, None]) @ v
+
+
+@look_alike(None, cube)
+def logsumexp_without_its_dimension(q, k, v):
+    s = q @ k.mT
+    return torch.exp(s - torch.logsumexp(s, -1)) @ v
+
+
+@look_alike("fill_unknown", lambda: (*(rand(S, S) for _ in range(3)),))
+def fills_wider_than_the_scores(q, k, v):
+    s = q @ k.mT
+    keep = torch.ones(S, S, dtype=torch.bool).tril()
+    return torch.where(keep, s, torch.full((S, S, S), -1e9)).softmax(-1) @ v
+
+
 @look_alike("no_contraction")
 def cosine_of_scores(q, k, v):
     return torch.cos(q @ k.mT * SCALE).softmax(-1) @ v

@@ -221,7 +221,7 @@ def timm_qkv_unbind(x, w):
     return (a @ v).transpose(1, 2).reshape(B, M, 48)
 
 
-@spelling(lambda: (rand(B, M, 48), rand(144, 48)), dynamic=False)
+@spelling(lambda: (rand(B, M, 48), rand(144, 48)))
 def lucidrains_chunk_rearrange(x, w):
     q, k, v = (t.reshape(B, M, H, D).permute(0, 2, 1, 3) for t in F.linear(x, w).chunk(3, dim=-1))
     dots = torch.einsum("b h i d, b h j d -> b h i j", q, k) * SCALE
@@ -315,7 +315,7 @@ def products_by_mul_and_sum(q, k, v):
     return (s.softmax(-1).unsqueeze(-1) * v.unsqueeze(-3)).sum(-2)
 
 
-@spelling(lambda: (rand(B, M, 48), rand(B, N, 48), rand(B, N, 48)), dynamic=False)
+@spelling(lambda: (rand(B, M, 48), rand(B, N, 48), rand(B, N, 48)))
 def nn_transformer_style_heads_in_batch(q, k, v):
     q, k, v = (t.transpose(0, 1).contiguous().view(t.shape[1], B * H, D).transpose(0, 1) for t in (q, k, v))
     return torch.bmm(torch.bmm(q / math.sqrt(D), k.transpose(1, 2)).softmax(-1), v)
@@ -446,6 +446,12 @@ def exp_minus_logsumexp(q, k, v):
 
 
 @spelling(bhsd)
+def exp_minus_logsumexp_unsqueezed(q, k, v):
+    s = q @ k.mT * SCALE
+    return torch.exp(s - torch.logsumexp(s, -1)[..., None]) @ v
+
+
+@spelling(bhsd)
 def softmax_module(q, k, v):
     return torch.nn.Softmax(dim=-1)(q @ k.mT * SCALE) @ v
 
@@ -464,6 +470,13 @@ def causal_where_finfo_min(q, k, v):
     keep = torch.ones(M, M, dtype=torch.bool).tril()
     s = torch.where(keep, q @ k.mT * SCALE, torch.finfo(q.dtype).min)
     return s.softmax(-1) @ v
+
+
+@spelling(lambda: (*bhsd(), torch.rand(M, N) < 0.7))
+def filled_with_a_tensor_made_like_the_scores(q, k, v, adjacency):
+    """Graph attention."""
+    s = q @ k.mT * SCALE
+    return torch.where(adjacency, s, -9e15 * torch.ones_like(s)).softmax(-1) @ v
 
 
 @spelling(square)
