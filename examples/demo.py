@@ -10,6 +10,7 @@ Exit status 0 means: every attention was replaced, the compiled model is as accu
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import os
 import platform
@@ -28,9 +29,12 @@ import rocm_attn_compile
 from rocm_attn_compile.testing import Float64Everywhere, accuracy, peak_memory, to_float64
 
 try:
-    from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 except ImportError:
     sys.exit("The demo needs transformers: pip install 'rocm-attn-compile[transformers]', or run make demo.")
+
+# The argument's name changes: transformers 5.24 warns that the old one goes in 5.40.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 @dataclass
@@ -116,13 +120,13 @@ class Job:
         """Logits `(1, length, vocab)`; the cache then holds the prompt's keys and values."""
         self.cache.reset()
         positions = torch.arange(self.length, device=self.device)[None]
-        return self.model(self.prompt, past_key_values=self.cache, position_ids=positions, use_cache=True).logits
+        return self.model(self.prompt, **{CACHE: self.cache}, position_ids=positions, use_cache=True).logits
 
     def read_token(self, position: int, token: int = 0) -> Tensor:
         """Logits `(vocab,)` after one more token; `position` counts from the start of the prompt."""
         token_ids = torch.tensor([[token]], device=self.device)
         positions = torch.tensor([[position]], device=self.device)
-        output = self.model(token_ids, past_key_values=self.cache, position_ids=positions, use_cache=True)
+        output = self.model(token_ids, **{CACHE: self.cache}, position_ids=positions, use_cache=True)
         return output.logits[0, -1]
 
     def run(self, forced_tokens: list[int] | None = None) -> Result:

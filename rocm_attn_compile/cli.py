@@ -68,28 +68,32 @@ def _add_spec_arguments(parser: argparse.ArgumentParser) -> None:
     add("--block-size", type=int, help="page size of the KV cache, for the MLA rules")
     add("--kv-block-size", type=int, help="keys and values are read from a paged cache of such blocks")
     add("--kv-dtype", choices=list(_FLOAT8), help="they are read from a float8 cache, with scales")
-    add("--dtype", choices=list(DTYPE_NAMES.values()), default="bf16")
-    add("--batch", type=int, default=1)
-    add("--num-heads", type=int, default=32)
+    add("--dtype", choices=list(DTYPE_NAMES.values()), default="bf16", help="default: bf16")
+    add("--batch", type=int, default=1, help="default: 1")
+    add("--num-heads", type=int, default=32, help="query heads; default: 32")
     add("--num-kv-heads", type=int, help="default: --num-heads")
-    add("--head-dim", type=int, default=128)
+    add("--head-dim", type=int, default=128, help="of queries and keys; default: 128")
     add("--v-head-dim", type=int, help="default: --head-dim")
-    add("--q-len", type=int, default=1024)
+    add("--q-len", type=int, default=1024, help="default: 1024")
     add("--kv-len", type=int, help="default: --q-len")
     add("--scale", type=float, help="default: 1/sqrt(head_dim)")
     add("--causal", action="store_true", help="aligned bottom-right")
     add("--window", type=int, help="keys seen, self included; implies --causal")
-    add("--soft-cap", type=float)
-    add("--score-floor", type=float)
+    add("--soft-cap", type=float, help="c of c * tanh(score / c); default: none")
+    add("--score-floor", type=float, help="scores are raised to it; default: none")
     add("--bias", action="store_true", help="a float bias tensor")
     add("--alibi", action="store_true", help="ALiBi: a slope per head")
     add("--sinks", action="store_true", help="learned sinks")
-    add("--dropout", type=float, default=0.0)
+    add("--dropout", type=float, default=0.0, help="probability; default: 0")
     add("--training", action="store_true", help="gradients are wanted")
-    add("--mla", action="store_true", help="latent attention")
+    add("--mla", action="store_true", help="latent attention, of DeepSeek's sizes")
     add("--device", choices=["cuda", "cpu"], help="default: cuda (which is ROCm too) if there is an architecture")
 
 
+_SIZES = (
+    "batch", "num_heads", "num_kv_heads", "head_dim", "v_head_dim", "q_len", "kv_len", "window", "block_size",
+    "kv_block_size",
+)  # fmt: skip
 _FLOAT8 = {dtype_name(dtype): dtype for dtype in FP8}
 _DEEPSEEK = LatentSpec(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
@@ -130,6 +134,10 @@ def _env(arguments: argparse.Namespace) -> str:
 
 def _site(arguments: argparse.Namespace) -> tuple[AttentionSpec, str | None, Environment, Options]:
     """The attention that the options describe, the target's architecture, and what selection needs."""
+    for name in _SIZES:
+        size = getattr(arguments, name)
+        if size is not None and size < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {size}; allowed is 1 and more")
     given = {"arch": arguments.arch, "attention_backend": arguments.backend, "block_size": arguments.block_size}
     options: Options = split_options({name: value for name, value in given.items() if value is not None})[0]
     env = Environment.current(options)
@@ -205,8 +213,6 @@ def _cache(arguments: argparse.Namespace, dtype: torch.dtype) -> CacheSpec | Non
     size, float8 = arguments.kv_block_size, _FLOAT8.get(arguments.kv_dtype)
     if size is None and float8 is None:
         return None
-    if size is not None and size < 1:
-        raise ValueError(f"--kv-block-size is {size}; allowed is 1 and more")
     return CacheSpec(size, float8 or dtype, has_scale=float8 is not None)
 
 

@@ -104,6 +104,11 @@ def test_select_json_reads_the_environment(run, monkeypatch):
     assert data["spec"]["logits_soft_cap"] == 30.0
 
 
+def test_select_of_latent_attention_names_no_reason_that_it_has_not(run):
+    text = run("select", "--arch", "gfx942", "--mla", "--head-dim", "192", "--v-head-dim", "128")
+    assert "because prefill form: the keys are not put together with k_pe\n" in text
+
+
 def test_select_where_nothing_can(run):
     with pytest.warns(RocmAttnWarning):
         text = run("select", "--arch", "gfx942", "--head-dim", "512")
@@ -153,6 +158,9 @@ def test_select_every_spec_argument_arrives(run):
         (["select", "--mla", "--backend", "TRITON_MLA", "--block-size", "1"], "block size 1"),
         (["select", "--arch", "mi300"], "mi300"),
         (["select", "--kv-block-size", "0"], "--kv-block-size is 0"),
+        (["select", "--head-dim", "0"], "--head-dim is 0; allowed is 1 and more"),
+        (["select", "--q-len", "-3"], "--q-len is -3"),
+        (["select", "--window", "0"], "--window is 0"),
         (["backends", "--arch", "mi300"], "mi300"),
     ],
 )

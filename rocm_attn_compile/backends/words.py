@@ -95,7 +95,7 @@ def latent_sentences(spec: AttentionSpec, block_size: int) -> tuple[str, ...]:
         return ()
     where = "of the cache in the graph" if latent.block_size is not None else "of a paged cache, if there were one"
     sentences = [
-        f"{FORMS[latent.form]} ({latent.form_reason})",
+        FORMS[latent.form] + (f" ({latent.form_reason})" if latent.form_reason else ""),
         f"block_size {block_size} {where}: TRITON_MLA takes any but 1, which is ROCM_AITER_MLA's",
     ]
     if spec.device == "cpu":

@@ -3,9 +3,10 @@
     s = q k^T;  s = clamp(s - s.max(), -50000, 50000)         max over the whole tensor
     t = s^T;    t = clamp(t - t.max(-1), -50000, 50000)       the other direction clamps twice
 
-Nothing is above 0 once its maximum is subtracted: the upper bound does nothing. The lower one raises scores to a number
-below the largest of all, `AttentionSpec.score_floor`. Then nothing is below that bound, nor is it once the maximum of a
-row, which is 0 or less, is subtracted as well: a second clamp to no higher a bound does nothing.
+Nothing is above 0 once its maximum is subtracted: the upper bound does nothing. The lower one raises scores to a
+number below the largest of all, `AttentionSpec.score_floor`; the gradient of that number goes to the largest score.
+Then nothing is below that bound, nor is it once the maximum of a row, which is 0 or less, is subtracted as well: a
+second clamp to no higher a bound does nothing.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ def fold_clamp(steps: Sequence[Step], step: Step, score_floor: float | None) -> 
             raise Refusal("score_op", f"scores are clamped to at least {score_floor:g}, and again to {lowest:g}")
         return score_floor
     scores: Value = shift.at.args[0]
-    if not is_of_all(maximum_chain(shift.operand, scores), scores):
+    chain = maximum_chain(shift.operand, scores)
+    if not is_of_all(chain, scores):
         raise Refusal("score_op", "scores are clamped to a range below the maximum of a row, or of a part of all rows")
+    if scores.grad_mode and any(value.name == "detach" or not value.grad_mode for value in chain):
+        raise Refusal("mixed_grad_mode", "scores are clamped to a range below a maximum that gets no gradient of it")
     return float(lowest)
 
 

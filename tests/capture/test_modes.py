@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 
 from rocm_attn_compile.capture import capture
 
@@ -147,7 +148,10 @@ def test_functorch_levels_are_not_entered(captured, qkv, transform, crossing):
     depth = torch._C._functorch.maybe_current_level()
     seen = captured(transform, *qkv)
     assert torch._C._functorch.maybe_current_level() == depth
-    assert set(seen.codes) == {"functorch"}
+    codes = {"functorch"}
+    if crossing == "_make_dual" and Version(torch.__version__) < Version("2.13"):
+        codes |= {"failed", "meta_mismatch"}  # there the calls are not functorch's: they are tried, and fail
+    assert "functorch" in seen.codes and set(seen.codes) <= codes
     assert any(crossing in text for _, _, text in seen.trace.not_executed)
     # What runs inside is captured, on the shapes the level shows, and marked.
     softmax = seen.value("_softmax")

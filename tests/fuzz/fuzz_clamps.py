@@ -43,6 +43,8 @@ def clamped(p: Program, s: Tensor) -> Tensor:
         "none": "0.0",
         "given": p.pick("1.5", "-2.0"),
     }[kind]
+    if ".detach()" in largest:
+        p.change("clamped below a maximum without a gradient")
     s = p.let(f"{x} - {largest}", s.dims)
     high = p.pick(bound, bound, "0.0", "torch.inf")
     if p.chance(0.1):

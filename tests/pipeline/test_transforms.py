@@ -130,7 +130,7 @@ def test_vmap_in_training(name):
     check(FUNCTIONAL[name], calls=1, trains=True)
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.12"), reason="Dynamo of torch 2.11 cannot trace it")
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="Dynamo of torch before 2.13 cannot trace it")
 def test_vmap_of_causal_and_dynamic():
     check(lambda q, k, v: torch.vmap(causal_attend)(q, k, v), square, calls=1, trains=True, dynamic=True)
 

@@ -107,6 +107,31 @@ def test_what_is_no_such_clamp_is_left_alone(name):
     torch.testing.assert_close(compiled.result, function(*tensors), rtol=0, atol=0)
 
 
+def _below_what_no_gradient_reaches(s):
+    with torch.no_grad():
+        largest = s.max()
+    return (s - largest).clamp(min=-0.5)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [lambda s: (s - s.max().detach()).clamp(-0.5, 0.5), _below_what_no_gradient_reaches],
+    ids=["detach", "mode"],
+)
+def test_a_maximum_that_gets_no_gradient(steps):
+    """Fuzz seeds 1001946, 1005247: the gradient of raised scores goes to the largest one, and here to nobody."""
+    function, tensors = one_way(steps), [torch.randn(2, 3, n, 8).double().requires_grad_() for n in (5, 9, 9)]
+    compiled = compile_and_capture(function, *tensors, lowering="aot_eager")
+    assert compiled.num_attention_calls == 0
+    assert "mixed_grad_mode" in compiled.reason_codes
+    want = function(*tensors)
+    torch.testing.assert_close(gradients([compiled.result], tensors), gradients([want], tensors))
+    with torch.no_grad():
+        compiled = compile_and_capture(function, *tensors)
+    assert compiled.num_attention_calls == 1
+    torch.testing.assert_close(compiled.result, want)
+
+
 def test_a_clamp_that_does_nothing_is_seen_through():
     for steps in (
         lambda s: (s - s.amax(-1, keepdim=True)).clamp(max=0.5),
