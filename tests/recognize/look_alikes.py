@@ -317,6 +317,11 @@ def multiplied_by_mask(q, k, v):
     return (torch.relu(q @ k.mT) * keep).softmax(-1) @ v
 
 
+@look_alike("scale_after_bias", lambda: (*square(), rand(M, M), rand(H, 1, 1)))
+def biased_scores_scaled_per_head(q, k, v, bias, scale):
+    return ((q @ k.mT + bias) * scale).softmax(-1) @ v
+
+
 @look_alike("scale_tensor")
 def scores_times_mask(q, k, v):  # masked scores become 0, not -inf
     return ((q @ k.mT) * torch.ones(M, M).tril()).softmax(-1) @ v
