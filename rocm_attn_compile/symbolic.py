@@ -7,6 +7,7 @@ guards say is known: the program runs only where they hold.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, TypeAlias
 
 import sympy
@@ -18,7 +19,7 @@ Size: TypeAlias = int | torch.SymInt | sympy.Expr
 def to_expr(size: Size) -> sympy.Expr:
     """The sympy expression of an int, a `SymInt` or an expression."""
     if isinstance(size, torch.SymInt):
-        size = _as_guarded(size.node.expr, size.node.shape_env)
+        size = _known_to(size.node.shape_env).in_terms_of_others(size.node.expr)
     if isinstance(size, sympy.Expr):
         if size.is_Atom:
             return size
@@ -26,21 +27,74 @@ def to_expr(size: Size) -> sympy.Expr:
     return sympy.Integer(int(size))
 
 
-def _as_guarded(expr: sympy.Expr, shape_env: Any) -> sympy.Expr:
-    """The symbol in an expression that is equal to it by a guard: Dynamo could not put one in the place of the other.
+class _Known:
+    """What Dynamo's guards say of sizes that it could not put in the place of one another itself.
 
     MPT slices a bias of 64 keys to the s keys that there are: its size is 64 - Max(0, 64 - s), which the addition to
-    the scores has guarded to be s.
+    the scores has guarded to be s. A convolution's relative shift cuts 2 * t - 1 positions back to p // 2 + 1, which
+    is t. A mask of (batch * heads, ...) is asserted to have as many rows as there are heads in the batch.
     """
-    if expr.is_Atom:
+
+    def __init__(self) -> None:
+        self.num_guards = 0
+        self._same: dict[sympy.Expr, sympy.Expr] = {}
+
+    def in_terms_of_others(self, expr: sympy.Expr) -> sympy.Expr:
+        """The expression in those symbols and quotients that no guard says are equal to others."""
+        for _ in range(len(self._same)):
+            simpler = expr.xreplace(self._same)
+            if simpler == expr:
+                break
+            expr = sympy.expand(simpler)
         return expr
-    for guard in shape_env.guards:
-        if isinstance(guard.expr, sympy.Eq) and not guard.size_oblivious and expr in guard.expr.args:
-            left, right = guard.expr.args
-            other = right if left == expr else left
-            if other in expr.free_symbols:
-                return other
-    return expr
+
+    def learn(self, left: sympy.Expr, right: sympy.Expr) -> None:
+        difference = sympy.expand(self.in_terms_of_others(left) - self.in_terms_of_others(right))
+        parts = {part for part in sympy.preorder_traversal(difference) if part.args and not _is_arithmetic(part)}
+        calls = sorted(parts, key=lambda part: (-part.count_ops(), str(part)))
+        for unknown in (*calls, *sorted(difference.free_symbols, key=str, reverse=True)):
+            solution = _solved(difference, unknown)
+            if solution is not None:
+                self._same[unknown] = solution
+                return
+
+
+_known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+
+
+def _known_to(shape_env: Any) -> _Known:
+    """What its guards say by now."""
+    guards = shape_env.guards
+    known = _known.get(shape_env)
+    if known is None or known.num_guards > len(guards):
+        known = _known[shape_env] = _Known()
+    for guard in guards[known.num_guards :]:
+        if isinstance(guard.expr, sympy.Eq) and not guard.size_oblivious:
+            known.learn(*guard.expr.args)
+    known.num_guards = len(guards)
+    return known
+
+
+def _is_arithmetic(expr: sympy.Expr) -> bool:
+    return expr.is_Add or expr.is_Mul or expr.is_Pow
+
+
+def _solved(difference: sympy.Expr, unknown: sympy.Expr) -> sympy.Expr | None:
+    """What `unknown` is where the difference is 0, if it is in it once, times a number, and that is a whole number.
+
+    A quotient that is in it with its divisor is exact: `a == b * (a // b)`.
+    """
+    coefficient = difference.coeff(unknown, 1)
+    rest = sympy.expand(difference - coefficient * unknown)
+    if coefficient.is_Integer and coefficient != 0 and not rest.has(unknown):
+        solution = sympy.expand(-rest / coefficient)
+        is_whole = all(number.is_Integer for number in solution.as_coefficients_dict().values())
+        return solution if is_whole else None
+    if type(unknown).__name__ == "FloorDiv":
+        base, divisor = unknown.args
+        factor = sympy.cancel(difference / (base - divisor * unknown))
+        return base / divisor if factor.is_Integer and factor != 0 else None
+    return None
 
 
 def _is_exact_floor_div(expr: sympy.Basic) -> bool:

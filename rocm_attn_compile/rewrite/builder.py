@@ -226,6 +226,9 @@ class GraphBuilder:
                 if not isinstance(size, int) and from_size(size) == wanted:
                     return self.call(aten.sym_size.int, self._replaced.get(node, node), dim)
         combine, parts = _COMBINES.get(type(expr).__name__), expr.args
+        numerator, denominator = expr.as_numer_denom()
+        if denominator != 1:  # known to be exact
+            combine, parts = operator.floordiv, (numerator, denominator)
         if isinstance(expr, sympy.Pow) and expr.exp.is_Integer and expr.exp > 1:
             combine, parts = operator.mul, (expr.base,) * int(expr.exp)
         if combine is None:

@@ -71,6 +71,40 @@ def test_no_mask_of_all_pairs_is_in_memory(name, dynamic):
     assert peak < PAIRS  # bytes: a bool mask for one head of one sequence would take them
 
 
+TRANSFORMERS_MASKS = {
+    "causal": ("create_causal_mask", {}),
+    "window": ("create_sliding_window_causal_mask", {"sliding_window": 16}),
+    "chunked": ("create_chunked_causal_mask", {"attention_chunk_size": 16}),
+    "bidirectional": ("create_bidirectional_mask", {}),
+    "bidirectional_window": ("create_bidirectional_sliding_window_mask", {"sliding_window": 16}),
+}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("kind", TRANSFORMERS_MASKS)
+def test_no_mask_of_transformers_is_in_memory(kind, padded):
+    """Float masks of the lowest number, for attention by hand."""
+    masking = pytest.importorskip("transformers.masking_utils")
+    factory, options = TRANSFORMERS_MASKS[kind]
+    config = pytest.importorskip("transformers").LlamaConfig(
+        hidden_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=32
+    )
+    config._attn_implementation = "eager"
+    for name, option in options.items():
+        setattr(config, name, option)
+    positions = [] if factory.startswith("create_bidirectional") else [None, None]
+
+    def attention(q, k, v, embeds, padding):
+        mask = getattr(masking, factory)(config, embeds, padding, *positions)
+        return (q @ k.mT * SCALE + (0.0 if mask is None else mask)).softmax(-1) @ v
+
+    padding = torch.ones(B, LENGTH, dtype=torch.long)
+    padding[0, LENGTH // 2 :] = 0
+    inputs = (*(rand(B, H, LENGTH, D) for _ in range(3)), torch.zeros(B, LENGTH, 16), padding if padded else None)
+    peak, _ = peaks(attention, inputs, None)
+    assert peak < PAIRS  # bytes: a bool mask for one head of one sequence would take them
+
+
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", [name for name in BIASES if "alibi" not in name])
 def test_biases_are_not_expanded(name, dynamic):

@@ -131,3 +131,16 @@ def test_left_padded_rows_that_are_masked_everywhere(spelling):
 
     check(function, lambda: (*cube(), LEFT_PADDED), calls=1)
     assert not codes()
+
+
+def test_causal_with_a_negative_scale_is_not_nan():
+    """ATen's fused attention for the CPU scales its fills of -inf, too: eager is NaN from the second query on."""
+
+    def fused(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, scale=-0.5, is_causal=True)
+
+    q, k, v = cube()
+    compiled = torch.compile(fused, backend="rocm_attn", fullgraph=True)
+    drop = torch.ones(S, S, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(compiled(q, k, v), (q @ k.mT * -0.5).masked_fill(drop, -math.inf).softmax(-1) @ v)
+    assert [site.replaced for site in sites()] == [True]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from pipeline_harness import SCALE, D, Pipeline, rand, reports
+import torch.nn.functional as F
+from pipeline_harness import SCALE, D, Pipeline, check, rand, reports
 
 
 def test_a_power_of_a_size():
@@ -30,7 +32,7 @@ def test_a_position_is_not_guarded():
         rows = torch.arange(start, start + q.shape[2])
         cache.narrow(2, start, q.shape[2]).copy_(new)
         keep = torch.arange(cache.shape[2]) <= rows[:, None]
-        return torch.nn.functional.scaled_dot_product_attention(q, cache, values, attn_mask=keep)
+        return F.scaled_dot_product_attention(q, cache, values, attn_mask=keep)
 
     pipeline = Pipeline("eager")
     compiled = torch.compile(step, backend=pipeline, dynamic=True, fullgraph=True)
@@ -41,3 +43,36 @@ def test_a_position_is_not_guarded():
         torch.testing.assert_close(compiled(inputs[0], mine, *inputs[1:]), step(inputs[0], theirs, *inputs[1:]))
         assert torch.equal(mine, theirs)
     assert len(reports()) == pipeline.calls == 1, "\n".join(map(str, reports()))
+
+
+def relative_shift(q, k, v, positions):
+    """Conformers: scores of 2 M - 1 positions, of which M are left of each query."""
+    scores = q @ positions.mT
+    padded = torch.cat([torch.zeros_like(scores[..., :1]), scores], -1)
+    shifted = padded.view(*padded.shape[:2], padded.shape[3], padded.shape[2])[:, :, 1:].view_as(scores)
+    return ((q @ k.mT + shifted[..., : scores.shape[-1] // 2 + 1]) * SCALE).softmax(-1) @ v
+
+
+def windows_of_an_image(q, k, v, mask):
+    """Swin: the mask has one entry per window, the scores one per image and window."""
+    num_windows, length = mask.shape[0], mask.shape[-1]
+    scores = (q @ k.mT * SCALE).view(q.shape[0] // num_windows, num_windows, 3, length, length)
+    return (scores + mask[None, :, None]).view(-1, 3, length, length).softmax(-1) @ v
+
+
+def mask_per_head(q, k, v, mask):
+    """`nn.MultiheadAttention`, whose mask may be (batch * heads, q_len, kv_len)."""
+    assert mask.shape[0] == q.shape[0] * 3
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.view(q.shape[0], 3, *mask.shape[1:]))
+
+
+@pytest.mark.parametrize(
+    ("function", "make"),
+    [
+        (relative_shift, lambda: (*(rand(2, 3, 7, D) for _ in range(3)), rand(1, 3, 13, D))),
+        (windows_of_an_image, lambda: (*(rand(10, 3, 6, D) for _ in range(3)), rand(5, 6, 6))),
+        (mask_per_head, lambda: (*(rand(4, 3, 6, D) for _ in range(3)), rand(12, 6, 6))),
+    ],
+)
+def test_sizes_that_a_guard_makes_equal(function, make):
+    check(function, make, calls=1, dynamic=True, trains=True)

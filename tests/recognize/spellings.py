@@ -267,7 +267,7 @@ def megatron_sbhd(q, k, v):
     return torch.bmm(p.view(B * H, M, N), v).transpose(0, 1).reshape(M, B, H * E)
 
 
-@spelling(lambda: (rand(B, 8, 8, 48), rand(144, 48), rand(H, 16, 16)), dynamic=False)
+@spelling(lambda: (rand(B, 8, 8, 48), rand(144, 48), rand(H, 16, 16)))
 def swin_shifted_windows(x, w, relative):
     windows = x.view(B, 2, 4, 2, 4, 48).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 48)
     q, k, v = F.linear(windows, w).reshape(-1, 16, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
