@@ -17,6 +17,7 @@ Letters as in schemas.py.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -66,11 +67,15 @@ class _Call:
         q, k, v: Of `(B, H, M, D)`, `(B, K, N, D)` and `(B, K, N, E)`.
         bias, slopes, sinks: Or None.
         masks: attn_mask, key_mask, kv_start, kv_end, q_ids, kv_ids, band_lower, band_upper.
+        tensors, settings: As a backend's kernels take them.
     """
 
     def __init__(self, tensors: tuple, settings: dict[str, Any]) -> None:
         every = dict(zip(TENSORS, (*tensors, *[None] * (len(TENSORS) - len(tensors)))))
         named: Any = {**_SETTINGS, **settings}
+        self.tensors = dict(every)
+        of_kernels = ("softmax_scale", "logits_soft_cap", "band_lower", "band_upper", "empty_rows", "out_layout")
+        self.settings = {name: named[name] for name in of_kernels}
         self.q, self.k, self.v = (every.pop(name) for name in TENSORS[:3])
         self.bias, self.sinks, self.slopes = (every.pop(name) for name in ("attn_bias", "sinks", "alibi_slopes"))
         self.optionals = tuple(every.values())
@@ -146,11 +151,23 @@ def traced_on_cpu(_name: str, _tuned: str, arguments: dict[str, Any]) -> Callabl
     return partial(unfused, _Call(tensors, arguments))
 
 
-def _run(tensors: tuple, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _kernels(call: _Call, name: str) -> tuple[Tensor, Tensor]:
+    """On a GPU: the forward of backend `name`, and its kernel for the weights."""
+    if call.floor is not None and is_floored(call.q, call.k, call.scale, call.floor):
+        return _own(call, *composite(call))
+    module = importlib.import_module(KERNEL_MODULES[name])
+    return module.attention_with_weights(
+        call.tensors, call.settings, call.weights_empty_rows, call.weights_dtype, opaque=True
+    )
+
+
+def _run(is_gpu: bool, tensors: tuple, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     name = known_name(parse(settings.pop("impl", "")).backend, DEFAULT, KERNEL_MODULES)
     with _torch_private.below_autograd_and_views():
         call = _Call(tensors, settings)
-        return _own(call, *composite(call)) if name == REFERENCE else unfused(call)
+        if name == REFERENCE:
+            return _own(call, *composite(call))
+        return _kernels(call, name) if is_gpu else unfused(call)
 
 
 def _fake(*tensors: Any, **settings: Any) -> tuple[Tensor, Tensor]:
@@ -160,8 +177,8 @@ def _fake(*tensors: Any, **settings: Any) -> tuple[Tensor, Tensor]:
 
 
 torch.library.register_fake(f"{NAMESPACE}::attention_with_weights", _fake, lib=LIBRARY)
-LIBRARY.impl("attention_with_weights", lambda *tensors, **settings: _run(tensors, settings), "CPU")
-LIBRARY.impl("attention_with_weights", lambda *tensors, **settings: _run(tensors, settings), "CUDA")
+LIBRARY.impl("attention_with_weights", lambda *tensors, **settings: _run(False, tensors, settings), "CPU")
+LIBRARY.impl("attention_with_weights", lambda *tensors, **settings: _run(True, tensors, settings), "CUDA")
 
 attention_with_weights = torch.ops.rocm_attn.attention_with_weights.default
 
