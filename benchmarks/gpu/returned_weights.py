@@ -127,9 +127,11 @@ def tune(row: tuple[int, ...], causal: bool) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         usable = [item for item, ok in zip(launches.items(), pool.map(compiles, launches.items())) if ok]
-    times = sorted((time_ms(one.run, "cuda"), str(config)[13:45]) for config, one in usable)
+    tiles = {c: (c.block_m, c.block_n, c.num_warps, c.num_stages) for c, _ in usable}
+    times = sorted((time_ms(one.run, "cuda"), tiles[config]) for config, one in usable)
     forward = found[0]
-    print(row, "causal" if causal else "", "forward", f"{time_ms(forward.run, 'cuda'):.3f}", *times[:6], sep="\n   ")
+    found = [f"{ms:.3f}: {m} x {n}, {warps} warps, {stages} stages" for ms, (m, n, warps, stages) in times[:6]]
+    print(f"{row}{' causal' if causal else ''}, forward {time_ms(forward.run, 'cuda'):.3f} ms", *found, sep="\n   ")
 
 
 def main() -> None:
@@ -140,7 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = CPU_ROWS if options.device == "cpu" else ROWS
     if options.tune:
-        for row, causal in ((ROWS[1], False), (ROWS[1], True), (ROWS[3], False)):
+        for row, causal in ((ROWS[1], False), (ROWS[1], True), (ROWS[3], False), (ROWS[2], False)):
             tune(row, causal)
         return
     print(torch.cuda.get_device_name() if options.device == "cuda" else "cpu", torch.__version__)

@@ -11,9 +11,9 @@ ANOTHER = {
     "heads or for the next layer (selective, residual attention). A fused op never has all scores of a row at once.",
     "softmax_axis": "The weights are mixed between heads before they meet v (CaiT, DeepViT): what is summed is no "
     "longer the axis of the softmax.",
-    "weights_used_elsewhere": "The weights are read elsewhere, too, and more than a second result of the op is wanted: "
-    "the model trains, and eager keeps them for its backward in any case, or it decides by them (GroupViT's "
-    "assignment) or mixes them (talking heads) on the way to v.",
+    "weights_used_elsewhere": "The weights decide something (GroupViT's assignment) or are mixed between heads "
+    "(talking heads); or the model is trained, and returns them or hands them over a graph break (JetMoe). Then they "
+    "are needed for the backward, and have a gradient of their own.",
 }
 """Sites that are no fused attention: no op that keeps the scores to itself computes them."""
 

@@ -146,7 +146,7 @@ def attention_weights_kernel(
 
     q += batch * stride_qb + head * stride_qh
     k += batch * stride_kb + kv_head * stride_kh
-    weights += row_base * kv_len
+    weights += row_base * stride_wm
     if HAS_BIAS:
         attn_bias += batch * stride_bb + head * stride_bh + q_first_long * stride_bm
     if HAS_ATTN_MASK:

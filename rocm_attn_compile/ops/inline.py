@@ -61,5 +61,5 @@ def _register(op: Any, rules: dict[str, Rule]) -> None:
 
 
 _register(attention, {"cpu": cpu_inline.forward, "cuda": gpu_inline.forward})
-_register(returned_weights.attention_with_weights, {"cpu": returned_weights.traced_on_cpu})
+_register(returned_weights.attention_with_weights, dict.fromkeys(("cpu", "cuda"), returned_weights.traced))
 _register(attention_backward, {"cpu": cpu_inline.backward, "cuda": gpu_inline.backward})

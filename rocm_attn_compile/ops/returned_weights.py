@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rocm_attn_compile import _torch_private
-from rocm_attn_compile.ops import cpu_unfused, reference
+from rocm_attn_compile.ops import cpu_unfused, gpu_inline, reference
 from rocm_attn_compile.ops.checks import check, check_words
 from rocm_attn_compile.ops.cpu import with_layout
 from rocm_attn_compile.ops.cpu_mask import with_alibi
@@ -143,12 +143,13 @@ def unfused(call: _Call) -> tuple[Tensor, Tensor]:
     return with_layout(out, call.out_layout), weights
 
 
-def traced_on_cpu(_name: str, _tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
+def traced(name: str, _tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     """What is traced instead of a call with these arguments, all given; None if the call must stay opaque."""
     if arguments["score_floor"] is not None:  # what it does depends on the scores
         return None
     tensors = tuple(arguments.pop(name) for name in TENSORS)
-    return partial(unfused, _Call(tensors, arguments))
+    call = _Call(tensors, arguments)
+    return partial(unfused, call) if call.q.device.type == "cpu" else gpu_inline.with_weights(name, call)
 
 
 def _kernels(call: _Call, name: str) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,29 @@ def test_family(family: Family, attention: str, padded: bool):
     assert_as_accurate_as_eager(actual, eager, exact)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5", "vit"])
+def test_weights_that_the_model_returns(name: str):
+    """`output_attentions=True`: logits and every layer's weights, which the op gives as a second result."""
+    family = next(f for f in FAMILIES if f.name == name)
+    model, arguments = family.build("eager"), {**family.arguments(family.inputs == "text"), "output_attentions": True}
+    wide = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in arguments.items()}
+
+    def results(run, given):
+        out = run(**given)
+        weights = [w for key, value in out.items() if "attentions" in key for w in value]
+        return [out.logits, *weights]
+
+    with torch.no_grad():
+        eager = results(model, arguments)
+        with Float64Everywhere():
+            exact = results(to_float64(model), wide)
+        actual = results(rewritten(model), arguments)
+    sites = [site for report in rocm_attn_compile.reports() for site in report.sites]
+    assert len(eager) == 1 + family.sites == 1 + len(sites)
+    assert all(site.replaced and site.data["returned_weights"] for site in sites), str(sites)
+    assert_as_accurate_as_eager(actual, eager, exact)
+
+
 def test_masks_of_a_padded_window_model_are_proved():
     """Mistral, left-padded: the mask is in closed form, no tensor of queries by keys is left."""
     family = next(f for f in FAMILIES if f.name == "mistral")
