@@ -30,6 +30,7 @@ from .live import LiveUsers
 from .masks import prove_masks
 from .proof import Factor, Proof
 from .region import Alibi, LookAlike, Operand, Region, Roles
+from .returned import check_returned
 from .roles import assign_roles
 from .row_sinks import masks_beside_row_sinks, take_row_sinks
 from .scores import ScoreWalk
@@ -65,7 +66,8 @@ def _in_full(anchor: SoftmaxAnchor | Value, live: LiveUsers) -> Region | LookAli
     value = anchor if isinstance(anchor, Value) else anchor.weights
     try:
         region = recognize_site(anchor, live)
-        if region.spec.score_floor is None:  # an op of its own, which takes plain keys and values
+        # Not for the ops that take plain keys and values only.
+        if region.spec.score_floor is None and region.weights is None:
             add_latent(region, live)
             add_cache(region)
         return region
@@ -121,6 +123,8 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         if cap < 0:
             cap = -cap  # c tanh(s / c) is even in c; the product above already carries the sign
     requires_grad = _requires_grad(proof, live)
+    if proof.returned is not None:
+        check_returned(proof, proof.returned, roles, requires_grad, row_sinks is not None, live)
     tracks = partial(_value_requires_grad, live=live)
     if row_sinks is None:
         masks = prove_masks(proof, roles, logits, requires_grad, live, tracks)
@@ -150,6 +154,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         has_sinks=logits.sinks is not None,
         dropout_p=proof.dropout_p,
         requires_grad=requires_grad,
+        returned_weights=None if proof.returned is None else masks.returned or masks.spec.empty_rows,
     )
     return Region(
         spec=spec,
@@ -167,6 +172,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         mask_context=masks.context,
         sinks=logits.sinks,
         row_sinks=row_sinks,
+        weights=None if proof.returned is None else Operand(proof.returned, proof.labels.of(proof.returned)),
         values=proof.values,
         notes=masks.notes,
         bias_note=note,
