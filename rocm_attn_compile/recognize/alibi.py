@@ -33,8 +33,8 @@ from .axes import Atom, Dim, atoms_of
 from .compose import Logits
 from .labels import is_cast, is_view
 from .live import LiveUsers
-from .mask.integers import ZERO, expand
-from .mask.values import Opaque
+from .mask.integers import ZERO, expand, loaded_value, loads_in
+from .mask.values import FloatLoad, Opaque
 from .moderate import is_moderate
 from .region import Alibi, Bias, MaskTerm, Operand, PositionBias, Roles
 from .symbols import Symbols
@@ -117,13 +117,15 @@ def is_of_positions(bias: Operand, symbols: Symbols, live: LiveUsers) -> bool:
         return False
     return all(
         _is_distance(expr)
-        and (
-            load is None
-            or is_moderate(load.value, live)
-            or (expr.has(context.k) and not symbols_of(load, ZERO) & {context.q, context.k})
-        )
+        and all(is_moderate(loaded_value(one), live) for one in loads_in(expr))
+        and (load is None or is_moderate(load.value, live) or _changes_with_the_key(load, expr, context))
         for load, expr in sums.items()
     )
+
+
+def _changes_with_the_key(load: FloatLoad, expr: sympy.Expr, context: prover.MaskContext) -> bool:
+    """Of `load * expr`: true of a distance, and not of `lowest * (1 - attention_mask)`, whose mask is looked up."""
+    return expr.has(context.k) and not loads_in(expr) and not symbols_of(load, ZERO) & {context.q, context.k}
 
 
 def _is_distance(expr: sympy.Expr) -> bool:

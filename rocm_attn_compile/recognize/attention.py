@@ -37,7 +37,7 @@ from .scores import ScoreWalk
 from .sdpa_site import prove_sdpa_site
 from .shared_scores import without_halves
 from .softmax_site import prove_softmax_site
-from .unseen import unseen
+from .unseen import quotients, unseen
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,9 @@ def recognize(trace: Trace, sites: Sites | None = None) -> tuple[list[Region], l
     """
     live = LiveUsers(trace)
     regions: list[Region] = []
-    others = list(unseen(trace))
-    anchors: list[tuple[int, SoftmaxAnchor | Value]] = [(a.weights.id, a) for a in find_softmaxes(trace)]
+    softmaxes = list(find_softmaxes(trace))
+    others = [*unseen(trace), *quotients(trace, softmaxes)]
+    anchors: list[tuple[int, SoftmaxAnchor | Value]] = [(a.weights.id, a) for a in softmaxes]
     anchors += [(value.id, value) for value in trace.values if value.op == "sdpa"]
     for _, anchor in sorted(anchors, key=lambda pair: pair[0]):
         found = _in_full(anchor, live) if sites is None else sites.recognize(anchor, live, _in_full)

@@ -88,6 +88,43 @@ def test_left_padded_rows_by_an_integer_mask():
     check(gpt2, lambda: (*square(), (left_padding(1.0)[:, 0, 0] == 0).long()), calls=1)
 
 
+LOW = [
+    lambda mask: (1 - mask.float()) * -1000000000,
+    lambda mask: ((1 - mask) * -1000000000).float(),
+    lambda mask: (-((1 - mask) << 31)).float(),
+    lambda mask: (1 - mask.float()) * -1e4 * 1e4 * 1e4,
+    lambda mask: (1 - mask) * torch.tensor([-1e9, -1e9, -1e9])[:, None, None],
+]
+
+
+@pytest.mark.parametrize("bias", LOW)
+def test_integers_may_make_a_bias_as_low_as_a_fill(bias):
+    """Each was taken for a moderate bias, no float in it being large; eager spreads the first rows over the future."""
+
+    def function(q, k, v, attention_mask):
+        scores = torch.where(causal(M), q @ k.mT * SCALE, -1e9)
+        return (scores + bias(attention_mask[:, None, None, :])).softmax(-1) @ v
+
+    inputs = lambda: (*square(), (left_padding(1.0)[:, 0, 0] == 0).long())  # noqa: E731
+    check(function, inputs, calls=0, refused="bias_beside_finite_fill", rounds_to=torch.float32)
+
+
+def test_a_number_of_an_input_times_an_integer_mask_may_be_low():
+    """GPT-2 kept the fill in a buffer."""
+
+    def function(q, k, v, attention_mask, fill):
+        scores = torch.where(causal(M), q @ k.mT * SCALE, torch.finfo(q.dtype).min)
+        return (scores + (1 - attention_mask[:, None, None, :]) * fill).softmax(-1) @ v
+
+    fill = torch.tensor(torch.finfo(torch.float32).min)
+    check(
+        function,
+        lambda: (*square(), (left_padding(1.0)[:, 0, 0] == 0).long(), fill),
+        calls=1,
+        rounds_to=torch.float32,
+    )
+
+
 def test_in_training_a_float_tensor_beside_a_finite_fill_is_refused():
     check(
         filled_then_added,
