@@ -1,11 +1,12 @@
 """Attention whose weights are read elsewhere, too, against Inductor on the same eager code, in one run.
 
-    python benchmarks/gpu/returned_weights.py [--device cpu] [--tune]
+    python benchmarks/gpu/returned_weights.py [--device cpu] [--only ROW ...] [--tune]
 
 Eager code with `output_attentions`: scores in half precision, softmax in float32, cast, and both results returned. Each
 result is compared with float64 on some rows before it is timed. `ratio` is Inductor's time by ours. `floor` is the time
 that writing the weights takes at the speed with which this device fills a tensor of that size. `--tune` times launch
-configurations of the weights' kernel alone.
+configurations of the weights' kernel alone. `--only` takes numbers of rows, also to compile them in processes of their
+own beforehand, which fills the caches on disk.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ ROWS = (  # B, H, S, D
     (8, 12, 197, 64),
 )
 CPU_ROWS = ((1, 8, 512, 64), (2, 12, 197, 64), (1, 8, 128, 64))
+
+
+TILES = (  # rows, keys, warps, stages
+    *((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 2), (128, 64, 4, 3), (128, 64, 8, 2)),
+    *((128, 128, 8, 1), (128, 128, 8, 2), (64, 256, 8, 2), (32, 128, 4, 2)),
+)
 
 
 def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -113,7 +120,7 @@ def tune(row: tuple[int, ...], causal: bool) -> None:
         "empty_rows": "impossible", "out_layout": "bhsd",
     }  # fmt: skip
     launches = {}
-    for m, n, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (1, 2, 3)):
+    for m, n, warps, stages in TILES:
         config = configs.KernelConfig(m, n, warps, stages)
         found, _, _ = weights_launch.weights_launches(tensors, settings, "impossible", q.dtype, Tuning(config=config))
         launches[config] = found[-1]
@@ -138,12 +145,14 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", type=int, nargs="*", default=[])
     parser.add_argument("--tune", action="store_true")
     options = parser.parse_args()
     rows = CPU_ROWS if options.device == "cpu" else ROWS
+    rows = tuple(row for number, row in enumerate(rows) if number in (options.only or range(len(rows))))
     if options.tune:
-        for row, causal in ((ROWS[1], False), (ROWS[1], True), (ROWS[3], False), (ROWS[2], False)):
-            tune(row, causal)
+        for number in options.only or (1, 3, 2):
+            tune(ROWS[number], False)
         return
     print(torch.cuda.get_device_name() if options.device == "cuda" else "cpu", torch.__version__)
     for row, causal in itertools.product(rows, (False, True)):
