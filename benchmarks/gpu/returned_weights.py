@@ -106,8 +106,8 @@ def measure(row: tuple[int, ...], causal: bool, device: str) -> str:
     )
 
 
-def tune(row: tuple[int, ...], causal: bool) -> None:
-    """Times of the weights' kernel alone, the fastest configurations first."""
+def tune(row: tuple[int, ...]) -> None:
+    """Times of the weights' kernel alone, the fastest configurations first; all must give the same weights."""
     from rocm_attn_compile.kernels.triton import configs, weights_launch
     from rocm_attn_compile.kernels.triton.launch import Tuning
 
@@ -116,29 +116,37 @@ def tune(row: tuple[int, ...], causal: bool) -> None:
     names = ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids", "sinks", "alibi_slopes")
     tensors = {"q": q, "k": k, "v": v, **dict.fromkeys(names)}
     settings = {
-        "softmax_scale": D**-0.5, "logits_soft_cap": None, "band_lower": None, "band_upper": 0 if causal else None,
+        "softmax_scale": D**-0.5, "logits_soft_cap": None, "band_lower": None, "band_upper": None,
         "empty_rows": "impossible", "out_layout": "bhsd",
     }  # fmt: skip
+    shipped, _, want = weights_launch.weights_launches(tensors, settings, "impossible", q.dtype)
+    for one in shipped:
+        one.run()
     launches = {}
-    for m, n, warps, stages in TILES:
-        config = configs.KernelConfig(m, n, warps, stages)
-        found, _, _ = weights_launch.weights_launches(tensors, settings, "impossible", q.dtype, Tuning(config=config))
-        launches[config] = found[-1]
+    for tile, tma in itertools.product(TILES, (False, True)):
+        tuning = Tuning(config=configs.KernelConfig(*tile), tma=tma)
+        found, _, _ = weights_launch.weights_launches(tensors, settings, "impossible", q.dtype, tuning)
+        found[-1].arguments.update(lse=shipped[-1].arguments["lse"], weights=torch.empty_like(want))
+        launches[(*tile, tma)] = found[-1]
 
-    def compiles(item: tuple) -> bool:
+    def compiles(one: Any) -> bool:
         try:
-            item[1].compile()
+            one.compile()
         except Exception:  # too much shared memory
             return False
         return True
 
     with ThreadPoolExecutor(8) as pool:
-        usable = [item for item, ok in zip(launches.items(), pool.map(compiles, launches.items())) if ok]
-    tiles = {c: (c.block_m, c.block_n, c.num_warps, c.num_stages) for c, _ in usable}
-    times = sorted((time_ms(one.run, "cuda"), tiles[config]) for config, one in usable)
-    forward = found[0]
-    found = [f"{ms:.3f}: {m} x {n}, {warps} warps, {stages} stages" for ms, (m, n, warps, stages) in times[:6]]
-    print(f"{row}{' causal' if causal else ''}, forward {time_ms(forward.run, 'cuda'):.3f} ms", *found, sep="\n   ")
+        usable = list(pool.map(compiles, launches.values()))
+    times = []
+    for (tile, one), works in zip(launches.items(), usable):
+        if works:
+            one.run()
+            assert torch.allclose(one.arguments["weights"].float(), want.float(), atol=1e-6, rtol=1e-2), tile
+            times.append((time_ms(one.run, "cuda"), tile))
+    lines = [f"{ms:.3f}: {m} x {n}, {w} warps, {s} stages{', tma' * t}" for ms, (m, n, w, s, t) in sorted(times)[:8]]
+    forward = sum(time_ms(one.run, "cuda") for one in shipped[:-1])
+    print(f"{row}, forward {forward:.3f} ms, shipped {time_ms(shipped[-1].run, 'cuda'):.3f} ms", *lines, sep="\n   ")
 
 
 def main() -> None:
@@ -152,7 +160,7 @@ def main() -> None:
     rows = tuple(row for number, row in enumerate(rows) if number in (options.only or range(len(rows))))
     if options.tune:
         for number in options.only or (1, 3, 2):
-            tune(ROWS[number], False)
+            tune(ROWS[number])
         return
     print(torch.cuda.get_device_name() if options.device == "cuda" else "cpu", torch.__version__)
     for row, causal in itertools.product(rows, (False, True)):
