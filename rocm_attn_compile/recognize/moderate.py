@@ -56,6 +56,14 @@ def _bound(value: object, live: LiveUsers, known: dict[int, float]) -> float:
     return known[value.id]
 
 
+def _power(base: float, exponent: float) -> float:
+    """`base ** exponent`, infinity beyond what a number holds."""
+    try:
+        return base**exponent
+    except OverflowError:
+        return math.inf
+
+
 def _compute_bound(value: Value, live: LiveUsers, known: dict[int, float]) -> float:
     number = number_of(value)
     if isinstance(number, (int, float)):
@@ -83,7 +91,7 @@ def _compute_bound(value: Value, live: LiveUsers, known: dict[int, float]) -> fl
             return _LARGEST_PARAMETER if _is_free_of_inputs(value) else math.inf
         exponent = number_of(value.args[1])
         is_whole = isinstance(exponent, (int, float)) and exponent >= 1
-        return min(bounds[0], 1e30) ** min(exponent, 9) if is_whole else math.inf
+        return _power(bounds[0], exponent) if is_whole else math.inf
     if value.name == "square":
         return bounds[0] * bounds[0]
     factors = [1.0, *(_bound(leaf, live, known) for leaf in value.args if isinstance(leaf, (int, float)))]

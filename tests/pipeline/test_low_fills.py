@@ -93,6 +93,7 @@ LOW = [
     lambda mask: ((1 - mask) * -1000000000).float(),
     lambda mask: (-((1 - mask) << 31)).float(),
     lambda mask: (1 - mask.float()) * -1e4 * 1e4 * 1e4,
+    lambda mask: -(((mask == 0) * 8.0) ** 10),
     lambda mask: (1 - mask) * torch.tensor([-1e9, -1e9, -1e9])[:, None, None],
 ]
 
