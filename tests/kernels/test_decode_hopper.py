@@ -95,7 +95,7 @@ def test_machine_code(features: dict[str, Any], tmp_path: Path) -> None:
     size = features.get("head_dim", 128)
     tile = decode_hopper_launch.TILES[size, size]
     assert loop.count("HMMA") == 2 * (tile.keys // 8) * (size // 16)
-    wide = loop.count("LDG.E.128") + loop.count("LDG.E.64") // 2
+    wide = len(re.findall(r"LDG\.E(\.EF)?\.128", loop)) + len(re.findall(r"LDG\.E(\.EF)?\.64", loop)) // 2
     assert wide == 2 * tile.keys * size // (32 * 16)
     assert not re.search(r"\b(LDS|STS|BAR|LDL|STL)\b", loop)
     assert loop.count("LDSM") == tile.shared * size // 16
