@@ -170,7 +170,7 @@ def one(source: str, name: str, setting: dict[str, Any], with_peer: bool) -> dic
     except Exception as error:
         return {"status": "not built", "error": str(error)[:1500]}
     start = time.perf_counter()
-    with torch._dynamo.config.patch(capture_scalar_outputs=captures_scalars(name)):
+    with torch._dynamo.config.patch(capture_scalar_outputs=captures_scalars(name, setting["gradients"])):
         found = judge(case, with_peer=with_peer, lowering=setting["lowering"])
     if failed := found.get("eager_error") or found.get("watch_error"):
         return {"status": "fails in eager", "error": failed}

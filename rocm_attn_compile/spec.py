@@ -131,6 +131,8 @@ class AttentionSpec:
         has_sinks: A learned logit per head joins the softmax and is dropped after it.
         dropout_p: Probability of dropping a weight; 0.0 is off.
         requires_grad: Some of q, k, v, bias or sinks requires grad and grad mode was on.
+        returned_weights: The weights are a result, too: what they are in a row without a key, which may be something
+            else than in the sum with v; or None.
         is_decode: q_len is statically at most 16 and less than kv_len.
     """
 
@@ -153,6 +155,7 @@ class AttentionSpec:
     has_sinks: bool = False
     dropout_p: float = 0.0
     requires_grad: bool = False
+    returned_weights: EmptyRows | None = None
     kind: str = "attention"
     """"attention" or "mla": which family of backends may take it."""
     latent: LatentSpec | None = None

@@ -9,6 +9,7 @@ from rocm_attn_compile.testing import (
     RoundedAgain,
     accuracy,
     assert_as_accurate_as_eager,
+    assert_same_computation,
     count_calls,
     peak_memory,
     to_float64,
@@ -165,3 +166,25 @@ def test_rounding_again_leaves_random_numbers_and_writes_as_they_are():
         buffer.copy_(drawn)
     torch.testing.assert_close(again, drawn, rtol=1e-6, atol=0)
     assert torch.equal(buffer, drawn)
+
+
+def test_float64_everywhere_draws_the_same_numbers():
+    """Of 16 and more numbers PyTorch draws others in float64: the exact run was one of other inputs."""
+
+    def draw():
+        torch.manual_seed(0)
+        x = torch.randn(5, 7)
+        return x, torch.rand(20, dtype=torch.float32), torch.randn_like(x), torch.randn(17, requires_grad=True)
+
+    drawn = draw()
+    with Float64Everywhere():
+        again = draw()
+    assert all(t.dtype == torch.float64 and torch.equal(t, x.double()) for t, x in zip(again, drawn))
+    assert again[3].requires_grad and again[3].is_leaf
+
+
+def test_two_computations_are_not_taken_for_one():
+    exact = torch.randn(5, 7, dtype=torch.float64)
+    assert_same_computation((exact.bfloat16(), 3), (exact, 3))
+    with pytest.raises(AssertionError, match="result 1: eager is no rounding"):
+        assert_same_computation((exact.float(), exact.float().flip(0)), (exact, exact))

@@ -126,7 +126,7 @@ def realistic_cases() -> list[dict[str, Any]]:
 
 
 def check(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Relative error and limit of out, lse and every gradient of one case, on the GPU."""
+    """Relative error and limit of out, lse, the weights and every gradient of one case, on the GPU."""
     tensors, scalars = kernel_oracle.make_inputs(case, "cuda")
     tuning = dict(case.get("tuning") or {})
     if "config" in tuning:
@@ -150,12 +150,22 @@ def check(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
     grads = backward(**arguments)
     again = backward(**arguments)
     got = {"out": out, "lse": lse}
+    if not scalars["dropout_p"]:
+        got["weights"] = weights_of(tensors, scalars)
     for name, grad, repeat in zip(kernel_oracle.GRADIENTS, grads, again):
         if tensors[name] is not None:
             got[name] = grad
             if not torch.equal(grad.nan_to_num(7), repeat.nan_to_num(7)):
                 return {f"{name} differs between two runs": (math.inf, 0.0)}
     return kernel_oracle.compare(tensors, scalars, got, grad_out, case.get("oracle_dtype", torch.float64))
+
+
+def weights_of(tensors: dict[str, Any], scalars: dict[str, Any]) -> torch.Tensor:
+    """The softmax weights as a second result."""
+    given = {name: tensor for name, tensor in tensors.items() if name != "dropout_seed"}
+    names = ("softmax_scale", "logits_soft_cap", "band_lower", "band_upper", "empty_rows")
+    settings = {**{name: scalars[name] for name in names}, "out_layout": "bhsd"}
+    return attention.attention_with_weights(given, settings, scalars["empty_rows"], tensors["q"].dtype)[1]
 
 
 def one_backward(**arguments: Any) -> tuple[torch.Tensor, ...]:

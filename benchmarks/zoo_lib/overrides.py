@@ -118,10 +118,11 @@ CAPTURES_SCALARS = frozenset({"deberta", "jetmoe"})
 CAPTURES_SCALARS_FROM_2_13 = frozenset({"grounding-dino", "mm-grounding-dino"})
 """Models that read a number out of a tensor (`.item()`), for which Dynamo breaks the graph in the midst of an attention
 or behind one that returns its weights. It says how to avoid that, `torch._dynamo.config.capture_scalar_outputs = True`,
-and that is how they are compiled, by Inductor, too. PyTorch 2.11 cannot compile the last two so, without us either."""
+and that is how their gradients are computed, by Inductor, too. PyTorch 2.11 cannot compile the last two so, without us
+either."""
 
 
-def captures_scalars(name: str) -> bool:
-    """Whether a model is compiled with that setting by this PyTorch."""
+def captures_scalars(name: str, gradients: bool) -> bool:
+    """Whether a model is compiled with that setting by this PyTorch; never without gradients."""
     is_new = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
-    return name in CAPTURES_SCALARS or (is_new and name in CAPTURES_SCALARS_FROM_2_13)
+    return gradients and (name in CAPTURES_SCALARS or (is_new and name in CAPTURES_SCALARS_FROM_2_13))

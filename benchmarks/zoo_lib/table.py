@@ -118,9 +118,9 @@ def _summary(rows: list[Row]) -> Iterator[str]:
     yield f"\n{len(names)} architectures of transformers ran in at least one of these ways.\n"
     captured = [f"`{name}`" for name in sorted((CAPTURES_SCALARS | CAPTURES_SCALARS_FROM_2_13) & names)]
     yield (
-        "All models are compiled with PyTorch's defaults, but for those that Dynamo cuts at an `.item()` in or behind "
-        f"an attention: for {', '.join(captured)} `torch._dynamo.config.capture_scalar_outputs` is on, as Dynamo's own "
-        "message advises, for Inductor, too.\n"
+        "All models are compiled with PyTorch's defaults, but for gradients of those that Dynamo cuts at an `.item()` "
+        f"in or behind an attention: for {', '.join(captured)} `torch._dynamo.config.capture_scalar_outputs` is on "
+        "there, as Dynamo's own message advises, for Inductor, too.\n"
     )
     yield from _fusable(groups)
 

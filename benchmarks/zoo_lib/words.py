@@ -11,9 +11,9 @@ ANOTHER = {
     "heads or for the next layer (selective, residual attention). A fused op never has all scores of a row at once.",
     "softmax_axis": "The weights are mixed between heads before they meet v (CaiT, DeepViT): what is summed is no "
     "longer the axis of the softmax.",
-    "weights_used_elsewhere": "The weights are a result, too: the model returns them, decides by them (GroupViT's "
-    "assignment), mixes them (talking heads), or hands them over a graph break (JetMoe). They have to be computed in "
-    "any case; the op beside them would be q k^T a second time in the place of one product with v.",
+    "weights_used_elsewhere": "The weights decide something (GroupViT's assignment) or are mixed between heads "
+    "(talking heads); or the model is trained, and returns them or hands them over a graph break (JetMoe). Then they "
+    "are needed for the backward, and have a gradient of their own.",
 }
 """Sites that are no fused attention: no op that keeps the scores to itself computes them."""
 

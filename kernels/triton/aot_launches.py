@@ -10,6 +10,7 @@ from . import configs
 from .backward_launch import backward_launches
 from .forward_launch import forward_launches
 from .launch import Launch, Tuning
+from .weights_launch import weights_launch
 
 
 def launches(
@@ -40,7 +41,8 @@ def launches(
         num_splits, config: As in launch.Tuning.
         tuning: All of it, with `arch`.
         features: Names of the op's optional tensors, with a true value; `soft_cap`, `band_lower`, `dropout_p`,
-            `empty_rows`; `page`, the block size of a paged cache, and `kv_dtype` and `scale` of narrower numbers.
+            `empty_rows`; `weights`, whether they are a second result; `page`, the block size of a paged cache, and
+            `kv_dtype` and `scale` of narrower numbers.
     """
     sizes = {"B": batch, "H": num_heads, "M": q_len, "N": kv_len}
     page, kv_dtype = features.get("page"), features.get("kv_dtype", dtype)
@@ -83,4 +85,7 @@ def launches(
         found += backward_launches(
             torch.empty_like(out), **tensors, out=out, lse=lse, **scalars, output_mask=[True] * 5, tuning=tuning
         )[0]
+    if features.get("weights"):
+        weights = torch.empty((batch, num_heads, q_len, kv_len), dtype=dtype, device="meta")
+        found.append(weights_launch(tensors, scalars, lse, weights, scalars["empty_rows"], tuning))
     return {launch.kernel.__name__: launch for launch in found}

@@ -1,4 +1,5 @@
-"""Launchers of TRITON_ATTN: the forward and backward of the canonical op `rocm_attn::attention`.
+"""Launchers of TRITON_ATTN: the forward and backward of the canonical op `rocm_attn::attention`, and of
+`attention_with_weights`.
 
 Letters: B batch, H query heads, K key/value heads, M q_len, N kv_len, D head_dim, E v_head_dim.
 Needs torch and triton only. Works on ROCm and CUDA devices, and on CPU tensors under TRITON_INTERPRET=1.
@@ -8,13 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .backward_launch import backward_launches, sink_gradient
 from .forward_launch import forward_launches
 from .launch import Tuning, run_all
 from .tuned import decode
+from .weights_launch import weights_launches
 
 
 @functools.lru_cache(maxsize=1024)
@@ -69,6 +73,28 @@ def attention_forward(
     )  # fmt: skip
     run_all(launches, q.device)
     return out, lse
+
+
+def attention_with_weights(
+    tensors: dict[str, Tensor | None],
+    settings: dict[str, Any],
+    weights_empty_rows: str,
+    weights_dtype: torch.dtype,
+    opaque: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Output and softmax weights; arguments as weights_launch.weights_launches.
+
+    Returns:
+        `out` as of attention_forward; `weights` `(B, H, M, N)`, contiguous, without dropout.
+
+    Raises:
+        ValueError, NotImplementedError: See launch.check.
+    """
+    launches, out, weights = weights_launches(tensors, settings, weights_empty_rows, weights_dtype, _tuning("", opaque))
+    q = tensors["q"]
+    assert q is not None
+    run_all(launches, q.device)
+    return out, weights
 
 
 def attention_backward(

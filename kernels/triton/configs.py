@@ -114,6 +114,13 @@ _CDNA: dict[str, Table] = {
         (128, 4): C(32, 16, 4, 1),
         (256, 4): C(16, 16, 4, 1),
     },
+    "weights": {
+        (64, 2): C(64, 128, 4, 1),
+        (128, 2): C(64, 64, 4, 1),
+        (256, 2): C(64, 32, 4, 1),
+        (128, 4): C(32, 32, 4, 1),
+        (256, 4): C(16, 32, 4, 1),
+    },
 }
 
 # gfx90a needs more registers for the narrower MFMA's operands.
@@ -184,6 +191,12 @@ _RDNA: dict[str, Table] = {
     "backward_bias": {
         (128, 2): C(32, 16, 4, 1),
         (256, 2): C(16, 16, 4, 1),
+        (128, 4): C(16, 16, 8, 1),
+        (256, 4): C(16, 16, 16, 1),
+    },
+    "weights": {
+        (128, 2): C(32, 32, 4, 1),
+        (256, 2): C(16, 32, 4, 1),
         (128, 4): C(16, 16, 8, 1),
         (256, 4): C(16, 16, 16, 1),
     },
@@ -270,6 +283,13 @@ _HOPPER: dict[str, Table] = {
         (256, 4): C(32, 16, 4, 1),
     },
     "backward_bias": {(64, 2): C(64, 64, 4, 2), (256, 2): C(64, 32, 4, 1), (256, 4): C(16, 16, 4, 1)},
+    "weights": {
+        (64, 2): C(128, 128, 8, 2),
+        (128, 2): C(128, 128, 8, 2),
+        (256, 2): C(64, 64, 4, 2),
+        (128, 4): C(64, 32, 4, 2),
+        (256, 4): C(32, 32, 4, 2),
+    },
 }
 
 # Any other NVIDIA GPU: fits 99 KiB of shared memory.
@@ -295,12 +315,13 @@ _CUDA: dict[str, Table] = {
         (256, 4): C(16, 16, 4, 1),
     },
     "backward_bias": {(128, 2): C(32, 32, 4, 1), (256, 4): C(16, 16, 4, 1)},
+    "weights": {(128, 2): C(64, 64, 4, 2), (256, 2): C(32, 64, 4, 1), (256, 4): C(16, 32, 4, 1)},
 }
 
 # Triton's interpreter, on CPU tensors: small tiles, so that small tests still cross block boundaries.
 _INTERPRETER: dict[str, Table] = {
     direction: {(256, 4): C(16, 16, 1, 1)}
-    for direction in ("forward", "decode", "backward_kv", "backward_q", "backward_bias")
+    for direction in ("forward", "decode", "backward_kv", "backward_q", "backward_bias", "weights")
 }
 
 TABLES: dict[str, dict[str, Table]] = {
@@ -314,13 +335,13 @@ TABLES: dict[str, dict[str, Table]] = {
 }
 """Family -> direction -> table.
 
-Directions: forward, decode, backward_kv, backward_q, backward_bias. Where tensor descriptors exist and the tensors'
-strides and size allow them, also forward_tma, backward_q_tma and backward_kv_tma, or instead of the last backward_k_tma
-and backward_v_tma: two launches. A suffix "_bias" or "_cap" is for calls with a bias or mask tensor or a soft cap,
-which need more registers, as "_alibi" for ALiBi (on Hopper not "forward"), "_first" and "_alibi_first" for forward
-calls that may take first_max, "_pages", "_float8" and "_float8_pages" for those that read a KV cache as it lies. Where
-such a table has no row, the one without the last suffix counts. "_one" and "_two" are for decode's splits of up to 128
-and 256 keys, for which a deep pipeline only takes longer to start.
+Directions: forward, decode, backward_kv, backward_q, backward_bias, weights. Where tensor descriptors exist and the
+tensors' strides and size allow them, also forward_tma, backward_q_tma and backward_kv_tma, or instead of the last
+backward_k_tma and backward_v_tma: two launches. A suffix "_bias" or "_cap" is for calls with a bias or mask tensor or a
+soft cap, which need more registers, as "_alibi" for ALiBi (on Hopper not "forward"), "_first" and "_alibi_first" for
+forward calls that may take first_max, "_pages", "_float8" and "_float8_pages" for those that read a KV cache as it
+lies. Where such a table has no row, the one without the last suffix counts. "_one" and "_two" are for decode's splits
+of up to 128 and 256 keys, for which a deep pipeline only takes longer to start.
 """
 
 
@@ -340,7 +361,7 @@ def select(arch: str, direction: str, head_block: int, itemsize: int, feature: s
 
     Args:
         arch: "gfx942", "sm90", ... or "interpreter".
-        direction: "forward", "decode", "backward_kv", "backward_q" or "backward_bias".
+        direction: "forward", "decode", "backward_kv", "backward_q", "backward_bias" or "weights".
         head_block: From head_size, at most 256.
         itemsize: Bytes of one element of q: 2 or 4.
         feature: "" or a suffix that a table's name may have: "first", "bias", "cap", "alibi", "pages", "one", ...

@@ -23,6 +23,7 @@ from . import tuned as tuned_text
 from .backward_launch import backward_launches, sink_gradient
 from .forward_launch import forward_launches
 from .launch import Descriptor, Launch, Tuning, base_of
+from .weights_launch import weights_launches
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,14 @@ def attention_forward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:
     """As attention.attention_forward, all arguments by name, on traced tensors of fixed sizes; or NotImplemented."""
     launches, out, lse = forward_launches(**arguments, tuning=_tuning(tuned))
     return (out, lse) if _trace(launches, arguments, tracer) else NotImplemented
+
+
+def attention_with_weights(
+    tracer: Tracer, tensors: dict[str, Any], settings: dict[str, Any], weights_empty_rows: str, weights_dtype: Any
+) -> Any:
+    """As attention.attention_with_weights, on traced tensors of fixed sizes; or NotImplemented."""
+    launches, out, weights = weights_launches(tensors, settings, weights_empty_rows, weights_dtype, _tuning(""))
+    return (out, weights) if _trace(launches, tensors, tracer) else NotImplemented
 
 
 def attention_backward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:

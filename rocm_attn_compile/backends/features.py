@@ -123,6 +123,12 @@ FEATURES: tuple[Feature, ...] = (
         lambda s: "gradients are required" if s.requires_grad else None,
     ),
     Feature(
+        "returned_weights",
+        "the weights as a second result",
+        ("returned_weights",),
+        lambda s: None if s.returned_weights is None else "something else than the product with v reads them",
+    ),
+    Feature(
         "decode",
         "at most 16 queries, on another number of keys",
         ("q_len", "kv_len"),

@@ -29,6 +29,7 @@ BACKEND = AttentionBackend(
             "bias_gradient",
             "dropout",
             "training",
+            "returned_weights",
             "decode",
             "band_upper",
             "band_lower",

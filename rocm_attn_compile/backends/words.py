@@ -41,6 +41,8 @@ def words(spec: AttentionSpec) -> str:
         parts.append(f"dropout {spec.dropout_p:g}")
     if spec.requires_grad:
         parts.append("training")
+    if spec.returned_weights is not None:
+        parts.append("with its weights as a second result")
     return ", ".join(parts)
 
 
@@ -143,6 +145,7 @@ def spec_data(spec: AttentionSpec) -> dict[str, Any]:
         "has_sinks": spec.has_sinks,
         "dropout_p": spec.dropout_p,
         "requires_grad": spec.requires_grad,
+        "returned_weights": None if spec.returned_weights is None else spec.returned_weights.value,
         "cache": None if spec.cache is None else _cache_data(spec.cache),
         "latent": None if spec.latent is None else _latent_data(spec.latent),
         "mask": {

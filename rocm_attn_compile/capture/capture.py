@@ -18,8 +18,9 @@ from rocm_attn_compile.capture.trace import Trace
 def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any] | None = None, shape_env: Any = None) -> Trace:
     """Trace a Dynamo graph on throw-away fakes into a functional SSA.
 
-    The graph is not modified, nothing of it runs on real data, and no guard is added beyond those Dynamo has: sizes
-    are Dynamo's own symbols. A node that cannot run becomes an opaque leaf with an entry in `Trace.not_executed`.
+    The graph is not modified, and nothing of it runs on real data. Sizes are Dynamo's own symbols, and no guard is
+    added but what `F.scaled_dot_product_attention` relies on: keys are as many as values. A node that cannot run
+    becomes an opaque leaf with an entry in `Trace.not_executed`.
 
     Args:
         graph_module: As a Dynamo backend receives it, with `example_value` on its nodes.

@@ -65,7 +65,7 @@ def _expand_graph(graph_module: fx.GraphModule, ambient: Ambient, result: Expans
             result.refused.append((node, f"{target_name(node)}: {type(error).__name__}: {first_line}"))
             continue
         name = node.name
-        _splice(graph_module.graph, node, traced)
+        _splice(graph_module.graph, node, traced, ambient.grad_mode)
         result.expanded.append(name)
     if len(result.expanded) > before:
         graph_module.graph.lint()
@@ -107,8 +107,8 @@ def _trace(node: fx.Node) -> fx.Graph:
     return traced.graph
 
 
-def _splice(graph: fx.Graph, node: fx.Node, parts: fx.Graph) -> None:
-    """Put the parts in the node's place."""
+def _splice(graph: fx.Graph, node: fx.Node, parts: fx.Graph, grad_mode: bool) -> None:
+    """Put the parts in the node's place; with `grad_mode` autograd records them."""
     copies: dict[fx.Node, fx.Node] = {}
     operands = iter(node.all_input_nodes)
     output: Any = None
@@ -122,6 +122,8 @@ def _splice(graph: fx.Graph, node: fx.Node, parts: fx.Graph) -> None:
                 copy = graph.node_copy(part, copies.__getitem__)
                 copy.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
                 copy.meta["example_value"] = example_of(part)
+                if grad_mode and part.target is not torch.ops.aten.detach.default:
+                    _inherit_gradient(copy)
                 copies[part] = copy
     if isinstance(output, fx.Node):
         node.replace_all_uses_with(output)
@@ -134,3 +136,12 @@ def _splice(graph: fx.Graph, node: fx.Node, parts: fx.Graph) -> None:
     for copy in reversed(copies.values()):
         if copy.op == "call_function" and not copy.users and copy not in node.all_input_nodes:
             graph.erase_node(copy)
+
+
+def _inherit_gradient(node: fx.Node) -> None:
+    """The parts were traced without autograd: let their examples require grad where an input's does."""
+    inputs = (example_of(source) for source in node.all_input_nodes)
+    if any(tensor.requires_grad for tensor in tensors_in(list(inputs))):
+        for tensor in tensors_in(example_of(node)):
+            if tensor.is_floating_point():
+                tensor.requires_grad_()

@@ -125,6 +125,8 @@ _WRITING_DUNDERS = frozenset({name for name in dir(operator) if name.startswith(
 }
 
 FUNCTORCH_MODULES = ("torch._C._functorch", "torch._functorch", "torch.autograd.forward_ad")
+_FUNCTORCH_NAMES = frozenset({"_make_dual", "_unpack_dual"})
+"""Functions of no module, as torch 2.12 has them in the graph of `torch.func.jvp`."""
 
 NESTED_REGIONS = frozenset(
     {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "cond", "invoke_subgraph", "hints_wrapper"}
@@ -160,7 +162,7 @@ def is_functorch(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     module = getattr(node.target, "__module__", None) or ""
-    return module.startswith(FUNCTORCH_MODULES)
+    return module.startswith(FUNCTORCH_MODULES) or getattr(node.target, "__name__", "") in _FUNCTORCH_NAMES
 
 
 def is_identity(node: fx.Node) -> bool:

@@ -5,14 +5,17 @@ Of linear layers, which are not run at all, only the factors are recorded.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from rocm_attn_compile import _torch_private
 from rocm_attn_compile.capture import policy
 from rocm_attn_compile.capture.memory import Look, Memory
 from rocm_attn_compile.capture.recorder import Recorder
+from rocm_attn_compile.symbolic import same_size
 
 SPELLINGS = policy.SDPA | policy.DROPOUT | policy.DROPOUT_IN_PLACE | policy.NATIVE_DROPOUT
 """Call targets that `record` takes."""
@@ -56,10 +59,34 @@ def _record_sdpa(
         tensors = {name: call[name] for name in ("query", "key", "value")}
         others = {name: call[name] for name in _SDPA_DEFAULTS}
         like = recorder.without_recording(target, *tensors.values(), **others)
+    _guard_equal_sizes(call)
     memory = recorder.memory
     values = {name: memory.as_values(call[name]) for name in _SDPA_ARGUMENTS}
     memory.own(like, memory.new_value("sdpa", (), values, Look.of(like)))
     return like
+
+
+def _guard_equal_sizes(call: dict[str, Any]) -> None:
+    """Have Dynamo guard what `F.scaled_dot_product_attention` relies on: keys are as many as values, and the like.
+
+    Nothing in PyTorch does where its fused kernels take the call. The lengths of a cache's keys and values, and of each
+    layer's, are then symbols of their own, which are equal in every valid call. Sizes that differ now are left alone.
+    """
+    query, key, value, mask = (call[name] for name in ("query", "key", "value", "attn_mask"))
+    if not all(isinstance(tensor, torch.Tensor) and tensor.ndim >= 2 for tensor in (query, key, value)):
+        return
+    pairs = [(key.shape[-2], value.shape[-2]), (query.shape[-1], key.shape[-1])]
+    if isinstance(mask, torch.Tensor) and mask.ndim >= 2:
+        pairs += [(mask.shape[-1], key.shape[-2]), (mask.shape[-2], query.shape[-2])]
+        pairs += zip(reversed(mask.shape[:-2]), reversed(query.shape[:-2]), strict=False)
+    heads = -3 if call["enable_gqa"] else -2
+    pairs += zip(reversed(key.shape[:heads]), reversed(value.shape[:heads]), strict=False)
+    pairs += zip(reversed(query.shape[:heads]), reversed(key.shape[:heads]), strict=False)
+    for left, right in pairs:
+        if isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt) and not same_size(left, right):
+            with suppress(ValueError):  # a size that depends on data
+                if _torch_private.hint(left) == _torch_private.hint(right):
+                    bool(left == right)
 
 
 def _autocast(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from rocm_attn_compile import _torch_private
+from rocm_attn_compile.ops.returned_weights import attention_with_weights
 from rocm_attn_compile.ops.schemas import LIBRARY, attention
 
 
-def _register(device_type: str, key: str) -> None:
+def _register(op: Any, name: str, device_type: str, key: str) -> None:
     without_autocast = _torch_private.keyset(key)
 
     def kernel(*tensors: Tensor | None, **settings: Any) -> tuple[Tensor, Tensor]:
@@ -25,10 +26,11 @@ def _register(device_type: str, key: str) -> None:
         castable = () if settings.get("impl") else (torch.float16, torch.bfloat16, torch.float32)
         qkv = (t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors[:3])
         with _torch_private.exclude_keys(without_autocast):
-            return attention(*qkv, *tensors[3:], **settings)
+            return op(*qkv, *tensors[3:], **settings)
 
-    LIBRARY.impl("attention", kernel, key)
+    LIBRARY.impl(name, kernel, key)
 
 
-_register("cpu", "AutocastCPU")
-_register("cuda", "AutocastCUDA")
+for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _register(attention, "attention", _device_type, _key)
+    _register(attention_with_weights, "attention_with_weights", _device_type, _key)

@@ -20,6 +20,9 @@ from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import cpu, cpu_backward
 from rocm_attn_compile.ops.kv_cache import CACHE_TENSORS
 
+_SMALL_COPY = 1 << 20
+"""Bytes that are copied in the time of an opaque call's way through Python, some 0.2 ms."""
+
 
 def forward(_name: str, _tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     """The forward to trace with the op's arguments by name, or None if the call must stay opaque."""
@@ -33,7 +36,9 @@ def forward(_name: str, _tuned: str, arguments: dict[str, Any]) -> Callable[[], 
     is_decode = q.shape[2] == 1
     is_fused = cpu.takes_fused(q, k, v, arguments["logits_soft_cap"], arguments["dropout_p"])
     # The fused kernel takes the heads of a group as rows of one query, but only in a decode step.
-    if _has_groups(q, k) and is_fused != is_decode:
+    if is_decode and not is_fused and _has_groups(q, k):
+        return None
+    if is_fused and not is_decode and _has_large_groups(q, k, v):
         return None
     return partial(cpu.forward, **arguments)
 
@@ -51,7 +56,7 @@ def backward(_name: str, _tuned: str, arguments: dict[str, Any]) -> Callable[[],
     numbers = (arguments["logits_soft_cap"], arguments["dropout_p"])
     if not wants_dbias and cpu_backward.takes_fused_backward(q, k, v, *numbers):
         fill_was_added = arguments["empty_rows"] == "mean_added" and arguments["sinks"] is None
-        if attn_bias is not None or slopes is not None or fill_was_added or _has_groups(q, k):
+        if attn_bias is not None or slopes is not None or fill_was_added or _has_large_groups(q, k, v):
             return None
     return partial(cpu_backward.backward, **arguments)
 
@@ -69,6 +74,12 @@ def lse_is_traced_in_float64() -> bool:
 
 
 def _has_groups(q: Tensor, k: Tensor) -> bool:
-    """Heads share k and v: for the fused kernel by a stride of 0, which Inductor would write out in memory; and its
-    products in half precision with the few rows of a decode step are slow."""
+    """Heads share k and v: products in half precision with the few rows of a decode step are slow."""
     return q.shape[1] != k.shape[1]
+
+
+def _has_large_groups(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Heads share so much of k and v that a call is cheaper: the fused kernel has them share by a stride of 0, which
+    Inductor writes out in memory."""
+    copied = (k.numel() + v.numel()) * (q.shape[1] // k.shape[1]) * q.element_size()
+    return _has_groups(q, k) and copied > _SMALL_COPY

@@ -51,18 +51,20 @@ def _softmax(
         is_empty = largest == NEG_INF
         if may_be_true(is_empty):
             lse.masked_fill_(is_empty, NEG_INF)
-            fill = float("nan")
-            if sinks is not None or empty_rows == "zero":
-                fill = 0.0
-            elif empty_rows in ("mean", "mean_added"):
-                fill = 1.0 / N
-            p.masked_fill_(is_empty[..., None], fill)
+            p.masked_fill_(is_empty[..., None], _empty_weight(N, sinks, empty_rows))
         else:
             is_empty = None
     if sinks is not None:
         share, lse = sink_share(lse, sinks)
         p.mul_(share[..., None])
     return p, lse, is_empty, tanh
+
+
+def _empty_weight(kv_len: int, sinks: Tensor | None, empty_rows: str) -> float:
+    """Each weight of a row without a key."""
+    if sinks is not None or empty_rows == "zero":
+        return 0.0
+    return 1.0 / kv_len if empty_rows in ("mean", "mean_added") else float("nan")
 
 
 def may_be_true(flags: Tensor) -> bool:
@@ -104,6 +106,31 @@ def forward(
         p.mul_(factor)
     out = torch.matmul(group_rows(p.to(q.dtype), K), v)
     return out.view(*q.shape[:3], v.shape[3]), lse
+
+
+def forward_with_weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_bias: Tensor | None,
+    masks: Masks,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    logits_soft_cap: float | None,
+    empty_rows: str,
+    weights_empty_rows: str,
+    weights_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`out` as of `forward`, and the weights `(B, H, M, N)`, contiguous; see returned_weights.py."""
+    p, _, is_empty, _ = _softmax(
+        q, k, attn_bias, masks, sinks, softmax_scale, logits_soft_cap, weights_empty_rows, keep_tanh=False
+    )
+    weights = p.to(weights_dtype)
+    used = weights if weights_dtype == q.dtype else p
+    if is_empty is not None and empty_rows != weights_empty_rows:
+        used = used.masked_fill(is_empty[..., None], _empty_weight(k.shape[2], sinks, empty_rows))
+    out = torch.matmul(group_rows(used.to(q.dtype), k.shape[1]), v)
+    return out.view(*q.shape[:3], v.shape[3]), weights
 
 
 def backward(

@@ -12,8 +12,8 @@ import torch
 from rocm_attn_compile import _torch_private
 
 TRACED_MODULES = {"TRITON_ATTN": "rocm_attn_compile.kernels.triton.traced"}
-"""Backend name -> module with `attention_forward` and `attention_backward`, which are given `_torch_private`, what
-tuning chose, and the op's arguments by name, without `impl`, with traced tensors."""
+"""Backend name -> module with `attention_forward`, `attention_backward` and `attention_with_weights`, which are given
+`_torch_private`, what tuning chose, and the op's arguments by name, without `impl`, with traced tensors."""
 
 
 def forward(name: str, tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
@@ -24,6 +24,15 @@ def forward(name: str, tuned: str, arguments: dict[str, Any]) -> Callable[[], An
 def backward(name: str, tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
     """The same for the backward."""
     return _body(name, "attention_backward", tuned, arguments)
+
+
+def with_weights(name: str, call: Any) -> Callable[[], Any] | None:
+    """The same for a call of the op that gives the weights, too, as returned_weights.py has it."""
+    if name not in TRACED_MODULES or call.q.dtype == torch.float64:
+        return None
+    module = importlib.import_module(TRACED_MODULES[name])
+    arguments = (call.tensors, call.settings, call.weights_empty_rows, call.weights_dtype)
+    return partial(module.attention_with_weights, _torch_private, *arguments)
 
 
 def _body(name: str, function: str, tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:

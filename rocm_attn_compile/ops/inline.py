@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from rocm_attn_compile import _torch_private
-from rocm_attn_compile.ops import cpu_inline, gpu_inline
+from rocm_attn_compile.ops import cpu_inline, gpu_inline, returned_weights
 from rocm_attn_compile.ops.checks import EMPTY_ROWS
 from rocm_attn_compile.ops.dispatch import DEFAULT, REFERENCE
 from rocm_attn_compile.ops.impl import parse
@@ -61,4 +61,5 @@ def _register(op: Any, rules: dict[str, Rule]) -> None:
 
 
 _register(attention, {"cpu": cpu_inline.forward, "cuda": gpu_inline.forward})
+_register(returned_weights.attention_with_weights, dict.fromkeys(("cpu", "cuda"), returned_weights.traced))
 _register(attention_backward, {"cpu": cpu_inline.backward, "cuda": gpu_inline.backward})

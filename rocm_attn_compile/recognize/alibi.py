@@ -33,14 +33,16 @@ from .axes import Atom, Dim, atoms_of
 from .compose import Logits
 from .labels import is_cast, is_view
 from .live import LiveUsers
-from .mask.integers import ZERO, expand
-from .mask.values import Opaque
+from .mask.integers import ZERO, expand, loaded_value, loads_in
+from .mask.values import FloatLoad, Opaque
 from .moderate import is_moderate
 from .region import Alibi, Bias, MaskTerm, Operand, PositionBias, Roles
 from .symbols import Symbols
 
 _HALF = (torch.float16, torch.bfloat16)
 _PARTS = frozenset(("slice", "select"))
+_LARGEST_FACTOR, _LARGEST_POSITION = 1e4, 1e8
+"""Of positions in a bias that is no mask. Half of the lowest float16 is the smallest fill, and -1e9 beside it."""
 
 
 def with_positions(
@@ -103,7 +105,8 @@ def _note_of(bias: Bias, roles: Roles, live: LiveUsers) -> Reason | None:
 def is_of_positions(bias: Operand, symbols: Symbols, live: LiveUsers) -> bool:
     """True if each tensor in the bias is multiplied with a number that changes from key to key, or is moderate.
 
-    Such a bias is no mask, whatever the tensor holds: it is as low as a fill only where slopes are.
+    Such a bias is no mask, whatever the tensor holds: it is as low as a fill only where slopes are. A position that is
+    multiplied with a huge number may be a mask: `(1 - attention_mask) * finfo.min`, of integers.
     """
     context = symbols.context
     evaluator = prover.make_evaluator(context)
@@ -113,11 +116,27 @@ def is_of_positions(bias: Operand, symbols: Symbols, live: LiveUsers) -> bool:
     except (Opaque, ValueError):
         return False
     return all(
-        load is None
-        or is_moderate(load.value, live)
-        or (expr.has(context.k) and not symbols_of(load, ZERO) & {context.q, context.k})
+        _is_distance(expr)
+        and all(is_moderate(loaded_value(one), live) for one in loads_in(expr))
+        and (load is None or is_moderate(load.value, live) or _changes_with_the_key(load, expr, context))
         for load, expr in sums.items()
     )
+
+
+def _changes_with_the_key(load: FloatLoad, expr: sympy.Expr, context: prover.MaskContext) -> bool:
+    """Of `load * expr`: true of a distance, and not of `lowest * (1 - attention_mask)`, whose mask is looked up."""
+    return expr.has(context.k) and not loads_in(expr) and not symbols_of(load, ZERO) & {context.q, context.k}
+
+
+def _is_distance(expr: sympy.Expr) -> bool:
+    """False if positions are multiplied with a number that makes fills of them."""
+    for term, factor in expr.as_coefficients_dict().items():
+        if abs(factor) > (_LARGEST_POSITION if term == 1 else _LARGEST_FACTOR):
+            return False
+        extrema = term.atoms(sympy.Max, sympy.Min)
+        if not all(_is_distance(expand(factor * one)) for extremum in extrema for one in extremum.args):
+            return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,14 @@ from .live import LiveUsers
 from .masks import prove_masks
 from .proof import Factor, Proof
 from .region import Alibi, LookAlike, Operand, Region, Roles
+from .returned import check_returned
 from .roles import assign_roles
 from .row_sinks import masks_beside_row_sinks, take_row_sinks
 from .scores import ScoreWalk
 from .sdpa_site import prove_sdpa_site
 from .shared_scores import without_halves
 from .softmax_site import prove_softmax_site
-from .unseen import unseen
+from .unseen import quotients, unseen
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,9 @@ def recognize(trace: Trace, sites: Sites | None = None) -> tuple[list[Region], l
     """
     live = LiveUsers(trace)
     regions: list[Region] = []
-    others = list(unseen(trace))
-    anchors: list[tuple[int, SoftmaxAnchor | Value]] = [(a.weights.id, a) for a in find_softmaxes(trace)]
+    softmaxes = list(find_softmaxes(trace))
+    others = [*unseen(trace), *quotients(trace, softmaxes)]
+    anchors: list[tuple[int, SoftmaxAnchor | Value]] = [(a.weights.id, a) for a in softmaxes]
     anchors += [(value.id, value) for value in trace.values if value.op == "sdpa"]
     for _, anchor in sorted(anchors, key=lambda pair: pair[0]):
         found = _in_full(anchor, live) if sites is None else sites.recognize(anchor, live, _in_full)
@@ -65,7 +67,8 @@ def _in_full(anchor: SoftmaxAnchor | Value, live: LiveUsers) -> Region | LookAli
     value = anchor if isinstance(anchor, Value) else anchor.weights
     try:
         region = recognize_site(anchor, live)
-        if region.spec.score_floor is None:  # an op of its own, which takes plain keys and values
+        # Not for the ops that take plain keys and values only.
+        if region.spec.score_floor is None and region.weights is None:
             add_latent(region, live)
             add_cache(region)
         return region
@@ -121,6 +124,8 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         if cap < 0:
             cap = -cap  # c tanh(s / c) is even in c; the product above already carries the sign
     requires_grad = _requires_grad(proof, live)
+    if proof.returned is not None:
+        check_returned(proof, proof.returned, roles, requires_grad, row_sinks is not None, live)
     tracks = partial(_value_requires_grad, live=live)
     if row_sinks is None:
         masks = prove_masks(proof, roles, logits, requires_grad, live, tracks)
@@ -150,6 +155,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         has_sinks=logits.sinks is not None,
         dropout_p=proof.dropout_p,
         requires_grad=requires_grad,
+        returned_weights=None if proof.returned is None else masks.returned or masks.spec.empty_rows,
     )
     return Region(
         spec=spec,
@@ -167,6 +173,7 @@ def build_region(proof: Proof, live: LiveUsers) -> Region:
         mask_context=masks.context,
         sinks=logits.sinks,
         row_sinks=row_sinks,
+        weights=None if proof.returned is None else Operand(proof.returned, proof.labels.of(proof.returned)),
         values=proof.values,
         notes=masks.notes,
         bias_note=note,

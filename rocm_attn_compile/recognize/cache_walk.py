@@ -134,7 +134,8 @@ def _gather(value: Value) -> tuple[int, Value] | None:
     else:
         return None
     is_table = isinstance(index, Value) and index.dtype in _TABLES and index.ndim >= 1
-    return (dim, index) if is_table else None
+    # Numbers of the program itself pick heads (Falcon's `qkv[..., [-2], :]`), not blocks.
+    return (dim, index) if is_table and _table_of(index).op != "constant" else None
 
 
 def _tensor_factor(value: Value) -> tuple[Value, Value, bool] | None:

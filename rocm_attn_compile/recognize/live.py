@@ -52,6 +52,13 @@ class LiveUsers:
                 self._blind.add(node)
 
     @_question
+    def readers(self, value: Value) -> tuple[list[Value], bool]:
+        """Live SSA users, each once, in order, and whether something outside the trace reads it, too."""
+        uses = [use for node in self._held_by(value) for use in node.users if use not in self._unread]
+        outside = any(use.op == "output" or use in self._blind or use not in self._order for use in uses)
+        return [user for user in dict.fromkeys(value.users) if not self._is_dead(user)], outside
+
+    @_question
     def users(self, value: Value, code: str) -> list[Value]:
         """Live SSA users, each once, in order; a use outside the trace raises Refusal with `code`."""
         name = self.questions.called

@@ -45,7 +45,10 @@ _LARGEST_FACTOR = 1e4
 
 @dataclass(eq=False)
 class ProvedMasks:
-    """Result for one site; see `Region` for the fields."""
+    """Result for one site; see `Region` for the fields.
+
+    `returned`: what empty rows give in the weights that something else reads, if another thing than in the result.
+    """
 
     spec: MaskSpec
     closed: Any
@@ -53,6 +56,7 @@ class ProvedMasks:
     terms: list[MaskTerm]
     biases: list[Bias]
     notes: list[Reason] = field(default_factory=list)
+    returned: EmptyRows | None = None
 
 
 def prove_masks(
@@ -96,12 +100,15 @@ def prove_masks(
     if logits.is_floored:
         _check_floor(mode, [*replaced, *added], low, requires_grad)
     mode = _with_sinks(logits, mode)
-    mode = account_for_zeroed(proof, symbols, mode, closed, [*replaced, *added], requires_grad, low)
+    returned, mode = (
+        account_for_zeroed(proof, zeroed, symbols, mode, closed, [*replaced, *added], requires_grad, low)
+        for zeroed in (proof.zeroed[: proof.zeroed_in_returned], proof.zeroed)
+    )
     dense = [MaskTerm(t.operand, t.keeps) for t in replaced if t.stays_dense]
     if not low:
         for bias in biases:
             bias.added_in = None  # nothing in it is as low as the lowest number
-    return ProvedMasks(_spec(closed, bool(dense), mode), closed, symbols.context, dense, [*biases], notes)
+    return ProvedMasks(_spec(closed, bool(dense), mode), closed, symbols.context, dense, [*biases], notes, returned)
 
 
 def refuse_raised(proof: Proof, logits: Logits, biases: list[Operand], symbols: Symbols, live: LiveUsers) -> None:

@@ -19,50 +19,93 @@ from .live import LiveUsers
 _LARGEST = 1e4
 """Numbers beyond it are taken for fills."""
 
+_LARGEST_BIAS = 4e8
+"""What is computed from such numbers may be a fill beyond it: -1e9 is the smallest that counts as one."""
+
+_LARGEST_PARAMETER, _LARGEST_POSITION = 1e2, 1e4
+"""Assumed of what nothing is known of: no training makes a fill of a parameter, and positions have other bounds."""
+
 _BOUNDED = frozenset(["tanh", "sigmoid", "_softmax", "sin", "cos", "erf"])
 """Ops whose result is small whatever they read."""
 
 _UNBOUNDED = frozenset(
     ["log", "log2", "log10", "log1p", "logit", "xlogy", "reciprocal", "tan", "rsqrt", "exp", "exp2", "expm1", "atanh"]
+    + ["prod", "cumprod", "sinh", "cosh", "ldexp", "bitwise_left_shift", "__lshift__", "float_power"]
 )
 """Ops that may give a huge number for a moderate one: the log of a mask is -inf where it drops."""
 
+_PRODUCTS = frozenset(["mul", "mm", "bmm", "matmul", "dot", "mv", "convolution"])
+_SUMS = frozenset(["add", "sub", "rsub", "addmm", "baddbmm"])
+_CHOICES = frozenset(["where", "masked_fill", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "full_like"])
+
 
 def is_moderate(value: Value, live: LiveUsers) -> bool:
-    """True if no element of the float tensor `value` can be as low as a mask's fill."""
-    return _is_moderate(value, live, {})
+    """True if no element of `value` can be as low as a mask's fill."""
+    return _bound(value, live, {}) <= _LARGEST_BIAS
 
 
-def _is_moderate(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
-    if not value.dtype.is_floating_point:
-        return True  # positions, lengths, conditions: what they select is looked at where it is selected
+def _bound(value: object, live: LiveUsers, known: dict[int, float]) -> float:
+    """No element is further from 0; infinity where that is unknown."""
+    if not isinstance(value, Value):
+        number = abs(value) if isinstance(value, (bool, int, float)) else math.inf
+        return number if number <= _LARGEST else math.inf
+    if value.dtype == torch.bool:
+        return 1.0
     if value.id not in known:
-        known[value.id] = _judge(value, live, known)
+        known[value.id] = _compute_bound(value, live, known)
     return known[value.id]
 
 
-def _judge(value: Value, live: LiveUsers, known: dict[int, bool]) -> bool:
-    if value.name in _BOUNDED and not isinstance(value.op, str):
-        return True
-    if value.op == "input":
-        return live.is_parameter(value)
-    if value.op == "constant":
-        number = value.kwargs.get("value")
-        return number is not None and _is_small(number)
-    if value.op == "opaque":  # a lookup in a table, or a layer
-        return live.reads_parameter(value)
-    leaves = pytree.tree_leaves((list(value.args), value.kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Value)]
-    if not all(_is_small(leaf) for leaf in leaves if isinstance(leaf, (float, torch.SymFloat))):
-        return False
+def _power(base: float, exponent: float) -> float:
+    """`base ** exponent`, infinity beyond what a number holds."""
+    try:
+        return base**exponent
+    except OverflowError:
+        return math.inf
+
+
+def _compute_bound(value: Value, live: LiveUsers, known: dict[int, float]) -> float:
+    number = number_of(value)
+    if isinstance(number, (int, float)):
+        return _bound(number, live, known)
+    if isinstance(value.op, str):
+        if not value.dtype.is_floating_point:
+            return _LARGEST_POSITION  # positions, lengths, conditions
+        is_learned = {"input": live.is_parameter, "opaque": live.reads_parameter}.get(value.op, lambda _: False)
+        return _LARGEST_PARAMETER if is_learned(value) else math.inf
+    if value.name in _BOUNDED:
+        return 1.0
     if value.name in _UNBOUNDED:
-        return False
+        return math.inf
+    if value.name == "arange":
+        return _LARGEST_POSITION
+    leaves = pytree.tree_leaves((list(value.args), value.kwargs))
+    if not all(_is_small(leaf) for leaf in leaves if isinstance(leaf, (float, torch.SymFloat))):
+        return math.inf
+    bounds = [_bound(leaf, live, known) for leaf in leaves if isinstance(leaf, Value)]
     if value.name == "div":
         divisor = _number(value.args[1])
-        return divisor is not None and abs(divisor) * _LARGEST >= 1 and _is_moderate(value.args[0], live, known)
+        return math.inf if not divisor else _bound(value.args[0], live, known) / abs(divisor)
     if value.name == "pow":  # ALiBi's slopes are powers of a number
-        return number_of(value.args[0]) not in (None, 0) and _is_free_of_inputs(value)
-    return all(_is_moderate(t, live, known) for t in tensors)
+        if number_of(value.args[0]) not in (None, 0):
+            return _LARGEST_PARAMETER if _is_free_of_inputs(value) else math.inf
+        exponent = number_of(value.args[1])
+        is_whole = isinstance(exponent, (int, float)) and exponent >= 1
+        return _power(bounds[0], exponent) if is_whole else math.inf
+    if value.name == "square":
+        return bounds[0] * bounds[0]
+    factors = [1.0, *(_bound(leaf, live, known) for leaf in value.args if isinstance(leaf, (int, float)))]
+    if value.name in _PRODUCTS:
+        return math.prod(bounds) * math.prod(factors if value.name == "mul" else [])
+    if value.name in _SUMS:
+        alpha = value.kwargs.get("alpha", 1)
+        if not isinstance(alpha, (int, float)) or value.name in ("addmm", "baddbmm"):
+            return bounds[0] + math.prod(bounds[1:]) if alpha == 1 else math.inf
+        return (sum(bounds) + sum(factors)) * max(1.0, abs(alpha))
+    if value.name in _CHOICES or (value.name == "full" and len(value.args) > 1):
+        chosen = [leaf for leaf in value.args[1 if value.name == "full" else 0 :] if isinstance(leaf, (int, float))]
+        bounds += [_bound(leaf, live, known) for leaf in chosen]
+    return max([1.0, *bounds])
 
 
 def is_never_low(value: Value, live: LiveUsers) -> bool:

@@ -40,6 +40,8 @@ class Proof:
         normalized: See SoftmaxAnchor.
         safe: Rows of -inf give 0.
         zeroed: See WeightsPath.
+        returned: The value of the weights that something else reads, too, or None; `zeroed_in_returned` says how many
+            of `zeroed` come before that.
         dropout_p: Dropout of the weights.
         shared: Other softmaxes of the same scores.
         values: All values of the site.
@@ -62,6 +64,8 @@ class Proof:
     normalized: bool = True
     safe: bool = False
     zeroed: list[Zeroing] = field(default_factory=list)
+    returned: Value | None = None
+    zeroed_in_returned: int = 0
     dropout_p: float = 0.0
     cuts_sink: str | None = None
     shared: list[Value] = field(default_factory=list)

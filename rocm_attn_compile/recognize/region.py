@@ -210,6 +210,7 @@ class Region:
         sinks: Learned extra logit per head, or None.
         row_sinks: The same over batch, heads and queries, which is given to the op as one more key.
         output: The value the op's result replaces, with its axes.
+        weights: The value of the weights that something else reads, too, with its axes, or None.
         anchor: The softmax (or the "sdpa" value).
         labels: Axes of every value of the site.
         values: All values the site consists of, for provenance and dead-code removal.
@@ -238,6 +239,7 @@ class Region:
     mask_context: Any = None
     sinks: Operand | None = None
     row_sinks: Operand | None = None
+    weights: Operand | None = None
     values: list[Value] = field(default_factory=list)
     notes: list[Reason] = field(default_factory=list)
     latent: Latent | None = None

@@ -235,6 +235,8 @@ class ScoreWalk:
                 # A tensor of the fill must not make the scores wider.
                 is_plain = all(map(same_size, score.shape, value.shape)) and score.ndim == value.ndim
                 fill = filled_with(other) if is_plain else number_of(other)
+                if fill is None and filled_with(other) is not None:
+                    raise Refusal("fill_unknown", "where() puts a number in place of scores and makes more of them")
                 if fill is None:
                     raise Refusal("fill_unknown", "where() puts a tensor, not a number, in place of masked scores")
                 return self._through(value, score, Step("mask", value, condition, keeps=keeps, fill=fill))

@@ -91,11 +91,27 @@ def prove_softmax_site(anchor: SoftmaxAnchor, live: LiveUsers, choice: str, walk
         normalized=anchor.normalized,
         safe=anchor.safe,
         zeroed=weights.zeroed,
+        returned=_returned(weights, rescale, live),
+        zeroed_in_returned=weights.zeroed_in_returned,
         dropout_p=weights.dropout_p,
         cuts_sink=weights.cuts_sink,
         shared=shared,
         values=values,
     )
+
+
+def _returned(weights: WeightsPath, rescale: Rescale | None, live: LiveUsers) -> Value | None:
+    """The weights that something else reads; raises Refusal where they are not those of the op."""
+    if weights.returned is None:
+        return None
+    cut = weights.cut_at
+    has_sinks = cut is not None and weights.values.index(weights.returned) < weights.values.index(cut)
+    if has_sinks or rescale is not None:
+        raise Refusal(
+            "weights_used_elsewhere",
+            f"the attention weights are read elsewhere, {'with' if has_sinks else 'without'} what the sinks take",
+        )
+    return weights.returned
 
 
 def _sizes(dim: Dim) -> str:

@@ -1,17 +1,23 @@
 """From the softmax forward to the product with V: the weights may be cast, viewed, dropped out, and nothing else.
 
 p = softmax(...)  ->  cast / view / dropout / zeroed empty rows / sink column cut off  ->  p @ v
+                        |
+                        +-> at one place on the way others may read them, too: they are returned, averaged, printed
+
+Those others then read a second result of the op.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 from ..capture.trace import Value
 from ..normalize.softmax import SoftmaxAnchor
 from ..reasons import Refusal
 from ..symbolic import is_one, same_size, to_expr
-from .labels import is_cast, is_contraction, is_view, number_of, product_under_sum
+from .labels import CONTRACTION_NAMES, is_cast, is_contraction, is_view, number_of, product_under_sum
 from .live import LiveUsers
 
 
@@ -42,6 +48,8 @@ class WeightsPath:
         dropout_p: 0.0 if off.
         zeroed: All that sets weights to 0, in order.
         cuts_sink: The column that is sliced off, by `cut_at`: "first", "last" or None.
+        returned: The one of `values` that something else reads, too, or None.
+        zeroed_in_returned: How many of `zeroed` come before that.
     """
 
     contraction: Value
@@ -51,31 +59,66 @@ class WeightsPath:
     zeroed: list[Zeroing] = field(default_factory=list)
     cuts_sink: str | None = None
     cut_at: Value | None = None
+    returned: Value | None = None
+    zeroed_in_returned: int = 0
 
 
 def follow_weights(anchor: SoftmaxAnchor, live: LiveUsers) -> WeightsPath:
-    """The single path from the softmax to p v; raises Refusal if the weights go anywhere else."""
-    path = WeightsPath(anchor.weights, anchor.weights, [anchor.weights])
-    value = anchor.weights
-    while True:
-        users = live.users(value, "weights_used_elsewhere")
+    """The single path from the softmax to p v; raises Refusal if the weights go elsewhere from several places of it."""
+    return _follow(WeightsPath(anchor.weights, anchor.weights, [anchor.weights]), anchor, live)
+
+
+def _follow(path: WeightsPath, anchor: SoftmaxAnchor, live: LiveUsers) -> WeightsPath:
+    while path.contraction is anchor.weights:
+        value = path.values[-1]
+        users, outside = live.readers(value)
+        if len(users) > 1 or outside:
+            return _branch(path, anchor, live, users)
         if not users:
             raise Refusal("no_value_product", "the softmax result never meets a V: " + live.describe(value))
-        if len(users) > 1:
-            names = ", ".join(sorted({u.name for u in users}))
-            raise Refusal("weights_used_elsewhere", f"the attention weights have {len(users)} uses ({names})")
-        user = users[0]
-        if is_contraction(user):
-            path.contraction, path.operand = user, value
-            return path
-        if user.name == "mul" and not isinstance(user.op, str):
-            product = live.users(user, "weights_used_elsewhere")
-            if len(product) == 1 and product_under_sum(product[0]) is user:
-                path.contraction, path.operand = product[0], value
-                return path
-        _step(path, anchor, value, user)
-        path.values.append(user)
-        value = user
+        _advance(path, anchor, live, users[0])
+    return path
+
+
+def _branch(path: WeightsPath, anchor: SoftmaxAnchor, live: LiveUsers, users: Sequence[Value]) -> WeightsPath:
+    """From a place where the weights have several readers, along the one of them that leads to V."""
+    value = path.values[-1]
+    found: list[WeightsPath] = []
+    if path.returned is None and not path.dropout_p:
+        for user in users:
+            way = copy(path)
+            way.values, way.zeroed = list(path.values), list(path.zeroed)
+            way.returned, way.zeroed_in_returned = value, len(path.zeroed)
+            try:
+                _advance(way, anchor, live, user)
+                found.append(_follow(way, anchor, live))
+            except Refusal:
+                continue
+    found = [way for way in found if not way.dropout_p]  # the op that gives the weights drops none
+    # A sum over the keys, such as an entropy's, is a product with something, too, where there is a matrix product.
+    found = [way for way in found if way.contraction.name in CONTRACTION_NAMES] or found
+    if len(found) == 1:
+        return found[0]
+    live.users(value, "weights_used_elsewhere")  # says so if they are returned
+    names = ", ".join(sorted({u.name for u in users}))
+    raise Refusal("weights_used_elsewhere", f"the attention weights have {len(users)} uses ({names})")
+
+
+def _advance(path: WeightsPath, anchor: SoftmaxAnchor, live: LiveUsers, user: Value) -> None:
+    """One step further, to `user`."""
+    value = path.values[-1]
+    if is_contraction(user):
+        path.contraction, path.operand = user, value
+        return
+    if user.name == "mul" and not isinstance(user.op, str):
+        product = live.users(user, "weights_used_elsewhere")
+        if len(product) == 1 and product_under_sum(product[0]) is user:
+            path.contraction, path.operand = product[0], value
+            return
+    if path.returned is not None and user.in_place:
+        raise Refusal("weights_used_elsewhere", "the attention weights are read elsewhere, and then written over")
+    _step(path, anchor, value, user)
+    path.values.append(user)
 
 
 def _step(path: WeightsPath, anchor: SoftmaxAnchor, value: Value, user: Value) -> None:

@@ -11,6 +11,7 @@ The gradient of an empty row of -inf is NaN behind the softmax. Where -inf took 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 def account_for_zeroed(
     proof: Proof,
+    zeroed: Sequence[Zeroing],
     symbols: Symbols,
     mode: EmptyRows,
     closed: prover.ClosedForm,
@@ -38,7 +40,7 @@ def account_for_zeroed(
     requires_grad: bool,
     low_biases: bool,
 ) -> EmptyRows:
-    """What empty rows give after everything that sets weights to 0.
+    """What empty rows give after `zeroed`, which sets weights to 0.
 
     Args:
         mode: What they give right after the softmax.
@@ -49,7 +51,7 @@ def account_for_zeroed(
     Raises:
         Refusal: More than empty rows may change, or an empty row's gradient would.
     """
-    for zeroing in proof.zeroed:
+    for zeroing in zeroed:
         if zeroing.mask is None:
             if mode in (EmptyRows.NAN, EmptyRows.NAN_ADDED):
                 if requires_grad and not _nan_ends_at_the_mask(proof, mode, terms):

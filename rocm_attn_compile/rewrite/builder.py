@@ -20,7 +20,7 @@ from ..capture.memory import Look
 from ..capture.trace import Trace, Value
 from ..reasons import Refusal
 from ..recognize.mask.integers import from_size
-from ..symbolic import Size, product, to_expr
+from ..symbolic import Size, exact_quotient, product, to_expr
 
 aten = torch.ops.aten
 
@@ -211,6 +211,23 @@ class GraphBuilder:
         return argument
 
     def _size_node(self, expr: sympy.Expr) -> Any:
+        node = self._held_size(expr)
+        if node is not None:
+            return node
+        quotient = exact_quotient(expr, self._shape_env)
+        if quotient is not None:
+            whole = self._held_size(quotient[0])
+            if whole is not None:
+                return self._combine(operator.floordiv, whole, self.size(quotient[1]))
+        combine, parts = _COMBINES.get(type(expr).__name__), expr.args
+        if isinstance(expr, sympy.Pow) and expr.exp.is_Integer and expr.exp > 1:
+            combine, parts = operator.mul, (expr.base,) * int(expr.exp)
+        if combine is None:
+            raise Refusal("size_unavailable", f"no node of the graph holds the size {expr}")
+        return functools.reduce(lambda a, b: self._combine(combine, a, b), [self.size(e) for e in parts])
+
+    def _held_size(self, expr: sympy.Expr) -> fx.Node | None:
+        """A node of Dynamo's graph that is this size, or the size of a tensor there."""
         wanted = from_size(expr)
         for node, position in self.trace.order.items():
             example = node.meta.get("example_value")
@@ -225,15 +242,7 @@ class GraphBuilder:
             for dim, size in enumerate(example.shape):
                 if not isinstance(size, int) and from_size(size) == wanted:
                     return self.call(aten.sym_size.int, self._replaced.get(node, node), dim)
-        combine, parts = _COMBINES.get(type(expr).__name__), expr.args
-        numerator, denominator = expr.as_numer_denom()
-        if denominator != 1:  # known to be exact
-            combine, parts = operator.floordiv, (numerator, denominator)
-        if isinstance(expr, sympy.Pow) and expr.exp.is_Integer and expr.exp > 1:
-            combine, parts = operator.mul, (expr.base,) * int(expr.exp)
-        if combine is None:
-            raise Refusal("size_unavailable", f"no node of the graph holds the size {expr}")
-        return functools.reduce(lambda a, b: self._combine(combine, a, b), [self.size(e) for e in parts])
+        return None
 
     def _combine(self, op: Any, left: Any, right: Any) -> Any:
         return op(left, right) if isinstance(left, int) and isinstance(right, int) else self.call(op, left, right)

@@ -13,15 +13,17 @@ from .. import ops
 from ..capture.trace import NodeTensor, Trace, Value
 from ..reasons import Refusal
 from ..recognize.labels import is_cast, is_view
-from ..recognize.region import Alibi, Bias, MaskTerm, Operand, PositionBias, Region
-from .alibi import emit_positions, emit_slopes
+from ..recognize.region import Operand, Region
+from .alibi import emit_slopes
+from .bias import emit_bias
 from .builder import GraphBuilder
 from .cache import emit_cache
 from .canonical import from_layout, to_layout
 from .dead_code import remove_dead
 from .latent import Output, emit_latent, is_latent, output_of, take_cuts
-from .layout import choose_out_layout, keys_side_by_side, with_strides_of
+from .layout import choose_out_layout, with_strides_of
 from .masks import MaskArguments, emit_masks
+from .returned import Returned, dtype_of, find_returned, refuse_read
 from .row_sinks import with_row_sinks
 from .tune import Tuned, Tuner
 
@@ -56,13 +58,17 @@ class Rewriter:
         """
         output = output_of(region, impl)
         target, value = self._output_node(output.value)
+        returned = find_returned(self.trace, region, target)
+        place = target if returned is None else returned.place
         builder = GraphBuilder(
-            self.trace, target, self.replaced, saves=region.spec.requires_grad, examples=self._examples
+            self.trace, place, self.replaced, saves=region.spec.requires_grad, examples=self._examples
         )
         try:
-            result = self._emit(builder, region, output, target, value, impl)
+            result, weights = self._emit(builder, region, output, target, value, impl, returned)
             if self._check is not None:
                 self._check(builder, region, value, result)
+                if returned is not None and weights is not None:
+                    self._check(builder, region, returned.value, weights)
         except Exception:
             builder.discard()
             raise
@@ -71,6 +77,9 @@ class Rewriter:
             if user not in emitted:
                 user.replace_input_with(target, result)
         self.replaced[target] = result
+        if returned is not None and weights is not None:
+            returned.give(weights, emitted)
+            self.replaced.update(dict.fromkeys(returned.holders, weights))
         self._regions.append(region)
         return result
 
@@ -94,27 +103,39 @@ class Rewriter:
             value = users[0]
 
     def _emit(
-        self, builder: GraphBuilder, region: Region, output: Output, target: fx.Node, value: Value, impl: str
-    ) -> fx.Node:
+        self,
+        builder: GraphBuilder,
+        region: Region,
+        output: Output,
+        target: fx.Node,
+        value: Value,
+        impl: str,
+        returned: Returned | None,
+    ) -> tuple[fx.Node, fx.Node | None]:
+        """The node for `target`, and that for the weights that something else reads."""
         spec, dims = region.spec, output.labels.of(value)
         layout = choose_out_layout(builder, target, output.groups, dims)
-        masks = emit_masks(builder, region)
+        masks, weights = emit_masks(builder, region), None
         if region.latent is not None and is_latent(impl):
             if spec.requires_grad:
                 self._refuse_written(vars(masks).values())
             out = emit_latent(builder, region, region.latent, masks, layout, impl, self._operand)
         else:
-            out = self._attention(builder, region, masks, layout, impl)
+            out, weights = self._attention(builder, region, masks, layout, impl)
         out = from_layout(builder, out, output.groups, dims, value.shape)
         if builder.example(out).dtype != value.dtype:
             out = builder.call(aten._to_copy.default, out, dtype=value.dtype)
         if spec.requires_grad and builder.is_written_later(target):
             out = builder.call(aten.clone.default, out)  # the op's backward reads what it gave
-        return with_strides_of(builder, out, target)
+        out = with_strides_of(builder, out, target)
+        if returned is not None and weights is not None:
+            refuse_read(builder, region)
+            weights = returned.brought_back(builder, region, weights)
+        return out, weights
 
     def _attention(
         self, builder: GraphBuilder, region: Region, masks: MaskArguments, layout: str, impl: str
-    ) -> fx.Node:
+    ) -> tuple[fx.Node, fx.Node | None]:
         spec, roles = region.spec, region.roles
         heads = roles.heads
         q = self._operand(builder, region.q, [roles.batch, heads, roles.query, roles.depth], spec.dtype)
@@ -128,7 +149,7 @@ class Rewriter:
             v = self._operand(builder, region.v, [*outer, roles.value_depth], spec.dtype)
         if region.second:
             q, k = self._concatenate(builder, region, q, k)
-        bias = self._bias(builder, region)
+        bias = emit_bias(builder, region)
         if region.row_sinks is not None:
             k, v, bias = with_row_sinks(builder, region, region.row_sinks, k, v, bias)
         sinks = self._sinks(builder, region)
@@ -147,19 +168,26 @@ class Rewriter:
             "band_lower": masks.band_lower, "band_upper": masks.band_upper, "dropout_p": spec.dropout_p,
             "empty_rows": spec.mask.empty_rows.value, "out_layout": layout,
         }  # fmt: skip
+        if spec.returned_weights is not None:
+            del tensors["dropout_seed"], settings["dropout_p"]
+            settings["score_floor"], settings["weights_empty_rows"] = spec.score_floor, spec.returned_weights.value
+            call = builder.call(
+                ops.attention_with_weights, *tensors.values(), **settings, weights_dtype=dtype_of(region), impl=impl
+            )
+            return builder.call(operator.getitem, call, 0), builder.call(operator.getitem, call, 1)
         if spec.score_floor is not None:
             del settings["logits_soft_cap"]
             call = builder.call(
                 ops.attention_floored, *tensors.values(), **settings, score_floor=spec.score_floor, impl=impl
             )
-            return builder.call(operator.getitem, call, 0)
+            return builder.call(operator.getitem, call, 0), None
         if self._tune is not None and cache:
             self.tuned[region] = Tuned(impl, ["max-autotune: the cache is read with the shipped configuration"])
         elif self._tune is not None:
             self.tuned[region] = self._tune(builder, impl, {**tensors, **settings}, spec.requires_grad)
             impl = self.tuned[region].impl
         call = builder.call(ops.attention, *tensors.values(), **settings, impl=impl, **cache)
-        return builder.call(operator.getitem, call, 0)
+        return builder.call(operator.getitem, call, 0), None
 
     def _refuse_written(self, arguments: Iterable[Any]) -> None:
         """Masks and biases of a call with a gradient must not come from a number that the graph counts up.
@@ -213,68 +241,6 @@ class Rewriter:
             keys.append(self._operand(builder, k2, [roles.batch, roles.kv_heads, roles.key, depth], dtype))
         return builder.call(aten.cat.default, queries, -1), builder.call(aten.cat.default, keys, -1)
 
-    def _bias(self, builder: GraphBuilder, region: Region) -> Any:
-        roles, total = region.roles, None
-        groups = [roles.batch, roles.heads, roles.query, roles.key]
-        for bias in region.biases:
-            if isinstance(bias, Alibi):
-                continue
-            if isinstance(bias, PositionBias):
-                total = self._add(builder, total, emit_positions(builder, region, bias), torch.float32)
-                continue
-            operand = bias.operand if isinstance(bias, MaskTerm) else bias
-            node = to_layout(builder, builder.tensor(operand.value), operand.dims, groups, [False] * 4)
-            if isinstance(bias, MaskTerm):
-                total = self._fill(builder, region, total, node, bias)
-                continue
-            scores = region.anchor.args[:1]  # SDPA has none: terms of a mask are added as they are
-            added_in = bias.added_in or (scores[0].dtype if scores else builder.look(node).dtype)
-            if builder.look(node).dtype == torch.bool:
-                node = builder.call(aten._to_copy.default, node, dtype=added_in)
-            if bias.factor != 1:
-                wide = torch.promote_types(builder.look(node).dtype, added_in)  # eager scales the sum
-                if builder.look(node).dtype != wide:
-                    node = builder.call(aten._to_copy.default, node, dtype=wide)
-                node = builder.call(aten.mul.Tensor, node, bias.factor)
-            if bias.rounded_to is not None:
-                node = builder.call(aten._to_copy.default, node, dtype=bias.rounded_to)
-            total = self._add(builder, total, node, added_in)
-        in_half = any(isinstance(bias, MaskTerm) or _is_added_in_half(bias) for bias in region.biases)
-        if total is None:
-            return None
-        return keys_side_by_side(builder, self._lowest(builder, total) if in_half else total)
-
-    def _add(self, builder: GraphBuilder, total: Any, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """Eager adds one after the other to the scores: what two narrower biases would lose to one another it keeps."""
-        if total is None:
-            return node
-        dtype = torch.promote_types(builder.look(total).dtype, dtype)
-        if builder.look(total).dtype != dtype:
-            total = builder.call(aten._to_copy.default, total, dtype=dtype)
-        return builder.call(aten.add.Tensor, total, node)
-
-    def _lowest(self, builder: GraphBuilder, bias: fx.Node) -> fx.Node:
-        """float16's lowest number absorbs the scores in float16; the op adds in float32, where another one does."""
-        if builder.look(bias).dtype != torch.float16:
-            return bias
-        wide = builder.call(aten._to_copy.default, bias, dtype=torch.float32)
-        is_lowest = builder.call(aten.eq.Scalar, bias, torch.finfo(torch.float16).min)
-        lower = builder.call(aten.where.Scalar, is_lowest, torch.finfo(torch.float32).min, 0.0)
-        lower = builder.call(aten._to_copy.default, lower, dtype=torch.float32)  # whatever the default dtype is
-        return builder.call(aten.add.Tensor, wide, lower)  # added: what else is in the bias keeps its gradient
-
-    def _fill(self, builder: GraphBuilder, region: Region, total: Any, mask: fx.Node, term: MaskTerm) -> fx.Node:
-        """The bias with a number in the place of what a mask drops; the number is one of the scores' dtype."""
-        dtype = region.anchor.args[0].dtype
-        other = total
-        if total is None:
-            other = builder.call(aten.full.default, [], 0.0, dtype=dtype, device=builder.device)
-        elif builder.look(total).dtype != dtype:
-            dtype = torch.promote_types(dtype, builder.look(total).dtype)
-            other = builder.call(aten._to_copy.default, total, dtype=dtype)
-        fill = builder.call(aten.full.default, [], term.fill, dtype=dtype, device=builder.device)
-        return builder.call(aten.where.self, mask, *((other, fill) if term.keeps else (fill, other)))
-
     def _sinks(self, builder: GraphBuilder, region: Region) -> Any:
         if region.sinks is None:
             return None
@@ -283,10 +249,6 @@ class Rewriter:
 
 def _is_counted(tensor: NodeTensor) -> bool:
     return bool(tensor.storage.write_times) and not tensor.value.dtype.is_floating_point
-
-
-def _is_added_in_half(bias: Bias) -> bool:
-    return isinstance(bias, Operand) and bias.added_in == torch.float16
 
 
 def _served(region: Region) -> list[Value]:

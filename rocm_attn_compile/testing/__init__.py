@@ -5,6 +5,7 @@ from rocm_attn_compile.testing.compare import (
     Float64Everywhere,
     accuracy,
     assert_as_accurate_as_eager,
+    assert_same_computation,
     to_float64,
 )
 from rocm_attn_compile.testing.graphs import Compiled, compile_and_capture, count_attention_calls, count_calls
@@ -18,6 +19,7 @@ __all__ = [
     "RoundedAgain",
     "accuracy",
     "assert_as_accurate_as_eager",
+    "assert_same_computation",
     "compile_and_capture",
     "count_attention_calls",
     "count_calls",

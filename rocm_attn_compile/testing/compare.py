@@ -127,6 +127,19 @@ def assert_as_accurate_as_eager(actual: Any, eager: Any, exact_float64: Any, *, 
             assert measured.ok, f"{where}less accurate than eager: {measured}"
 
 
+def assert_same_computation(eager: Any, exact_float64: Any) -> None:
+    """Fail if eager is not even near to float64: then the two ran on different numbers, and nothing would be too far.
+
+    Args:
+        eager, exact_float64: See `assert_as_accurate_as_eager`; not of gradients that are zero but for rounding.
+    """
+    for position, (got, exact) in enumerate(zip(tree_flatten(eager)[0], tree_flatten(exact_float64)[0])):
+        if isinstance(exact, Tensor) and exact.is_floating_point() and exact.numel():
+            both = exact.isfinite() & got.isfinite()
+            error, scale = ((got.double() - exact)[both].abs().sum(), exact[both].abs().sum())
+            assert error <= scale / 4, f"result {position}: eager is no rounding of the float64 run: off by {error:.3g}"
+
+
 def to_float64(tree: Any) -> Any:
     """A copy of a module, or of a tree of tensors, with every float tensor in float64.
 
@@ -144,11 +157,17 @@ def to_float64(tree: Any) -> Any:
     return tree_map(convert, tree)
 
 
+_DRAWN = (torch.randn, torch.rand, torch.randn_like, torch.rand_like)
+
+
 class Float64Everywhere(TorchFunctionMode):
     """Within it, code that asks for float32 gets float64: `with Float64Everywhere(): exact = to_float64(model)(...)`.
 
     Models compute softmax, norms and rotary embeddings in float32 whatever their own dtype, so a model that was only
     converted with `.double()` is no more exact there than the one it is to judge.
+
+    Random tensors hold the numbers that they hold outside: drawn in float32, then widened. (PyTorch draws others in
+    float64, and then the exact run would be a run of something else.)
     """
 
     def __enter__(self) -> Float64Everywhere:
@@ -168,4 +187,9 @@ class Float64Everywhere(TorchFunctionMode):
         def widen(value: Any) -> Any:
             return torch.float64 if value is torch.float32 else value
 
-        return function(*tree_map(widen, args), **tree_map(widen, kwargs or {}))
+        kwargs = kwargs or {}
+        dtype = kwargs.get("dtype") or self._default_dtype
+        if function in _DRAWN and dtype in (torch.float32, self._default_dtype):
+            drawn = function(*args, **{**kwargs, "dtype": dtype, "requires_grad": False})
+            return drawn.to(torch.float64).requires_grad_(kwargs.get("requires_grad", False))
+        return function(*tree_map(widen, args), **tree_map(widen, kwargs))

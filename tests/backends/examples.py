@@ -89,6 +89,7 @@ FEATURE_EXAMPLES = {
     "bias_gradient": with_spec(bias_requires_grad=True),
     "dropout": with_spec(dropout_p=0.1),
     "training": with_spec(requires_grad=True),
+    "returned_weights": with_spec(returned_weights=EmptyRows.ZERO),
     "decode": lambda spec: replace(spec, q_len=1, mask=replace(spec.mask, band_upper=spec.kv_len - 1)),
     "band_upper": with_mask(band_upper=END),
     "band_lower": with_mask(band_lower=END - 15),

@@ -87,12 +87,27 @@ def site(p: Program, q: Tensor, k: Tensor, v: Tensor, steps: Callable[[Program],
         unread(p, weights)
     if p.chance(0.03):
         weights = mislead(p, weights)
-    if p.chance(0.03):
-        p.change("weights returned")
-        extras.append(weights.name)
+    read = ""
+    if p.chance(0.06):
+        read = p.pick("returned", "returned", "averaged", "averaged", "returned before and after", "written")
+        p.change(f"weights {read}")
+        extras.append(_average(p, weights) if read == "averaged" else weights.name)
+    before = weights.name
     if p.chance(0.9):  # else only where no step made them wider
         weights = p.let(f"{weights.name}.to({v.name}.dtype)", weights.dims)
-    return contract(p, weights, v, "n"), extras
+    if read == "returned before and after":
+        extras.append(weights.name)
+    out = contract(p, weights, v, "n")
+    if read == "written":
+        p.do(f"{before}.mul_(0.5)")
+    return out, extras
+
+
+def _average(p: Program, weights: Tensor) -> str:
+    """Over one of the leading dimensions, as over the heads."""
+    name = p.name("m")
+    p.do(f"{name} = {weights.name}.mean({p.pick(0, 1)})")
+    return name
 
 
 def _steps(p: Program) -> list:

@@ -19,12 +19,7 @@ import kernel_oracle
 from rocm_attn_compile.kernels.triton import attention, backward_launch
 from rocm_attn_compile.kernels.triton.launch import Tuning
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="a kernel for Hopper"
-    ),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
 
 KERNELS = ["backward_rows_kernel", "backward_hopper_kernel", "backward_finish_kernel"]
 TABLES = ["mask_ranges_kernel", "key_ranges_kernel"]

@@ -20,12 +20,7 @@ import kernel_oracle
 from rocm_attn_compile.kernels.triton import attention, backward_large_launch, backward_launch, mla_prefill
 from rocm_attn_compile.kernels.triton.launch import Tuning
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="kernels for Hopper"
-    ),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
 
 ROPE = 64
 TABLES = ["mask_ranges_kernel", "key_ranges_kernel"]

@@ -121,10 +121,7 @@ def test_kernels_written_out_into_inductors_program(name: str, dtype: torch.dtyp
     assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact), factor=FACTOR)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0),
-    reason="a kernel for Hopper",
-)
+@pytest.mark.hopper
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_hopper_runs_its_own_forward(mode: str, monkeypatch: pytest.MonkeyPatch):
     """A call long enough for it, with scores that grow after the first keys in one head."""
@@ -148,10 +145,7 @@ def test_hopper_runs_its_own_forward(mode: str, monkeypatch: pytest.MonkeyPatch)
     assert_as_accurate_as_eager(actual, eager, exact, factor=FACTOR)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0),
-    reason="a kernel for Hopper",
-)
+@pytest.mark.hopper
 @pytest.mark.parametrize("kind", ["documents", "padding"])
 def test_hopper_skips_what_ids_and_padding_leave_out(kind: str, monkeypatch: pytest.MonkeyPatch):
     """Packed documents by ids, and left padding, whose first rows keep no key and average as eager's."""

@@ -16,12 +16,7 @@ from rocm_attn_compile.kernels.triton.configs import KernelConfig
 from rocm_attn_compile.kernels.triton.launch import Tuning
 from rocm_attn_compile.kernels.triton.mla_decode_launch import mla_decode_launches
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="kernels for Hopper"
-    ),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
 
 KERNELS = {"mla_decode_hopper_kernel": KernelConfig(64, 64, 4, 1), "mla_decode_few_kernel": KernelConfig(16, 64, 4, 1)}
 SIZES = {"B": 3, "H": 128, "N": 1237, "C": 512, "R": 64, "dtype": torch.bfloat16}

@@ -102,6 +102,23 @@ def forward(tuning: dict[str, Any] | None, **arguments: Any) -> Any:
     return out, lse
 
 
+def weights(weights_dtype: torch.dtype, tuning: dict[str, Any] | None, **arguments: Any) -> Any:
+    """`(out, weights)` of all tensors and scalars by name; both are filled with NaN before the launch."""
+    from rocm_attn_compile.kernels.triton.configs import KernelConfig
+    from rocm_attn_compile.kernels.triton.launch import Tuning
+    from rocm_attn_compile.kernels.triton.weights_launch import weights_launches
+
+    names = ("softmax_scale", "logits_soft_cap", "band_lower", "band_upper", "empty_rows", "out_layout")
+    settings = {name: arguments.pop(name) for name in names}
+    found = Tuning(config=KernelConfig(*tuning["config"])) if tuning else None
+    launches, out, weights = weights_launches(arguments, settings, settings["empty_rows"], weights_dtype, found)
+    for tensor in (out, weights) if launches else ():
+        tensor.fill_(float("nan"))
+    for launch in launches:
+        launch.run()
+    return out, weights
+
+
 def backward(ranged: bool | None, **arguments: Any) -> Any:
     """The five gradients; `ranged` as in launch.Tuning."""
     from rocm_attn_compile.kernels.triton import mask_ranges_launch

@@ -231,7 +231,8 @@ def oracle(
     """Eager attention with everything in `dtype`, differentiated by autograd.
 
     Returns:
-        "out", "lse" and, given grad_out, the gradients "q", "k", "v" and, if present, "attn_bias" and "sinks".
+        "out", "lse", "weights" (before dropout) and, given grad_out, the gradients "q", "k", "v" and, if present,
+        "attn_bias" and "sinks".
     """
     leaves = {
         name: tensors[name].detach().to(dtype).requires_grad_() for name in GRADIENTS if tensors[name] is not None
@@ -270,12 +271,13 @@ def oracle(
             p = torch.softmax(s.masked_fill(~keep, -math.inf), -1)
         else:
             p = torch.softmax(masked, -1)
+    weights = p.detach()
     if scalars["dropout_p"]:
         uniform = philox_uniform(int(tensors["dropout_seed"]), p.numel())
         p = p * torch.from_numpy(uniform).to(p.device).view(p.shape).ge(scalars["dropout_p"])
         p = p / (1.0 - scalars["dropout_p"])
     out = torch.einsum("bhmn,bhne->bhme", p, vv)
-    results = {"out": out.detach(), "lse": lse}
+    results = {"out": out.detach(), "lse": lse, "weights": weights}
     if grad_out is not None:
         grads = torch.autograd.grad(out, list(leaves.values()), grad_out.to(dtype))
         results.update(zip(leaves, grads))
@@ -341,7 +343,8 @@ def compare(
     Returns:
         Per name `(relative error, limit)`. The limit is 3 times eager's own error in the dtype of q, and at least twice
         that dtype's epsilon: where eager happens to be exact (a single key), one rounding must still be allowed. For
-        gradients the rounding of lse counts, too: the weights are exp(score - lse), of a float32 as large as log(N).
+        gradients and weights the rounding of lse counts, too: the weights are exp(score - lse), of a float32 as large
+        as log(N).
     """
     tensors = plain(tensors)
     dtype = tensors["q"].dtype
@@ -355,7 +358,9 @@ def compare(
         size = sizes[name] or 1.0
         eager_error = error_norm(eager[name], want[name]) / size
         floor = torch.finfo(torch.float32 if name == "lse" else dtype).eps
-        least = max(2 * floor, lse_rounding) if name in GRADIENTS else 4 * floor if name == "lse" else 2 * floor
+        least = (4 if name == "lse" else 2) * floor
+        if name in (*GRADIENTS, "weights"):
+            least = max(least, lse_rounding)
         results[name] = (
             error_norm(value, want[name]) / size,
             max(3 * eager_error if math.isfinite(eager_error) else 0.0, least),

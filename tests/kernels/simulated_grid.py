@@ -27,6 +27,7 @@ class Row:
         fields: Of the case; see kernel_oracle.make_inputs. The defaults are SIZES.
         backward: Whether the gradients are computed as well.
         ranged: Whether padding and ids are read beforehand, as in long calls.
+        weights: The weights are computed as a second result, instead of gradients.
         archs: Where it runs.
         ci: Where it is part of the CI cut.
     """
@@ -37,6 +38,7 @@ class Row:
     archs: tuple[str, ...] = ARCHS
     ci: tuple[str, ...] = ()
     ranged: bool = False
+    weights: bool = False
 
     def case(self) -> dict[str, Any]:
         """The case, complete."""
@@ -202,6 +204,19 @@ RANGED = (
     Row("ranges: key mask, ids, limits", {"key_mask": True, "ids": True, "limits": (True, True), "empty_rows": "zero"},
         ranged=True),
 )  # fmt: skip
+# The weights as a second result.
+RETURNED = (
+    Row("weights: 64, causal, grouped heads, padding, rows without a key give a mean",
+        {"H": 4, "K": 2, "M": 77, "band_upper": 9, "key_mask": True, "empty": ("key_mask",), "empty_rows": "mean"},
+        ci=ARCHS, weights=True),
+    Row("weights: bf16, 128, bias of finfo.min, sinks",
+        {"dtype": BF16, "D": 128, "E": 128, "M": 77, "bias": FULL, "bias_kind": "finfo_min", "sinks": True},
+        ci=("gfx942", "gfx1201"), weights=True),
+    *(Row(f"weights: configuration {name} {d}", {"dtype": dtype, "D": d, "E": 16, "band_lower": -40}, weights=True)
+      for dtype, name in ((BF16, "bf16"), (FP16, "fp16"), (FP32, "fp32")) for d in (16, 64, 96, 128, 256)),
+    *(Row(f"weights: {name}", fields, weights=True)
+      for name, fields in _FEATURES.items() if not fields.get("dropout_p")),
+)  # fmt: skip
 # What touches the weights that forward.py cuts to bfloat16, and their sums.
 CUT_WEIGHTS = tuple(
     Row(f"bf16 {name}", {**_FEATURES[name], "dtype": BF16}, backward=False, archs=("gfx90a", "gfx942", "gfx1100"))
@@ -245,4 +260,4 @@ CACHES = (
     ),
 )
 
-GRID = CUT + CONFIGURATIONS + FEATURES + RANGED + CUT_WEIGHTS + CACHES
+GRID = CUT + CONFIGURATIONS + FEATURES + RANGED + RETURNED + CUT_WEIGHTS + CACHES

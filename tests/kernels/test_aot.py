@@ -40,11 +40,14 @@ def check(launch: Launch, arch: str, dtype: torch.dtype, head_dim: int, heavy: b
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("kernel", ["attention_forward_kernel", "backward_dkdv_kernel", "backward_dq_kernel"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["attention_forward_kernel", "backward_dkdv_kernel", "backward_dq_kernel", "attention_weights_kernel"],
+)
 def test_main_kernels(arch: str, kernel: str) -> None:
     """Causal, bfloat16, head size 128 (64 for dk/dv): the shapes most models run."""
     head_dim = 64 if kernel == "backward_dkdv_kernel" else 128
-    check(launches(arch, HALF, head_dim)[kernel], arch, HALF, head_dim)
+    check(launches(arch, HALF, head_dim, weights=True)[kernel], arch, HALF, head_dim)
 
 
 @pytest.mark.parametrize("arch", [pytest.param(a, marks=() if a == "gfx942" else pytest.mark.slow) for a in ARCHS])
@@ -105,7 +108,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 def test_everything_compiles() -> None:
     """All features at once, forward and backward: no combination of flags may fail to compile."""
     tiny = configs.KernelConfig(16, 16, 1, 1)
-    for launch in launches("gfx942", HALF, 16, config=tiny, **FEATURES["everything"]).values():
+    for launch in launches("gfx942", HALF, 16, config=tiny, weights=True, **FEATURES["everything"]).values():
         check(launch, "gfx942", HALF, 16, heavy=True)
 
 
@@ -115,7 +118,7 @@ def test_everything_compiles() -> None:
 @pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
 def test_shipped_configurations(arch: str, dtype: torch.dtype, head_dim: int) -> None:
     """Every row of the tables, prefill, backward and decode."""
-    for launch in launches(arch, dtype, head_dim).values():
+    for launch in launches(arch, dtype, head_dim, weights=True).values():
         check(launch, arch, dtype, head_dim)
     for launch in launches(arch, dtype, head_dim, q_len=1, kv_len=4096, causal=False, backward=False).values():
         check(launch, arch, dtype, head_dim)
@@ -126,7 +129,7 @@ def test_shipped_configurations(arch: str, dtype: torch.dtype, head_dim: int) ->
 @pytest.mark.parametrize("features", FEATURES, ids=str)
 def test_features(arch: str, features: str) -> None:
     """Each group of features, head size 128 with values of 64."""
-    for launch in launches(arch, HALF, 128, 64, **FEATURES[features]).values():
+    for launch in launches(arch, HALF, 128, 64, weights=True, **FEATURES[features]).values():
         check(launch, arch, HALF, 128, heavy=True)
 
 

@@ -17,7 +17,19 @@ import simulated_grid as grid
 from gcnsim.triton_launch import simulated_device
 
 from rocm_attn_compile.kernels.triton import mask_ranges_launch
-from rocm_attn_compile.kernels.triton.attention import attention_backward, attention_forward
+from rocm_attn_compile.kernels.triton.attention import (
+    attention_backward,
+    attention_forward,
+    attention_with_weights,
+)
+
+
+def weights_of(tensors: dict[str, Any], scalars: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and weights, both in the dtype of q."""
+    given = {name: tensor for name, tensor in tensors.items() if name != "dropout_seed"}
+    settings = {name: value for name, value in scalars.items() if name != "dropout_p"}
+    settings["out_layout"] = "bhsd"
+    return attention_with_weights(given, settings, scalars["empty_rows"], tensors["q"].dtype)
 
 
 def parameters() -> list[Any]:
@@ -37,9 +49,13 @@ def test_row(row: Any, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, scalars = oracle.make_inputs(case)
     given = [tensor for tensor in tensors.values() if tensor is not None]
     with simulated_device(arch, read_only=given) as device:
-        out, lse = attention_forward(**tensors, **scalars, out_layout=case.get("out_layout", "bhsd"))
-    got, grad_out = {"out": out, "lse": lse}, None
-    if row.backward:
+        if row.weights:
+            got = dict(zip(("out", "weights"), weights_of(tensors, scalars)))
+        else:
+            out, lse = attention_forward(**tensors, **scalars, out_layout=case.get("out_layout", "bhsd"))
+            got = {"out": out, "lse": lse}
+    grad_out = None
+    if row.backward and not row.weights:
         grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
         with simulated_device(arch, read_only=[*given, out, lse, grad_out]) as backward:
             gradients = attention_backward(

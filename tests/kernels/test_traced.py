@@ -37,6 +37,7 @@ WRITTEN = {
     "backward_dkdv_kernel": {"grad_k", "grad_v"},
     "backward_dq_kernel": {"grad_q"},
     "backward_bias_kernel": {"grad_bias"},
+    "attention_weights_kernel": {"weights"},
 }
 IMPORTED = {"triton", "tl", "libdevice"}
 """Inductor's programs import these, in torch 2.11 as in 2.13."""
@@ -89,8 +90,8 @@ def read(launch):
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_training(launches_for, arch):
-    found = {launch.kernel.__name__: read(launch) for launch in launches_for(arch)}
-    assert found == {name: WRITTEN[name] for name in found} and len(found) == 4
+    found = {launch.kernel.__name__: read(launch) for launch in launches_for(arch, weights=True)}
+    assert found == {name: WRITTEN[name] for name in found} and len(found) == 5
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192])
@@ -123,9 +124,9 @@ def test_a_kernel_in_gluon_is_not_traced(launches_for):
 
 
 def test_every_feature(launches_for):
-    found = {launch.kernel.__name__: read(launch) for launch in launches_for("gfx942", **EVERYTHING)}
+    found = {launch.kernel.__name__: read(launch) for launch in launches_for("gfx942", weights=True, **EVERYTHING)}
     extra = {"backward_rows_kernel": {"correction", "any_empty"}}
-    assert found == {name: WRITTEN[name] | extra.get(name, set()) for name in found} and len(found) == 6
+    assert found == {name: WRITTEN[name] | extra.get(name, set()) for name in found} and len(found) == 7
 
 
 def test_long_calls_with_padding_read_a_table_of_ranges(launches_for):

@@ -180,3 +180,69 @@ def test_blocks_that_see_each_other_stay_dense_but_limit_the_text_rows():
 
     form = check(Captured(build, torch.zeros(2, LENGTH, 16)), {"residual", "kv_end"})
     assert [note.code for note in form.notes] == ["mask_general"]
+
+
+LAYERS = {
+    "full_attention": {"band"},
+    "sliding_attention": {"band"},
+    "chunked_attention": {"band", "kv_start", "kv_end"},
+    "compressed_sparse_attention": {"band"},
+    "heavily_compressed_attention": {"band"},
+    "minimax_m3_sparse": {"band"},
+    "indexed_attention": {"band"},
+    "hybrid": {"band"},
+    "hybrid_sliding": {"band"},
+}
+"""Kinds of layers of which `create_masks_for_generate` knows, and what is proved of their masks."""
+RECURRENT = ("linear_attention", "conv")
+
+
+def masks_for_generate(layer_types: list[str], kind: str, padded: bool) -> Any:
+    """The mask of one kind of layer, among those that are made for all."""
+    config = config_of("sdpa", layer_types=layer_types, sliding_window=4, attention_chunk_size=4)
+
+    def build(embeds, padding):
+        return masking.create_masks_for_generate(config, embeds, padding, None)[kind]
+
+    return build, torch.zeros(2, LENGTH, 16), LEFT_PADDING if padded else None
+
+
+def test_every_kind_of_layer_is_here():
+    assert {*LAYERS, *RECURRENT} == {*masking.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING}
+
+
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["static", "dynamic"])
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_masks_for_generate(layer, padded, dynamic):
+    kind = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}.get(layer, layer)
+    build, *arguments = masks_for_generate([layer, "conv"], kind, padded)
+    if not padded and layer in ("full_attention", "minimax_m3_sparse", "hybrid", "hybrid_sliding"):
+        assert build(*arguments) is None  # F.sdpa's own is_causal
+        return
+    expected = LAYERS[layer] | ({"key"} if padded else set())
+    if layer == "chunked_attention" and dynamic:
+        expected = expected - {"kv_start", "kv_end"} | {"ids"}
+    check(Captured(build, *arguments, dynamic=dynamic), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 4}, {"attention_chunk_size": 4}], ids=str)
+def test_masks_for_generate_of_equal_layers(options):
+    config = config_of("sdpa", **options)
+
+    def build(embeds, padding):
+        return masking.create_masks_for_generate(config, embeds, padding, None)
+
+    expected = {"band", "key"} | ({"kv_start", "kv_end"} if "attention_chunk_size" in options else set())
+    check(Captured(build, torch.zeros(2, LENGTH, 16), LEFT_PADDING), expected)
+
+
+@pytest.mark.parametrize("layer", [*RECURRENT, "hybrid", "hybrid_sliding"])
+def test_recurrent_layers_get_the_padding_and_no_mask_of_pairs(layer):
+    build, embeds, padding = masks_for_generate([layer], layer if layer in RECURRENT else "linear_attention", True)
+    assert torch.equal(build(embeds, padding), padding)
+    assert torch.equal(build(embeds[:, -3:], padding), padding[:, -3:])  # more tokens for a cache
+    assert build(embeds[:, -1:], padding) is None
+    assert build(embeds, None) is None
+    compiled = torch.compile(lambda e, p: build(e, p), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(embeds, torch.ones_like(padding)), torch.ones_like(padding))

@@ -98,6 +98,13 @@ FAMILIES = [
         sites=6,
         inputs="seq2seq",
     ),
+    # a layer of a recurrent kind, whose padding mask is no mask of an attention
+    Family(
+        "lfm2",
+        lambda: hf.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"]),
+        hf.Lfm2ForCausalLM,
+        sites=1,
+    ),
     Family("bert", lambda: hf.BertConfig(**SMALL), hf.BertForMaskedLM),
     Family(
         "whisper",

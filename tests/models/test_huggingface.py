@@ -44,6 +44,29 @@ def test_family(family: Family, attention: str, padded: bool):
     assert_as_accurate_as_eager(actual, eager, exact)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5", "vit"])
+def test_weights_that_the_model_returns(name: str):
+    """`output_attentions=True`: logits and every layer's weights, which the op gives as a second result."""
+    family = next(f for f in FAMILIES if f.name == name)
+    model, arguments = family.build("eager"), {**family.arguments(family.inputs == "text"), "output_attentions": True}
+    wide = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in arguments.items()}
+
+    def results(run, given):
+        out = run(**given)
+        weights = [w for key, value in out.items() if "attentions" in key for w in value]
+        return [out.logits, *weights]
+
+    with torch.no_grad():
+        eager = results(model, arguments)
+        with Float64Everywhere():
+            exact = results(to_float64(model), wide)
+        actual = results(rewritten(model), arguments)
+    sites = [site for report in rocm_attn_compile.reports() for site in report.sites]
+    assert len(eager) == 1 + family.sites == 1 + len(sites)
+    assert all(site.replaced and site.data["returned_weights"] for site in sites), str(sites)
+    assert_as_accurate_as_eager(actual, eager, exact)
+
+
 def test_masks_of_a_padded_window_model_are_proved():
     """Mistral, left-padded: the mask is in closed form, no tensor of queries by keys is left."""
     family = next(f for f in FAMILIES if f.name == "mistral")
@@ -97,3 +120,34 @@ def test_static_cache_generates_the_same_tokens():
     assert len(reports) <= 3
     assert all(site.replaced for report in reports for site in report.sites)
     assert all(site.mask.startswith("key limit (proved") for site in reports[-1].sites)
+
+
+@pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["StaticCache", "DynamicCache"])
+def test_inductor_decodes_200_tokens_and_compiles_at_most_twice(kind, attention):
+    """All of what users run: `backend="rocm_attn"`, Inductor, a cache of fixed size and one that grows."""
+    import transformers
+
+    family = next(f for f in FAMILIES if f.name == "llama")
+    model, ids = family.build(attention), family.arguments(padded=False)["input_ids"]
+    options = {"max_cache_len": 256} if kind == "StaticCache" else {}
+
+    def generate(run) -> torch.Tensor:
+        cache = getattr(transformers, kind)(config=model.config, **options)
+        logits, tokens = model(ids, past_key_values=cache, use_cache=True).logits, []
+        for _ in range(200):
+            tokens.append(logits[:, -1:].argmax(-1))
+            logits = run(tokens[-1], past_key_values=cache, use_cache=True).logits
+        return torch.cat(tokens, 1)
+
+    with torch.no_grad():
+        want = generate(model)
+        got = generate(torch.compile(model, backend="rocm_attn", fullgraph=True))
+    assert want.unique().numel() > 5  # a loop that sticks to one token shows nothing
+    assert torch.equal(got, want)
+    reports = rocm_attn_compile.reports()
+    assert len(reports) <= 2
+    assert all(site.replaced for report in reports for site in report.sites)
+    masks = [site.data["mask"] for site in reports[-1].sites]
+    assert not any(mask["has_attn_mask"] or mask["has_key_mask"] for mask in masks)
+    assert all(mask["has_kv_end"] == (kind == "StaticCache") for mask in masks)

@@ -68,15 +68,15 @@ def test_forward_and_gradients(name):
     call = seeded(CASES[name])
     call.settings["empty_rows"] = "impossible"
     traced = check(call, torch.float64, "bshd")
-    is_inlined = call.q.shape[1] == call.k.shape[1] or "logits_soft_cap" in call.settings
-    is_fused_decode = call.q.shape[2] == 1 and call.q.shape[3] == call.v.shape[3]
+    is_unfused_decode = call.q.shape[2] == 1 and call.q.shape[3] != call.v.shape[3]
+    has_groups = call.q.shape[1] != call.k.shape[1] and "logits_soft_cap" not in call.settings
     right = cpu_inline.lse_is_traced_in_float64()
-    assert traced.is_forward_inlined == (right and (is_inlined or is_fused_decode))
+    assert traced.is_forward_inlined == (right and not (has_groups and is_unfused_decode))
     # The unfused code, in which groups cost nothing, computes the gradients of a bias and of a single query.
     is_unfused = "attn_bias" in call.tensors or call.q.shape[2] == 1
     # The fused backward of ALiBi looks at lse, which a trace cannot.
     looks_at_lse = "alibi_slopes" in call.tensors and "logits_soft_cap" not in call.settings
-    assert traced.is_backward_inlined == (right and (is_unfused or (is_inlined and not looks_at_lse)))
+    assert traced.is_backward_inlined == (right and (is_unfused or not looks_at_lse))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -94,11 +94,20 @@ def test_empty_rows(name, mode):
     call = seeded(EMPTY_CASES[name], empty_rows=mode)
     assert bool((~keep_of(call).any(-1)).any())
     traced = check(call, torch.float64)
-    has_cap, has_groups = "logits_soft_cap" in call.settings, call.q.shape[1] != call.k.shape[1]
     right = cpu_inline.lse_is_traced_in_float64()
-    assert traced.is_forward_inlined == (right and (has_cap or not has_groups or call.q.shape[2] == 1))
-    is_unfused = has_cap or call.q.shape[2] == 1
-    assert traced.is_backward_inlined == (right and (is_unfused or not (has_groups or mode == "mean_added")))
+    assert traced.is_forward_inlined == right
+    is_unfused = "logits_soft_cap" in call.settings or call.q.shape[2] == 1
+    assert traced.is_backward_inlined == (right and (is_unfused or mode != "mean_added"))
+
+
+def test_groups_whose_copies_cost_more_than_a_call_stay_one(monkeypatch):
+    """The fused kernel has heads share k and v by a stride of 0, which Inductor writes out in memory."""
+    call = seeded(lambda: make(H=4, K=2, M=9, band_upper=0, empty_rows="impossible")).to(torch.float32)
+    copied = (call.k.numel() + call.v.numel()) * 2 * 4
+    for limit, is_inlined in ((copied, True), (copied - 1, False)):
+        monkeypatch.setattr(cpu_inline, "_SMALL_COPY", limit)
+        traced = check(call, torch.float32)
+        assert traced.is_forward_inlined == traced.is_backward_inlined == is_inlined
 
 
 def test_float64_stays_a_call_where_a_trace_takes_lse_for_float32(monkeypatch):

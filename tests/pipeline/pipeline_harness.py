@@ -19,13 +19,21 @@ from torch.utils import _pytree as pytree
 import rocm_attn_compile
 from rocm_attn_compile.pipeline import compile_graph
 from rocm_attn_compile.report import Report, Site
-from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, count_attention_calls
+from rocm_attn_compile.testing import (
+    Float64Everywhere,
+    assert_as_accurate_as_eager,
+    assert_same_computation,
+    count_attention_calls,
+)
 
 B, H, M, N, D = 2, 3, 6, 9, 8
 """Default sizes: batch, heads, q_len, kv_len, head_dim; all different, so that no axis passes for another."""
 
 SCALE = D**-0.5
 INF = float("inf")
+
+FACTOR = 8.0
+"""How many times eager's error is allowed: of a few hundred numbers in float32, eager's largest is often lucky."""
 
 
 def rand(*shape: int) -> Tensor:
@@ -123,6 +131,7 @@ def check(
     fullgraph: bool = True,
     lowering: str = "aot_eager",
     around: Callable[[], AbstractContextManager] = nullcontext,
+    rounds_to: torch.dtype | None = None,
     **options: Any,
 ) -> Pipeline:
     """Compile `function`, and assert that it is as right as eager and rewritten as often as it should be.
@@ -136,6 +145,8 @@ def check(
         dynamic, fullgraph: As for `torch.compile`.
         lowering, options: See `Pipeline`.
         around: Context entered around each of the three runs.
+        rounds_to: In float64 the program is another one, since it rounds, or relies on rounding: it is compared with
+            eager, to within some roundings to this dtype.
     """
     torch._dynamo.reset()  # a second check in one test must not see sizes of the first as dynamic
     rocm_attn_compile.reset_reports()
@@ -149,6 +160,11 @@ def check(
         actual = everything(compiled, make, trains)
     expected = set() if refused is None else {refused} if isinstance(refused, str) else refused
     assert (pipeline.calls, codes()) == (calls, expected), "\n".join(map(str, reports()))
+    if rounds_to is not None:
+        close = 8 * torch.finfo(rounds_to).eps
+        torch.testing.assert_close(actual, eager, rtol=close, atol=close, equal_nan=True)
+        return pipeline
     exact = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, exact)
-    assert_as_accurate_as_eager(actual, eager, exact)
+    assert_same_computation(eager[0], exact[0])
+    assert_as_accurate_as_eager(actual, eager, exact, factor=FACTOR)
     return pipeline

@@ -59,10 +59,14 @@ def decode(step, weights) -> torch.Tensor:
     return torch.cat([*tokens, keys.flatten(), values.flatten()])
 
 
+LOWERINGS = pytest.mark.parametrize("lowering", ["eager", "inductor"])
+
+
+@LOWERINGS
 @pytest.mark.parametrize("step", [by_index_copy, by_slice_assignment, by_scatter, by_functional_copy])
-def test_static_cache_of_200_steps(step):
+def test_static_cache_of_200_steps(step, lowering):
     weights = rand(VOCABULARY, H * D), rand(H * D, 3 * H * D) * 0.3, rand(H * D, VOCABULARY)
-    pipeline = Pipeline("eager")
+    pipeline = Pipeline(lowering)
     with torch.no_grad():
         want = decode(step, weights)
         got = decode(torch.compile(step, backend=pipeline, fullgraph=True), weights)
@@ -74,7 +78,8 @@ def test_static_cache_of_200_steps(step):
         assert mask["has_kv_end"] and not (mask["has_attn_mask"] or mask["has_key_mask"]), site.mask
 
 
-def test_growing_cache_of_200_steps():
+@LOWERINGS
+def test_growing_cache_of_200_steps(lowering):
     embedding, weight, out = rand(VOCABULARY, H * D), rand(H * D, 3 * H * D) * 0.3, rand(H * D, VOCABULARY)
 
     def step(q, k, v, keys, values):
@@ -90,8 +95,29 @@ def test_growing_cache_of_200_steps():
             tokens.append(token)
         return torch.cat([*tokens, keys.flatten()])
 
-    pipeline = Pipeline("eager")
+    pipeline = Pipeline(lowering)
     with torch.no_grad():
         torch.testing.assert_close(loop(torch.compile(step, backend=pipeline, fullgraph=True)), loop(step))
     assert pipeline.calls == len(pipeline.graphs) <= 2
     assert all(site.data["mask"]["text"] == "none" for site in sites())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_sdpa_relies_on_is_guarded(masked):
+    """The keys and the values of a growing cache have lengths of their own, which nothing in PyTorch compares."""
+
+    def step(q, k, v, keys, values, mask):
+        keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask if masked else None)
+        return y, keys, values
+
+    pipeline = Pipeline()
+    compiled = torch.compile(step, backend=pipeline, fullgraph=True, dynamic=True)
+    keys, values = rand(2, 3, 11, 8), rand(2, 3, 11, 8)
+    for length in (12, 13, 14, 15):
+        q, k, v, mask = (rand(2, 3, 1, 8), rand(2, 3, 1, 8), rand(2, 3, 1, 8), rand(2, 1, 1, length))
+        want = step(q, k, v, keys, values, mask)
+        got = compiled(q, k, v, keys, values, mask)
+        torch.testing.assert_close(got, want)
+        _, keys, values = got
+    assert pipeline.calls == len(pipeline.graphs) == 1

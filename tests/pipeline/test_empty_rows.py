@@ -6,10 +6,13 @@ are tested in tests/recognize/test_empty_rows.py; here are the ways real models 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from pipeline_harness import INF, SCALE, B, M, N, attend, causal, check, qkv, sites, square
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def padded():
@@ -120,7 +123,9 @@ FILLS = [
 @pytest.mark.parametrize("make", [padded, pytest.param(holed, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("function", "mode"), FILLS)
 def test_empty_rows_are_those_of_eager(function, mode, make):
-    check(function, make, calls=1, trains=True)
+    # ATen's fused attention for the CPU gives rows of nothing but the lowest number too large a gradient.
+    unfused = (lambda: sdpa_kernel(SDPBackend.MATH)) if function is sdpa_lowest else nullcontext
+    check(function, make, calls=1, trains=True, around=unfused)
     (site,) = sites()
     if mode is not None:
         assert site.data["mask"]["empty_rows"] == mode

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pipeline_harness import SCALE, D, Pipeline, check, rand, reports
+from pipeline_harness import INF, SCALE, B, D, H, Pipeline, check, rand, reports
 
 
 def test_a_power_of_a_size():
@@ -76,3 +76,63 @@ def mask_per_head(q, k, v, mask):
 )
 def test_sizes_that_a_guard_makes_equal(function, make):
     check(function, make, calls=1, dynamic=True, trains=True)
+
+
+def keys_of_the_first_block(q, k, v, per_block):
+    """A fraction of the keys is fewer than all: s0 / s1, as a real number, was taken for at least s0."""
+    length = k.shape[2] // per_block.shape[0]
+    bias = per_block[:, None].expand(-1, length).reshape(-1)
+    keep = torch.arange(k.shape[2]) < length
+    return (q @ k.mT * SCALE + bias).masked_fill(~keep, -INF).softmax(-1) @ v
+
+
+def keys_by_a_sum_of_sizes(q, k, v, first, second):
+    """(a + b) // 4 without a rest is not a // 4 + b // 4."""
+    length = (first.shape[0] + second.shape[0]) // 4
+    bias = torch.cat([first, second]).view(4, length).sum()
+    keep = torch.arange(q.shape[2])[:, None] * length >= torch.arange(k.shape[2])
+    return (q @ k.mT * SCALE + bias).masked_fill(~keep, -INF).softmax(-1) @ v
+
+
+def keys_by_a_remainder(q, k, v, per_block):
+    assert k.shape[2] % per_block.shape[0] == 0
+    keep = torch.arange(k.shape[2]) < k.shape[2] // per_block.shape[0]
+    return (q @ k.mT * SCALE).masked_fill(~keep, -INF).softmax(-1) @ v
+
+
+def attention_in_blocks(q, k, v, per_block):
+    blocks = [x.unflatten(2, (per_block.shape[0], x.shape[2] // per_block.shape[0])) for x in (q, k, v)]
+    drop = torch.ones(blocks[0].shape[3], blocks[1].shape[3], dtype=torch.bool).triu(1)
+    scores = (blocks[0] @ blocks[1].mT * SCALE + per_block[:, None, None]).masked_fill(drop, -INF)
+    return (scores.softmax(-1) @ blocks[2]).flatten(2, 3)
+
+
+def same_block(q, k, v, per_block):
+    length = k.shape[2] // per_block.shape[0]
+    assert length * per_block.shape[0] == k.shape[2]
+    keep = torch.arange(q.shape[2])[:, None] // length == torch.arange(k.shape[2]) // length
+    return (q @ k.mT * SCALE).masked_fill(~keep, -INF).softmax(-1) @ v
+
+
+def inputs_of(q_len, kv_len, *lengths):
+    return rand(B, H, q_len, D), rand(B, H, kv_len, D), rand(B, H, kv_len, D), *map(rand, lengths)
+
+
+@pytest.mark.parametrize(
+    ("function", "sizes"),
+    [
+        (keys_of_the_first_block, [(6, 12, 4), (5, 15, 3)]),
+        (keys_by_a_sum_of_sizes, [(6, 19, 7, 9), (5, 20, 11, 17)]),
+        (keys_by_a_remainder, [(6, 12, 4), (5, 15, 3)]),
+        (attention_in_blocks, [(12, 12, 4), (21, 21, 3)]),
+        (same_block, [(12, 12, 4), (21, 21, 3)]),
+    ],
+)
+def test_a_size_that_is_a_multiple_of_another(function, sizes):
+    """Right at other sizes than those it was compiled with, too, without compiling again."""
+    pipeline = Pipeline("eager")
+    compiled = torch.compile(function, backend=pipeline, dynamic=True, fullgraph=True)
+    for size in sizes:
+        inputs = inputs_of(*size)
+        torch.testing.assert_close(compiled(*inputs), function(*inputs), equal_nan=True)
+    assert len(reports()) == pipeline.calls == 1, "\n".join(map(str, reports()))

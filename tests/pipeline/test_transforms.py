@@ -332,7 +332,10 @@ def test_multihead_attention(masks, trains):
 def test_multihead_attention_with_weights():
     function = multihead()
     check(lambda x: function(x)[0], embedded(), calls=1, trains=True)  # asked for, but nobody reads them
-    check(function, embedded(), calls=0, refused="weights_used_elsewhere")
+    check(function, embedded(), calls=0, refused="weights_used_elsewhere", trains=True)
+    with torch.no_grad():
+        check(function, embedded(), calls=1)
+        check(function, embedded(PADDING), calls=1)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

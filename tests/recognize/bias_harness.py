@@ -29,7 +29,7 @@ def site_with_bias(
     recorder = Recorder(lowering="aot_eager")
     actual = call(torch.compile(function, backend=recorder, fullgraph=True, dynamic=dynamic), *inputs(dtype))
     assert recorder.calls == 1
-    assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact))
+    assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact), factor=8.0)
     (site,) = [site for report in rocm_attn_compile.reports() for site in report.sites]
     (node,) = [n for g in recorder.graphs for n in g.graph.nodes if n.target is torch.ops.rocm_attn.attention.default]
     bias, slopes = (None if a is None else a.meta["example_value"] for a in (node.args[3], node.args[12]))

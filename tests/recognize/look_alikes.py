@@ -123,13 +123,19 @@ def relu_squared_attention(q, k, v):
     return torch.relu(q @ k.mT * SCALE).square() @ v
 
 
-@look_alike(None)
+@look_alike("no_softmax")
 def softmax_plus_one(q, k, v):
     e = (q @ k.mT * SCALE).exp()
     return (e / (1 + e.sum(-1, keepdim=True))) @ v
 
 
-@look_alike(None)
+@look_alike("no_softmax")
+def exponentials_masked_after(q, k, v):
+    e = (q @ k.mT * SCALE).exp() * torch.ones(M, M).tril()
+    return (e * e.sum(-1, keepdim=True).add(1e-6).reciprocal()) @ v
+
+
+@look_alike("no_softmax")
 def normalised_over_another_axis(q, k, v):
     e = (q @ k.mT * SCALE).exp()
     return (e / e.sum((-1, -2), keepdim=True)) @ v

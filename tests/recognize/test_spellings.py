@@ -8,7 +8,7 @@ from recorder import Recorder
 from spellings import SPELLINGS, Spelling, inputs_of, results_of
 
 import rocm_attn_compile
-from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager
+from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, assert_same_computation
 
 CASES = [
     pytest.param(torch.float32, True, None, id="fp32-train-static"),
@@ -42,7 +42,9 @@ def test_spelling_is_replaced_and_right(spelling: Spelling, dtype, trains, dynam
     (site,) = [site for report in reports for site in report.sites]
     assert (site.kind, site.replaced, site.backend, site.reasons) == ("attention", True, "TRITON_ATTN", [])
     assert site.source.startswith(__file__.replace("test_spellings", "spellings") + ":")
-    assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact))
+    exact = tuple(t.double() for t in exact)
+    assert_same_computation(eager[0], exact[0])
+    assert_as_accurate_as_eager(actual, eager, exact, factor=8.0 if dtype is torch.float32 else 3.0)
 
 
 def test_there_are_enough_spellings():

@@ -144,7 +144,7 @@ def _outermost(expr: sympy.Expr) -> list[sympy.Expr]:
 
 
 def _lowest(atom: sympy.Expr) -> int | None:
-    if atom.is_positive:
+    if atom.is_positive and atom.is_integer:
         return 1
     return 0 if atom.is_nonnegative else None
 

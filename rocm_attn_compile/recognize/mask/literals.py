@@ -64,7 +64,7 @@ def constant_and_divisor(expr: sympy.Expr) -> tuple[int, int]:
     for atom, coefficient in expr.as_coefficients_dict().items():
         if atom == 1:
             constant = coefficient
-        elif not isinstance(coefficient, sympy.Integer):
+        elif not isinstance(coefficient, sympy.Integer) or not atom.is_integer:
             return 0, 1
         else:
             divisor = sympy.igcd(divisor, coefficient)

@@ -1,0 +1,87 @@
+"""Emit what is added to the scores: biases, and masks that stay numbers, added up as eager does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ..recognize.region import Alibi, Bias, MaskTerm, Operand, PositionBias, Region
+from .alibi import emit_positions
+from .builder import GraphBuilder
+from .canonical import to_layout
+from .layout import keys_side_by_side
+
+aten = torch.ops.aten
+
+
+def emit_bias(builder: GraphBuilder, region: Region) -> Any:
+    """All that is added to the scores as one tensor over (batch, heads, query, key); None if nothing is."""
+    roles, total = region.roles, None
+    groups = [roles.batch, roles.heads, roles.query, roles.key]
+    for bias in region.biases:
+        if isinstance(bias, Alibi):
+            continue
+        if isinstance(bias, PositionBias):
+            total = _add(builder, total, emit_positions(builder, region, bias), torch.float32)
+            continue
+        operand = bias.operand if isinstance(bias, MaskTerm) else bias
+        node = to_layout(builder, builder.tensor(operand.value), operand.dims, groups, [False] * 4)
+        if isinstance(bias, MaskTerm):
+            total = _fill(builder, region, total, node, bias)
+            continue
+        scores = region.anchor.args[:1]  # SDPA has none: terms of a mask are added as they are
+        added_in = bias.added_in or (scores[0].dtype if scores else builder.look(node).dtype)
+        if builder.look(node).dtype == torch.bool:
+            node = builder.call(aten._to_copy.default, node, dtype=added_in)
+        if bias.factor != 1:
+            wide = torch.promote_types(builder.look(node).dtype, added_in)  # eager scales the sum
+            if builder.look(node).dtype != wide:
+                node = builder.call(aten._to_copy.default, node, dtype=wide)
+            node = builder.call(aten.mul.Tensor, node, bias.factor)
+        if bias.rounded_to is not None:
+            node = builder.call(aten._to_copy.default, node, dtype=bias.rounded_to)
+        total = _add(builder, total, node, added_in)
+    in_half = any(isinstance(bias, MaskTerm) or _is_added_in_half(bias) for bias in region.biases)
+    if total is None:
+        return None
+    return keys_side_by_side(builder, _lowest(builder, total) if in_half else total)
+
+
+def _add(builder: GraphBuilder, total: Any, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Eager adds one after the other to the scores: what two narrower biases would lose to one another it keeps."""
+    if total is None:
+        return node
+    dtype = torch.promote_types(builder.look(total).dtype, dtype)
+    if builder.look(total).dtype != dtype:
+        total = builder.call(aten._to_copy.default, total, dtype=dtype)
+    return builder.call(aten.add.Tensor, total, node)
+
+
+def _lowest(builder: GraphBuilder, bias: fx.Node) -> fx.Node:
+    """float16's lowest number absorbs the scores in float16; the op adds in float32, where another one does."""
+    if builder.look(bias).dtype != torch.float16:
+        return bias
+    wide = builder.call(aten._to_copy.default, bias, dtype=torch.float32)
+    is_lowest = builder.call(aten.eq.Scalar, bias, torch.finfo(torch.float16).min)
+    lower = builder.call(aten.where.Scalar, is_lowest, torch.finfo(torch.float32).min, 0.0)
+    lower = builder.call(aten._to_copy.default, lower, dtype=torch.float32)  # whatever the default dtype is
+    return builder.call(aten.add.Tensor, wide, lower)  # added: what else is in the bias keeps its gradient
+
+
+def _fill(builder: GraphBuilder, region: Region, total: Any, mask: fx.Node, term: MaskTerm) -> fx.Node:
+    """The bias with a number in the place of what a mask drops; the number is one of the scores' dtype."""
+    dtype = region.anchor.args[0].dtype
+    other = total
+    if total is None:
+        other = builder.call(aten.full.default, [], 0.0, dtype=dtype, device=builder.device)
+    elif builder.look(total).dtype != dtype:
+        dtype = torch.promote_types(dtype, builder.look(total).dtype)
+        other = builder.call(aten._to_copy.default, total, dtype=dtype)
+    fill = builder.call(aten.full.default, [], term.fill, dtype=dtype, device=builder.device)
+    return builder.call(aten.where.self, mask, *((other, fill) if term.keeps else (fill, other)))
+
+
+def _is_added_in_half(bias: Bias) -> bool:
+    return isinstance(bias, Operand) and bias.added_in == torch.float16
