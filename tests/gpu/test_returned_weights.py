@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 
 import rocm_attn_compile
