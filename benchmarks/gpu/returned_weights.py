@@ -123,11 +123,11 @@ def tune(row: tuple[int, ...]) -> None:
     for one in shipped:
         one.run()
     launches = {}
-    for tile, tma in itertools.product(TILES, (False, True)):
-        tuning = Tuning(config=configs.KernelConfig(*tile), tma=tma)
+    for tile in TILES:
+        tuning = Tuning(config=configs.KernelConfig(*tile))
         found, _, _ = weights_launch.weights_launches(tensors, settings, "impossible", q.dtype, tuning)
         found[-1].arguments.update(lse=shipped[-1].arguments["lse"], weights=torch.empty_like(want))
-        launches[(*tile, tma)] = found[-1]
+        launches[tile] = found[-1]
 
     def compiles(one: Any) -> bool:
         try:
@@ -144,7 +144,7 @@ def tune(row: tuple[int, ...]) -> None:
             one.run()
             assert torch.allclose(one.arguments["weights"].float(), want.float(), atol=1e-6, rtol=1e-2), tile
             times.append((time_ms(one.run, "cuda"), tile))
-    lines = [f"{ms:.3f}: {m} x {n}, {w} warps, {s} stages{', tma' * t}" for ms, (m, n, w, s, t) in sorted(times)[:8]]
+    lines = [f"{ms:.3f}: {m} x {n}, {warps} warps, {stages} stages" for ms, (m, n, warps, stages) in sorted(times)]
     forward = sum(time_ms(one.run, "cuda") for one in shipped[:-1])
     print(f"{row}, forward {forward:.3f} ms, shipped {time_ms(shipped[-1].run, 'cuda'):.3f} ms", *lines, sep="\n   ")
 
