@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import common, configs, forward_hopper_launch
+from . import common, configs, decode_hopper_launch, forward_hopper_launch
 from .bias import BIAS_TILES
 from .cache_launch import COMBINE_NAMES, FP8, NO_CACHE, CacheLayout, cache_layout, check_cache, is_cache
 from .cap_series import series_fits
@@ -170,7 +170,12 @@ def forward_launches(
     if arguments["RANGED"]:
         launches.append(ranges_launch(arguments, arguments["BLOCK_M"], arguments["BLOCK_N"]))
         arguments["ranges"] = launches[0].arguments["ranges"]
-    launches.append(Launch(attention_forward_kernel, plan.grid, arguments, plan.options, plan.direction, plan.config))
+    words = decode_hopper_launch.choose(arch, k.dtype, aligned(q, k, v, traced=traced), arguments, tuning)
+    if words:
+        launches.append(decode_hopper_launch.launch(words, plan.grid, arguments))
+    else:
+        main = Launch(attention_forward_kernel, plan.grid, arguments, plan.options, plan.direction, plan.config)
+        launches.append(main)
     if plan.num_splits > 1:
         names = ("partial", "partial_stats", "v", "out", "lse", "sinks", "block_table", "v_scale")
         combined = {name: tensors[name] for name in names}

@@ -79,6 +79,9 @@ def _trace(launches: list[Launch], arguments: dict[str, Any], tracer: Tracer) ->
     """Trace the launches of a call with these arguments; False, and nothing traced, where that cannot be right."""
     if not all(_is_plain(value) for launch in launches for value in launch.arguments.values()):
         return False
+    # Inductor cannot launch a kernel in Gluon.
+    if any(launch.kernel.is_gluon() for launch in launches if hasattr(launch.kernel, "is_gluon")):
+        return False
     # Of float8.py's assembly PyTorch would say that it may write anything.
     if any(launch.arguments.get("FLOAT8_ASM") for launch in launches):
         return False
