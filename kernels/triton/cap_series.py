@@ -46,6 +46,16 @@ def capped_exponent(x, scale_log2, inner):
 
 
 @triton.jit
+def factored_series(scale_log2, inner):
+    """`(factor, p, q)`: the same polynomial of x is y ((y y + p)^2 + q) with y = factor x, an operation less."""
+    factor = inner * tl.exp2(0.2 * tl.log2(scale_log2 * FIFTH))
+    linear = scale_log2 * inner / factor
+    square = inner * inner / (factor * factor)
+    p = linear * square * (0.5 * THIRD)
+    return factor, p, linear * FIRST - p * p
+
+
+@triton.jit
 def series_holds(total, keys, scale_log2):
     """Which rows' sums `total` of at most `keys` weights show that the polynomial held. NaN does not hold."""
     top = tl.exp2(scale_log2 * TOP)

@@ -15,13 +15,14 @@ Letters as in common.py. The scale is positive.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from .cap_series import capped_exponent, series_holds
+from .cap_series import factored_series, series_holds
 from .common import (
     CAP_SERIES,
     EMPTY_NAN,
@@ -235,13 +236,24 @@ def finish_scores(
 
 
 @gluon.jit
-def exponent(s, m, scale_log2, inner, SHIFT: gl.constexpr):
-    """The base-2 exponent of the weights. The polynomial of -inf is -inf."""
+def exponent(s, m, scale_log2, series, SHIFT: gl.constexpr):
+    """The base-2 exponent of the weights. The polynomial of -inf is -inf; see cap_series.factored_series."""
     if SHIFT == CAP_SERIES:
-        x = capped_exponent(s, scale_log2, inner)
+        square = s * s + series[0]
+        x = s * (square * square + series[1])
     else:
         x = s * scale_log2 - finite(m)[:, None]
     return x
+
+
+@gluon.jit
+def scale_queries(q_smem, factor):
+    """Multiply a group's queries where they lie."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    q_tile = q_smem.load(layout)
+    q_smem.store((q_tile.to(gl.float32) * factor).to(q_smem.dtype))
+    fence_async_shared()
+    barrier()
 
 
 @gluon.jit
@@ -267,6 +279,11 @@ def attend_tile(
     stage = step % STAGES
     phase = step // STAGES & 1
     mbarrier.wait(q_full.index(GROUP), tiles & 1)
+    series = (0.0, 0.0)
+    if SHIFT == CAP_SERIES:
+        factor, constant, linear = factored_series(scale_log2, inner)
+        series = (constant, linear)
+        scale_queries(q_smem.index(GROUP), factor)
     mbarrier.wait(k_full.index(stage), phase)
     s = start_scores(q_smem.index(GROUP), k_smem.index(stage), q_rest_smem.index(GROUP), k_rest_smem.index(stage),
                      nothing, BLOCK_REST)  # fmt: skip
@@ -278,7 +295,7 @@ def attend_tile(
                       stride_kid_n, kv_len, BLOCK_N, SHIFT, SOFT_CAP, HAS_KEY_MASK, HAS_IDS, scores)  # fmt: skip
     if SHIFT == RUNNING_MAX:
         m_i = gl.max(s, 1) * scale_log2
-    p = gl.exp2(exponent(s, m_i, scale_log2, inner, SHIFT))
+    p = gl.exp2(exponent(s, m_i, scale_log2, series, SHIFT))
     l_i = gl.sum(p, 1)
     weights = gl.convert_layout(p.to(dtype), weight)
     mbarrier.wait(v_full.index(stage), phase)
@@ -303,7 +320,7 @@ def attend_tile(
             alpha = gl.exp2(m_i - finite(m_new))
             m_i = m_new
             l_i = l_i * alpha
-        p = gl.exp2(exponent(s, m_i, scale_log2, inner, SHIFT))
+        p = gl.exp2(exponent(s, m_i, scale_log2, series, SHIFT))
         l_i += gl.sum(p, 1)
         # ptxas moves a wait for a product up to the start of its block of instructions. So that the exponentials
         # stay before it, that block starts here, with the wait for the copy of v.

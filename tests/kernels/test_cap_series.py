@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,20 @@ def test_sums_tell_what_the_polynomial_cannot_do() -> None:
     assert series(beyond).min() > cap_series.TOP.value
     within = np.linspace(1e-6, cap_series.END, 100_001)
     assert np.abs(series(within) / np.tanh(within) - 1).max() < 2.0**-11
+
+
+@pytest.mark.parametrize(("softmax_scale", "cap"), [(128**-0.5, 30.0), (1.0, 50.0), (2.0**-20 * 40, 40.0)])
+def test_factors_give_the_same_polynomial(softmax_scale: float, cap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of Hopper's kernel."""
+    monkeypatch.setattr(cap_series, "tl", SimpleNamespace(exp2=math.exp2, log2=math.log2))
+    plain = {name: getattr(cap_series, name).value for name in ("FIRST", "THIRD", "FIFTH")}
+    for name, value in plain.items():
+        monkeypatch.setattr(cap_series, name, value)
+    inner, scale_log2 = softmax_scale / cap, cap * math.log2(math.e)
+    factor, p, q = cap_series.factored_series.fn(scale_log2, inner)
+    y = np.linspace(-1.5, 1.5, 1001)
+    x = y / inner * factor
+    assert np.allclose(x * ((x * x + p) ** 2 + q), scale_log2 * series(y), rtol=1e-12, atol=1e-12)
 
 
 def shift(arch: str = "gfx942", dtype: torch.dtype = torch.bfloat16, head_dim: int = 128, **features: Any) -> int:
