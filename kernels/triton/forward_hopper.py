@@ -247,6 +247,12 @@ def exponent(s, m, scale_log2, series, SHIFT: gl.constexpr):
 
 
 @gluon.jit
+def thread_sums(p, BLOCK_N: gl.constexpr):
+    """The sums of each row's numbers in one thread, (ROWS, 4): adding up the threads can wait until the tile's end."""
+    return gl.sum(gl.sum(p.reshape([ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
 def scale_queries(q_smem, factor):
     """Multiply a group's queries where they lie."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
@@ -296,7 +302,7 @@ def attend_tile(
     if SHIFT == RUNNING_MAX:
         m_i = gl.max(s, 1) * scale_log2
     p = gl.exp2(exponent(s, m_i, scale_log2, series, SHIFT))
-    l_i = gl.sum(p, 1)
+    l_i = thread_sums(p, BLOCK_N)
     weights = gl.convert_layout(p.to(dtype), weight)
     mbarrier.wait(v_full.index(stage), phase)
     for block in range(begin + 1, end):
@@ -319,9 +325,9 @@ def attend_tile(
             m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
             alpha = gl.exp2(m_i - finite(m_new))
             m_i = m_new
-            l_i = l_i * alpha
+            l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout), assert_trivial=True)[:, None]
         p = gl.exp2(exponent(s, m_i, scale_log2, series, SHIFT))
-        l_i += gl.sum(p, 1)
+        l_i += thread_sums(p, BLOCK_N)
         # ptxas moves a wait for a product up to the start of its block of instructions. So that the exponentials
         # stay before it, that block starts here, with the wait for the copy of v.
         mbarrier.wait(v_full.index(stage), phase)
@@ -334,6 +340,7 @@ def attend_tile(
     acc = warpgroup_mma(weights, v_smem.index(stage), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     signal(v_free.index(stage))
+    l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, scores), assert_trivial=True)
     return acc, m_i, l_i, step + 1, turns
 
 
