@@ -86,6 +86,7 @@ def _add_spec_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sinks", action="store_true", help="learned sinks")
     add("--dropout", type=float, default=0.0, help="probability; default: 0")
     add("--training", action="store_true", help="gradients are wanted")
+    add("--weights", action="store_true", help="the weights are a result, too")
     add("--mla", action="store_true", help="latent attention, of DeepSeek's sizes")
     add("--device", choices=["cuda", "cpu"], help="default: cuda (which is ROCm too) if there is an architecture")
 
@@ -202,6 +203,7 @@ def _spec(arguments: argparse.Namespace, env: Environment) -> AttentionSpec:
         has_sinks=arguments.sinks,
         dropout_p=arguments.dropout,
         requires_grad=arguments.training,
+        returned_weights=mask.empty_rows if arguments.weights else None,
         kind="mla" if arguments.mla else "attention",
         latent=_DEEPSEEK if arguments.mla else None,
         cache=_cache(arguments, dtypes[arguments.dtype]),

@@ -120,7 +120,7 @@ def test_select_every_spec_argument_arrives(run):
     line = (
         "--arch gfx942 --dtype fp32 --batch 3 --num-heads 8 --num-kv-heads 2 --head-dim 64 --v-head-dim 32 --q-len 5 "
         "--kv-len 7 --scale 0.5 --window 4 --soft-cap 9 --score-floor=-5 --bias --alibi --sinks --dropout 0.1 "
-        "--training --json --kv-block-size 16 --kv-dtype float8_e5m2"
+        "--training --weights --json --kv-block-size 16 --kv-dtype float8_e5m2"
     )
     spec = json.loads(run("select", *line.split()))["spec"]
     mask = spec.pop("mask")
@@ -143,6 +143,7 @@ def test_select_every_spec_argument_arrives(run):
         "has_sinks": True,
         "dropout_p": 0.1,
         "requires_grad": True,
+        "returned_weights": "impossible",
         "latent": None,
         "cache": {"block_size": 16, "dtype": "float8_e5m2", "has_scale": True},
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from fuzz_clamps import clamped, floored
 from fuzz_latent import latent_operands
+from fuzz_masks import integer_padding
 from fuzz_noise import mislead, noise, unread
 from fuzz_order import write_in_between
 from fuzz_program import Program, Tensor
@@ -123,6 +124,11 @@ def _steps(p: Program) -> list:
         steps.append(cap)
     if p.is_simple:
         return [*steps[:1], *[masked] * p.pick(0, 1, 1)]
+    if p.chance(0.08):
+        return [*steps, integer_padding, *[masked] * p.pick(0, 0, 1)]
+    if p.chance(0.03):
+        p.change("scaled after a bias")
+        return [*steps, bias, tensor_scale]
     later = [masked] * p.pick(0, 1, 1, 1, 2) + [bias] * p.pick(0, 0, 1) + [positions] * p.pick(0, 0, 0, 1)
     steps += p.shuffled(later)
     if p.chance(0.08):

@@ -139,6 +139,27 @@ def _table(p: Program) -> Tensor:
     return p.input(f"rand({shape}).double() > {p.pick(-0.5, 0.3, -3.0)}", dims, "keep")
 
 
+def integer_padding(p: Program, s: Tensor) -> Tensor:
+    """Scores plus an integer mask of the keys times a fill, which nothing compares: the mask may hold any numbers."""
+    b, n = p.sizes["b"], p.sizes["n"]
+    if "b" not in p.axes or isinstance(b, str) or isinstance(n, str):
+        return s
+    first = [p.rng.randint(0, n) for _ in range(b)]
+    rows = [[int(k >= start) for k in range(n)] for start in first]
+    t = p.input(f"torch.tensor({rows}, dtype=torch.int64).view({b}, {n})", ("b", "n"), "pad")
+    fill = p.pick("torch.finfo({s}.dtype).min", "torch.finfo({s}.dtype).min", "-1e9", "-1e4").format(s=s.name)
+    if p.chance(0.6):  # a causal mask with the same fill: in rows that keep nothing, either is as low
+        keep = p.let(f"torch.ones({p.sizes['m']}, {n}, dtype=torch.bool).tril()", ("m", "n"), "keep")
+        s = p.let(f"torch.where({p.arrange(keep, s.dims).name}, {s.name}, {fill})", s.dims)
+    x = p.arrange(t, s.dims).name
+    dtype = f"{s.name}.dtype"
+    made = [f"(1.0 - {x}.to({dtype})) * {fill}", f"(1 - {x}) * {fill}", f"((1 - {x}) * -1000000000).to({dtype})"]
+    made.append(f"(1 - {x}.to({dtype})) * -1000 * 1000 * 1000")
+    made.append(f"({x} - 1) * torch.tensor(1e9, dtype={dtype})")
+    added = p.let(p.pick(*made), s.dims, "bias")
+    return p.let(p.pick(f"{s.name} + {added.name}.to({dtype})", f"{added.name}.to({dtype}) + {s.name}"), s.dims)
+
+
 def apply_mask(p: Program, s: Tensor, keep: Tensor) -> Tensor:
     """Scores with a mask on them."""
     hard = p.chance(0.75)

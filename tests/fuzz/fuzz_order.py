@@ -10,7 +10,10 @@ def write_in_between(p: Program) -> list[str]:
     p.change("inputs written in between")
     name, made = p.pick(*p.inputs)
     holder, first = name, 0
-    if p.chance(0.5):  # a tensor of the program's own, which may train
+    if p.chance(0.3):  # another input that shares its memory, or a part of it
+        part = p.pick("...", "..., :1", "::2" if made.startswith("rand(") else "...")
+        holder = p.input(f"{name}[{part}]", (), "alias").name
+    elif p.chance(0.5):  # a tensor of the program's own, which may train
         holder = p.name("own")
         p.lines = [_renamed(line, name, holder) for line in p.lines]
         is_float = made.startswith("rand(") and made.endswith(")")

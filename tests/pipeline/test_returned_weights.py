@@ -232,7 +232,6 @@ EMPTY = {
     "zero": (lambda s, keep: s.masked_fill(~keep, -INF), zeroed),
     "mean": (lambda s, keep: s.masked_fill(~keep, lowest(s)), lambda p: p),
     "mean_added": (lambda s, keep: s + torch.where(keep, 0.0, lowest(s)).to(s.dtype), lambda p: p),
-    "bias": (lambda s, keep: s + torch.where(keep, 0.0, -1e9).to(s.dtype) + torch.linspace(0, 1, M), lambda p: p),
 }
 
 
