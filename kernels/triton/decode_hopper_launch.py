@@ -22,7 +22,7 @@ class Tile(NamedTuple):
 TILES: dict[tuple[int, int], Tile] = {
     (64, 64): Tile(4, 32),
     (128, 128): Tile(4, 32),
-    (256, 256): Tile(8, 16, shared=True),
+    (256, 256): Tile(4, 16, shared=True),
 }
 """By head sizes. What fits: two programs a multiprocessor, so 255 registers a thread for the result, the queries and
 the words of two tiles."""
@@ -45,7 +45,7 @@ def choose(
         kv_dtype: Of the cache.
         is_aligned: Whether q, k and v start at multiples of 16 bytes.
         arguments: Those of attention_forward_kernel, as planned.
-        tuning: Only `in_flight` and `num_splits` leave it the choice.
+        tuning: `in_flight` asks for the kernel wherever it can run; else only `num_splits` leaves it the choice.
     """
     sizes = arguments["HEAD_DIM"], arguments["V_HEAD_DIM"]
     unit = ("stride_kd", "stride_ve", "stride_qd", "stride_oe")
@@ -64,7 +64,9 @@ def choose(
         and not any(arguments[name] for name in _ABSENT)
     )
     is_free = not (tuning.config or tuning.pack or tuning.shift is not None or tuning.chosen)
-    return TILES[sizes] if fits and (is_free or tuning.in_flight) else None
+    # A program with a tile or less has nothing to do while the next is on its way.
+    is_long = configs.decode_feature(arguments["kv_len"], arguments["num_splits"]) != "one"
+    return TILES[sizes] if fits and ((is_free and is_long) or tuning.in_flight) else None
 
 
 def launch(tile: Tile, grid: int, arguments: dict[str, Any]) -> Launch:

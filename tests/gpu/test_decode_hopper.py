@@ -50,10 +50,11 @@ CASES = {
 def test_decode(name, splits):
     case = {**SIZES, "kv_dtype": E4M3, **CASES[name]}
     tensors, scalars = kernel_oracle.make_inputs(case, "cuda")
+    tuning = Tuning(num_splits=splits, in_flight=True)
     found = []
     for _ in range(2):
         launches, out, lse = forward_launches(
-            **tensors, **scalars, out_layout=case.get("out_layout", "bhsd"), tuning=Tuning(num_splits=splits)
+            **tensors, **scalars, out_layout=case.get("out_layout", "bhsd"), tuning=tuning
         )
         assert launches[0].kernel.__name__ == "decode_hopper_kernel" and len(launches) == min(splits, 2)
         out.fill_(float("nan"))
@@ -76,7 +77,8 @@ def test_garbage_behind_the_valid_keys():
     tensors["block_table"][1, 1:] = 2**30
     tensors["block_table"][2, 63:] = -(2**30)
     for splits in (1, 3):
-        launches, out, lse = forward_launches(**tensors, **scalars, out_layout="bhsd", tuning=Tuning(num_splits=splits))
+        tuning = Tuning(num_splits=splits, in_flight=True)
+        launches, out, lse = forward_launches(**tensors, **scalars, out_layout="bhsd", tuning=tuning)
         for one in launches:
             one.run()
         for error, limit in kernel_oracle.compare(clean, scalars, {"out": out, "lse": lse}).values():

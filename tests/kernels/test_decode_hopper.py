@@ -53,7 +53,7 @@ def test_decode_takes_it(features: dict[str, Any]) -> None:
     [
         {"kv_dtype": torch.bfloat16, "scale": False}, {"head_dim": 96}, {"head_dim": 80}, {"v_head_dim": 64},
         {"q_len": 5}, {"soft_cap": 30.0}, {"key_mask": True}, {"attn_bias": True}, {"alibi_slopes": True},
-        {"empty_rows": "mean"}, {"arch": "sm89"}, {"arch": "gfx942"}, {"num_heads": 64},
+        {"empty_rows": "mean"}, {"num_splits": 64}, {"arch": "sm89"}, {"arch": "gfx942"}, {"num_heads": 64},
     ],
     ids=str,
 )  # fmt: skip
