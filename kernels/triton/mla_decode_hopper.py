@@ -352,5 +352,5 @@ def mla_decode_hopper_kernel(
             )),
         ],
         [4, 1],
-        [240, 32],
+        [232, 40],
     )  # fmt: skip
