@@ -1,11 +1,12 @@
 """Attention whose weights are read elsewhere, too, against Inductor on the same eager code, in one run.
 
-    python benchmarks/gpu/returned_weights.py [--device cpu] [--tune]
+    python benchmarks/gpu/returned_weights.py [--device cpu] [--only ROW ...] [--tune]
 
 Eager code with `output_attentions`: scores in half precision, softmax in float32, cast, and both results returned. Each
 result is compared with float64 on some rows before it is timed. `ratio` is Inductor's time by ours. `floor` is the time
 that writing the weights takes at the speed with which this device fills a tensor of that size. `--tune` times launch
-configurations of the weights' kernel alone.
+configurations of the weights' kernel alone. `--only` takes numbers of rows, also to compile them in processes of their
+own beforehand, which fills the caches on disk.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ ROWS = (  # B, H, S, D
     (8, 12, 197, 64),
 )
 CPU_ROWS = ((1, 8, 512, 64), (2, 12, 197, 64), (1, 8, 128, 64))
+
+
+TILES = (  # rows, keys, warps, stages
+    *((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 2), (128, 64, 4, 3), (128, 64, 8, 2)),
+    *((128, 128, 8, 1), (128, 128, 8, 2), (64, 256, 8, 2), (32, 128, 4, 2)),
+)
 
 
 def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -99,8 +106,8 @@ def measure(row: tuple[int, ...], causal: bool, device: str) -> str:
     )
 
 
-def tune(row: tuple[int, ...], causal: bool) -> None:
-    """Times of the weights' kernel alone, the fastest configurations first."""
+def tune(row: tuple[int, ...]) -> None:
+    """Times of the weights' kernel alone, the fastest configurations first; all must give the same weights."""
     from rocm_attn_compile.kernels.triton import configs, weights_launch
     from rocm_attn_compile.kernels.triton.launch import Tuning
 
@@ -109,41 +116,51 @@ def tune(row: tuple[int, ...], causal: bool) -> None:
     names = ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids", "sinks", "alibi_slopes")
     tensors = {"q": q, "k": k, "v": v, **dict.fromkeys(names)}
     settings = {
-        "softmax_scale": D**-0.5, "logits_soft_cap": None, "band_lower": None, "band_upper": 0 if causal else None,
+        "softmax_scale": D**-0.5, "logits_soft_cap": None, "band_lower": None, "band_upper": None,
         "empty_rows": "impossible", "out_layout": "bhsd",
     }  # fmt: skip
+    shipped, _, want = weights_launch.weights_launches(tensors, settings, "impossible", q.dtype)
+    for one in shipped:
+        one.run()
     launches = {}
-    for m, n, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (1, 2, 3)):
-        config = configs.KernelConfig(m, n, warps, stages)
-        found, _, _ = weights_launch.weights_launches(tensors, settings, "impossible", q.dtype, Tuning(config=config))
-        launches[config] = found[-1]
+    for tile, tma in itertools.product(TILES, (False, True)):
+        tuning = Tuning(config=configs.KernelConfig(*tile), tma=tma)
+        found, _, _ = weights_launch.weights_launches(tensors, settings, "impossible", q.dtype, tuning)
+        found[-1].arguments.update(lse=shipped[-1].arguments["lse"], weights=torch.empty_like(want))
+        launches[(*tile, tma)] = found[-1]
 
-    def compiles(item: tuple) -> bool:
+    def compiles(one: Any) -> bool:
         try:
-            item[1].compile()
+            one.compile()
         except Exception:  # too much shared memory
             return False
         return True
 
     with ThreadPoolExecutor(8) as pool:
-        usable = [item for item, ok in zip(launches.items(), pool.map(compiles, launches.items())) if ok]
-    tiles = {c: (c.block_m, c.block_n, c.num_warps, c.num_stages) for c, _ in usable}
-    times = sorted((time_ms(one.run, "cuda"), tiles[config]) for config, one in usable)
-    forward = found[0]
-    found = [f"{ms:.3f}: {m} x {n}, {warps} warps, {stages} stages" for ms, (m, n, warps, stages) in times[:6]]
-    print(f"{row}{' causal' if causal else ''}, forward {time_ms(forward.run, 'cuda'):.3f} ms", *found, sep="\n   ")
+        usable = list(pool.map(compiles, launches.values()))
+    times = []
+    for (tile, one), works in zip(launches.items(), usable):
+        if works:
+            one.run()
+            assert torch.allclose(one.arguments["weights"].float(), want.float(), atol=1e-6, rtol=1e-2), tile
+            times.append((time_ms(one.run, "cuda"), tile))
+    lines = [f"{ms:.3f}: {m} x {n}, {w} warps, {s} stages{', tma' * t}" for ms, (m, n, w, s, t) in sorted(times)[:8]]
+    forward = sum(time_ms(one.run, "cuda") for one in shipped[:-1])
+    print(f"{row}, forward {forward:.3f} ms, shipped {time_ms(shipped[-1].run, 'cuda'):.3f} ms", *lines, sep="\n   ")
 
 
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", type=int, nargs="*", default=[])
     parser.add_argument("--tune", action="store_true")
     options = parser.parse_args()
     rows = CPU_ROWS if options.device == "cpu" else ROWS
+    rows = tuple(row for number, row in enumerate(rows) if number in (options.only or range(len(rows))))
     if options.tune:
-        for row, causal in ((ROWS[1], False), (ROWS[1], True), (ROWS[3], False), (ROWS[2], False)):
-            tune(row, causal)
+        for number in options.only or (1, 3, 2):
+            tune(ROWS[number])
         return
     print(torch.cuda.get_device_name() if options.device == "cuda" else "cpu", torch.__version__)
     for row, causal in itertools.product(rows, (False, True)):

@@ -30,7 +30,7 @@ from .common import (
     score_offset,
     score_tile,
 )
-from .tiles import load_tile, q_k_product, tile_ptrs
+from .tiles import load_head_tile, load_tile, q_k_product, tile_ptrs
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def masked_scores(
     BLOCK_N: tl.constexpr, WIDE: tl.constexpr, RAW: tl.constexpr, SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    TRANSPOSE_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSE_KEYS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The scores of one tile, -inf where a mask drops the pair. The pointers are at the head, or at the first query."""
     start_n = block * BLOCK_N
@@ -53,7 +53,7 @@ def masked_scores(
     ok = (kv_pos < kv_len)[None, :]
     qk = q_k_product(
         q_tile, q_rest_tile, k, k, batch, kv_head, kv_head, start_n, stride_kn, stride_kd, stride_kn, stride_kd, kv_len,
-        HEAD_DIM, BLOCK_D, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_REST, True, WIDE, False, TRANSPOSE_KEYS, PRECISION,
+        HEAD_DIM, BLOCK_D, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_REST, True, WIDE, TMA, TRANSPOSE_KEYS, PRECISION,
     )  # fmt: skip
     bias = 0.0
     if HAS_BIAS:
@@ -104,11 +104,13 @@ def attention_weights_kernel(
     BLOCK_N: tl.constexpr, WIDE: tl.constexpr, RAW: tl.constexpr, SOFT_CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ATTN_MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, EMPTY_ROWS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, EMPTY_ROWS: tl.constexpr, TRANSPOSE_KEYS: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write `weights` `(B, H, M, N)`, contiguous: `stride_wm` is kv_len.
 
-    A program takes `blocks_each` of the blocks of keys of a tile of queries.
+    A program takes `blocks_each` of the blocks of keys of a tile of queries. With TMA (never with a second piece of the
+    head dimension) q and k are tensor descriptors.
 
     With a bias or ALiBi a whole row may have scores so large (-1e9, finfo.min) that lse, one float32, has lost
     log(number of keys), and exp(s - lse) sums to N: such rows are summed up here first, and divided by that.
@@ -144,8 +146,9 @@ def attention_weights_kernel(
     if WIDE:
         row_local = row_local.to(tl.int64)
 
-    q += batch * stride_qb + head * stride_qh
-    k += batch * stride_kb + kv_head * stride_kh
+    if not TMA:
+        q += batch * stride_qb + head * stride_qh
+        k += batch * stride_kb + kv_head * stride_kh
     weights += row_base * stride_wm
     if HAS_BIAS:
         attn_bias += batch * stride_bb + head * stride_bh + q_first_long * stride_bm
@@ -174,7 +177,8 @@ def attention_weights_kernel(
         fill = tl.where(empty, float("nan"), 0.0)
     if EMPTY_ROWS == EMPTY_MEAN or EMPTY_ROWS == EMPTY_MEAN_ADDED:
         fill = tl.where(empty, 1.0 / kv_len, 0.0)
-    q_tile = load_tile(q, q_first, stride_qm, stride_qd, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D, True, WIDE)
+    q_tile = load_head_tile(q, batch, head, q_first, stride_qm, stride_qd, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D, True,
+                            WIDE, TMA)  # fmt: skip
     q_rest_tile = 0
     if BLOCK_REST > 0:
         q_rest_tile = load_tile(
@@ -198,7 +202,7 @@ def attention_weights_kernel(
                     stride_bm, stride_bn, stride_mm, stride_mn, stride_key_n, stride_kid_n, q_len, kv_len,
                     softmax_scale, logits_soft_cap, band_lower, band_upper, True, HEAD_DIM, BLOCK_D, BLOCK_REST,
                     BLOCK_M, BLOCK_N, WIDE, RAW, SOFT_CAP, HAS_BIAS, HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START, HAS_END,
-                    HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_ALIBI, TRANSPOSE_KEYS, PRECISION,
+                    HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_ALIBI, TRANSPOSE_KEYS, TMA, PRECISION,
                 )  # fmt: skip
                 total += tl.sum(tl.exp2(exponent(s, m[:, None], factor, RAW, HAS_BIAS)), 1)
             if HAS_SINKS:
@@ -216,7 +220,7 @@ def attention_weights_kernel(
             stride_mm, stride_mn, stride_key_n, stride_kid_n, q_len, kv_len, softmax_scale, logits_soft_cap,
             band_lower, band_upper, cut, HEAD_DIM, BLOCK_D, BLOCK_REST, BLOCK_M, BLOCK_N, WIDE, RAW, SOFT_CAP, HAS_BIAS,
             HAS_ATTN_MASK, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, HAS_ALIBI, TRANSPOSE_KEYS,
-            PRECISION,
+            TMA, PRECISION,
         )  # fmt: skip
         p = tl.exp2(exponent(s, m[:, None], factor, RAW, HAS_BIAS))
         if HAS_BIAS or HAS_ALIBI:

@@ -10,7 +10,21 @@ from torch import Tensor
 
 from . import configs
 from .forward_launch import forward_launches
-from .launch import EMPTY_ROWS, Launch, Tuning, cap_kind, device_arch, dot_precision, layout, static_arguments
+from .launch import (
+    EMPTY_ROWS,
+    Launch,
+    Tuning,
+    aligned,
+    cap_kind,
+    choose,
+    descriptor,
+    device_arch,
+    dot_precision,
+    layout,
+    min_tma_scores,
+    static_arguments,
+    takes_tma,
+)
 from .weights import attention_weights_kernel
 
 MIN_BLOCKS = 4
@@ -63,7 +77,14 @@ def weights_launch(
     arguments = dict(
         static_arguments(layout(q), layout(k), layout(v), *(layout(tensors[x]) for x in names), *numbers, 0.0, blocks)
     )
-    config = tuning.config or configs.select(arch, "weights", blocks[0] + blocks[1], q.element_size())
+    can_tma = (
+        tuning.tma is not False
+        and blocks[1] == 0
+        and batch * num_heads * q_len * kv_len >= min_tma_scores(tuning)
+        and aligned(q, k, traced=tuning.traced)
+        and all(takes_tma(layout(tensor), q.element_size()) for tensor in (q, k))
+    )
+    config, tma = choose(tuning, arch, "weights", blocks[0] + blocks[1], q.element_size(), "", can_tma)
     row_blocks, key_blocks = triton.cdiv(q_len, config.block_m), triton.cdiv(kv_len, config.block_n)
     tiles = batch * num_heads * row_blocks
     # Two programs a unit at least, as far as the keys go.
@@ -88,10 +109,16 @@ def weights_launch(
         HAS_SINKS=sinks is not None,
         EMPTY_ROWS=EMPTY_ROWS["zero" if sinks is not None else empty_rows],
         TRANSPOSE_KEYS=configs.transposes_keys(arch),
+        TMA=tma,
         PRECISION=dot_precision(q.dtype, arch),
     )
     values = ("stride_vb", "stride_vh", "stride_vn", "stride_ve", "V_HEAD_DIM", "BLOCK_E", "HAS_DROPOUT", "dropout_p")
     for name in values:
         del arguments[name]
+    if tma:
+        arguments.update(
+            q=descriptor(q, config.block_m, blocks[0]),
+            k=descriptor(k, config.block_n, blocks[0]),
+        )
     grid = tiles * triton.cdiv(key_blocks, blocks_each)
     return Launch(attention_weights_kernel, grid, arguments, config.options(arch.startswith("gfx")), "weights", config)

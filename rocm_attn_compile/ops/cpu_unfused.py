@@ -1,4 +1,5 @@
-"""The op on CPU tensors in separate torch operations, done in place, so that it costs what eager code costs.
+"""The op on CPU tensors in separate torch operations, done in place, so that it costs what eager code costs. (On any
+tensors, in truth: short calls of attention_with_weights take it on a GPU.)
 
 For what ATen's fused kernel cannot do (soft cap, dropout, a bias that wants its gradient) or does slowly. Matrix
 products run in the dtype of q, as in eager code; everything between them in float32, or float64 for float64 inputs.
@@ -68,8 +69,8 @@ def _empty_weight(kv_len: int, sinks: Tensor | None, empty_rows: str) -> float:
 
 
 def may_be_true(flags: Tensor) -> bool:
-    """`flags.any()`; True in a trace, where no value is known yet."""
-    return _torch_private.is_traced(flags) or bool(flags.any())
+    """`flags.any()`; True in a trace, where no value is known yet, and on a GPU, for which nothing waits."""
+    return _torch_private.is_traced(flags) or flags.is_cuda or bool(flags.any())
 
 
 def sink_share(lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

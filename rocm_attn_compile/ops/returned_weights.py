@@ -5,7 +5,8 @@
 
 One op, not a second one beside `attention`, so that each device has the scores as often as it pays to: on a CPU the
 products cost more than the memory, and both results come from one softmax, as in eager code; on a GPU the weights are
-computed a second time from q, k and lse, where that saves reading scores and weights from memory.
+computed a second time from q, k and lse, where that saves reading scores and weights from memory. Short calls (see
+MIN_SCORES) are computed as on a CPU there, too.
 
 Rows without a key may be something else in the weights than what their sum with v is made of: a model may return NaN,
 and zero it only on the way to v. So there are two settings, `empty_rows` and `weights_empty_rows`.
@@ -18,6 +19,7 @@ Letters as in schemas.py.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -53,6 +55,12 @@ LIBRARY.define(
     'str out_layout="bhsd", str impl="") -> (Tensor, Tensor)',
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+MIN_SCORES = 2**26
+"""From so many scores on (B * H * M * N) a GPU computes the weights a second time. That took 0.49 to 0.86 of Inductor's
+time for eager code with 2^27 and more of them, and 1.2 to 2.6 times as long with 2^23.6 (4 x 12 heads, 512 queries and
+keys), which the L2 cache holds. Measured on an H200 by benchmarks/gpu/returned_weights.py, before Inductor launched the
+kernels itself. With sizes that are not known before a call, each call decides."""
 
 _SETTINGS = {
     "logits_soft_cap": None, "score_floor": None, "band_lower": None, "band_upper": None, "empty_rows": "nan",
@@ -100,6 +108,11 @@ class _Call:
     def shape(self) -> tuple:
         """Of the weights."""
         return (*self.q.shape[:3], self.k.shape[2])
+
+    @property
+    def is_short(self) -> bool:
+        """Whether separate operations are faster on a GPU."""
+        return math.prod(self.shape) < MIN_SCORES
 
 
 def composite(call: _Call) -> tuple[Tensor, Tensor]:
@@ -149,11 +162,15 @@ def traced(name: str, _tuned: str, arguments: dict[str, Any]) -> Callable[[], An
         return None
     tensors = tuple(arguments.pop(name) for name in TENSORS)
     call = _Call(tensors, arguments)
-    return partial(unfused, call) if call.q.device.type == "cpu" else gpu_inline.with_weights(name, call)
+    if call.q.device.type == "cpu" or call.is_short:
+        return partial(unfused, call)
+    return gpu_inline.with_weights(name, call)
 
 
 def _kernels(call: _Call, name: str) -> tuple[Tensor, Tensor]:
     """On a GPU: the forward of backend `name`, and its kernel for the weights."""
+    if call.is_short:
+        return unfused(call)
     if call.floor is not None and is_floored(call.q, call.k, call.scale, call.floor):
         return _own(call, *composite(call))
     module = importlib.import_module(KERNEL_MODULES[name])

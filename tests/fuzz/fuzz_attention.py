@@ -125,7 +125,10 @@ def _steps(p: Program) -> list:
     if p.is_simple:
         return [*steps[:1], *[masked] * p.pick(0, 1, 1)]
     if p.chance(0.08):
-        return [*steps, *p.shuffled([masked, integer_padding])]
+        return [*steps, integer_padding, *[masked] * p.pick(0, 0, 1)]
+    if p.chance(0.03):
+        p.change("scaled after a bias")
+        return [*steps, bias, tensor_scale]
     later = [masked] * p.pick(0, 1, 1, 1, 2) + [bias] * p.pick(0, 0, 1) + [positions] * p.pick(0, 0, 0, 1)
     steps += p.shuffled(later)
     if p.chance(0.08):

@@ -148,6 +148,9 @@ def integer_padding(p: Program, s: Tensor) -> Tensor:
     rows = [[int(k >= start) for k in range(n)] for start in first]
     t = p.input(f"torch.tensor({rows}, dtype=torch.int64).view({b}, {n})", ("b", "n"), "pad")
     fill = p.pick("torch.finfo({s}.dtype).min", "torch.finfo({s}.dtype).min", "-1e9", "-1e4").format(s=s.name)
+    if p.chance(0.6):  # a causal mask with the same fill: in rows that keep nothing, either is as low
+        keep = p.let(f"torch.ones({p.sizes['m']}, {n}, dtype=torch.bool).tril()", ("m", "n"), "keep")
+        s = p.let(f"torch.where({p.arrange(keep, s.dims).name}, {s.name}, {fill})", s.dims)
     x = p.arrange(t, s.dims).name
     dtype = f"{s.name}.dtype"
     made = [f"(1.0 - {x}.to({dtype})) * {fill}", f"(1 - {x}) * {fill}", f"((1 - {x}) * -1000000000).to({dtype})"]

@@ -8,7 +8,7 @@ from cases import CASES, EMPTY_CASES, make, seeded
 from oracle import INF, Call, keep_of
 
 import rocm_attn_compile.ops as ops
-from rocm_attn_compile.ops import floored
+from rocm_attn_compile.ops import floored, returned_weights
 from rocm_attn_compile.testing import assert_as_accurate_as_eager
 
 MODES = ("nan", "nan_added", "zero", "mean", "mean_added")
@@ -166,3 +166,16 @@ def test_compiled_on_the_cpu_it_is_written_out(name):
         got, (code,) = run_and_get_code(function, call)
         assert_as_accurate_as_eager(got, run(call), eager(exact_call, "nan", "nan", torch.float64))
     assert "rocm_attn" not in code
+
+
+@pytest.mark.parametrize(("length", "is_short"), [(512, True), (4096, False)])
+def test_on_a_gpu_short_calls_are_separate_operations(length, is_short):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    settings = {"softmax_scale": 1.0, "score_floor": None, "empty_rows": "zero", "weights_empty_rows": "zero"}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q = torch.empty(1, 32, length, 64, dtype=torch.bfloat16, device="cuda")
+        arguments = {**dict.fromkeys(returned_weights.TENSORS), "q": q, "k": q, "v": q, **settings}
+        found = returned_weights.traced("TRITON_ATTN", "", arguments)
+    assert (found.func is returned_weights.unfused) == is_short
+    assert returned_weights.MIN_SCORES == 2**26, "as docs/kernels.md says"
