@@ -88,3 +88,14 @@ def launch_dependents():
 def opaque_zero():
     """0, which no compiler pass knows to be 0, nor to be the same again: what it is added to stays in its loop."""
     return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def uniform(x):
+    """A number that is the same in all threads of a warp, so that ptxas knows: what is computed of it is computed once.
+
+    A matrix instruction takes its descriptors from uniform registers. Without this each waits for four moves into them.
+    """
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )

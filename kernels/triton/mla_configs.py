@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .configs import KernelConfig, family, gluon_is_known, power_of_two
 
 C = KernelConfig
@@ -102,6 +104,15 @@ def fits_in_flight(blocks: tuple[int, int]) -> bool:
     return blocks[0] == 512 and blocks[1] <= 64 and gluon_is_known()
 
 
+def scales_shares(block_m: int, dtype: torch.dtype, latent: int) -> bool:
+    """Whether Hopper's kernels store shares of a result as float16 under a power of two for each row.
+
+    Where tiles are tall, shares are most of what is written, and each costs half of the time; of bfloat16 results their
+    error is an eighth of the last rounding's. Rows have to be whole 16 bytes.
+    """
+    return block_m > FEW_ROWS and dtype == torch.bfloat16 and latent % 8 == 0
+
+
 def blocks(arch: str, itemsize: int, latent: int, rope: int) -> tuple[int, int]:
     """Tile extents of kv_lora_rank and of qk_rope_head_dim (0: none)."""
     smallest = 64 if arch == "sm90" and itemsize == 2 else 16
@@ -150,3 +161,7 @@ def combine_blocks(rows: int, block_c: int, num_splits: int, num_units: int) -> 
     while columns > COMBINED_COLUMNS and rows * (block_c // columns) < 2 * num_units:
         columns //= 2
     return columns, min(max(16, COMBINED_ELEMENTS // columns), power_of_two(num_splits))
+
+
+COMBINED_ROWS, COMBINED_SHARES = 4, 4
+"""Of mla_combine.py: rows of a program, and shares that it loads at once."""

@@ -19,7 +19,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, launch_dependents, row_limits, signal
+from .hopper_parts import (
+    LN2,
+    LOG2E,
+    NEVER,
+    barrier,
+    finite,
+    launch_dependents,
+    opaque_zero,
+    row_limits,
+    signal,
+    uniform,
+)
 from .mla_hopper_parts import (
     BLOCK_N,
     HALF,
@@ -47,12 +58,13 @@ def next_slot(slot, phase):
 @gluon.jit
 def copy_blocks(
     kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, step, used_start, used_end,
-    BOX: gl.constexpr, BLOCK_R: gl.constexpr, PAGE: gl.constexpr,
+    BOX: gl.constexpr, BLOCK_R: gl.constexpr, PAGE: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp: blocks of tokens, BOX tokens at once."""
-    slot = 0
+    """The copying warp: blocks of tokens, BOX tokens at once; with EARLY (1, not 0) behind the first block."""
+    slot = 2 * EARLY
     phase = 1
-    pe_slot = 0
+    pe_slot = 1 * EARLY
+    begin += EARLY * step
     ahead = places(block_table, begin, batch, used_start, used_end, BOX, PAGE)
     for block in range(begin, end, step):
         # Read while this block waits for room.
@@ -72,9 +84,9 @@ def attend(
     full, free, q_full, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm, stride_ob, stride_oh,
     stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch, num_heads, q_len, kv_len, num_splits,
     scale_log2, band_lower, band_upper, begin, end, step, full_begin, full_end, used_start, used_end,
-    QUERY_TMA: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, SPLIT: gl.constexpr,
-    HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr,
-    HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
+    QUERY_TMA: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr, BLOCK_R: gl.constexpr, EARLY: gl.constexpr,
+    SPLIT: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr,
+    HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
 ):  # fmt: skip
     """The warp group that computes."""
     dtype: gl.constexpr = q_smem.dtype
@@ -96,7 +108,8 @@ def attend(
                          q_smem.index(half))  # fmt: skip
         if BLOCK_R > 0:
             q_pe += batch_long * stride_pb
-            load_queries(q_pe, tile, num_heads, q_len, stride_ph, stride_pm, BLOCK_M, 0, BLOCK_R, ROPE, q_pe_smem)
+            load_queries(q_pe, tile, num_heads, q_len, stride_ph, stride_pm, BLOCK_M, 0, BLOCK_R, ROPE,
+                         q_pe_smem.index(0))  # fmt: skip
         fence_async_shared()
         barrier()
 
@@ -110,8 +123,11 @@ def attend(
     for block in range(begin, end, step):
         start_n = block * BLOCK_N
         other, other_phase = next_slot(slot, phase)
-        first = kv_smem.index(slot)
-        second = kv_smem.index(other)
+        # All operands' places of this round, and known to be uniform: see opaque_zero and uniform.
+        zero = opaque_zero()
+        first = kv_smem.index(uniform(slot))
+        second = kv_smem.index(uniform(other))
+        weights = p_smem.index(zero)
         mbarrier.wait(full.index(slot), phase)
         if (used_end < start_n + BLOCK_N) | (used_start > start_n):
             # What lies outside may be anything, also not a number.
@@ -121,11 +137,12 @@ def attend(
             fence_async_shared()
             barrier()
         s = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, layout=scores)
-        s = warpgroup_mma(first, q_smem.index(0).permute((1, 0)), s, use_acc=False, is_async=True)
+        s = warpgroup_mma(first, q_smem.index(zero).permute((1, 0)), s, use_acc=False, is_async=True)
         mbarrier.wait(full.index(other), other_phase)
-        s = warpgroup_mma(second, q_smem.index(1).permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(second, q_smem.index(zero + 1).permute((1, 0)), s, is_async=True)
         if BLOCK_R > 0:
-            s = warpgroup_mma(pe_smem.index(pe_slot), q_pe_smem.permute((1, 0)), s, is_async=True)
+            pe_tile = pe_smem.index(uniform(pe_slot))
+            s = warpgroup_mma(pe_tile, q_pe_smem.index(zero).permute((1, 0)), s, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
         kv_pos = start_n + gl.arange(0, BLOCK_N, layout=by_token)
         if (block < full_begin) | (block >= full_end):
@@ -138,13 +155,13 @@ def attend(
         p = gl.exp2(s * scale_log2 - finite(m_new)[None, :])
         m_i = m_new
         sums = sums * alpha[None, :] + p
-        p_smem.store(p.to(dtype))
+        weights.store(p.to(dtype))
         fence_async_shared()
         barrier()
         left = left * alpha[None, :]
         right = right * alpha[None, :]
-        left = warpgroup_mma(first.permute((1, 0)), p_smem, left, is_async=True)
-        right = warpgroup_mma(second.permute((1, 0)), p_smem, right, is_async=True)
+        left = warpgroup_mma(first.permute((1, 0)), weights, left, is_async=True)
+        right = warpgroup_mma(second.permute((1, 0)), weights, right, is_async=True)
         left = warpgroup_mma_wait(1, deps=[left])
         signal(free.index(slot))
         right = warpgroup_mma_wait(0, deps=[right])
@@ -152,6 +169,11 @@ def attend(
         slot, phase = next_slot(other, other_phase)
         pe_slot = gl.where(pe_slot == PE_SLOTS - 1, 0, pe_slot + 1)
 
+    if EARLY > 0:
+        if begin >= end:
+            # Nothing of it is used, but it must be here before this program ends.
+            mbarrier.wait(full.index(0), 0)
+            mbarrier.wait(full.index(1), 0)
     l_i = gl.sum(sums, 0)
     row_flat = (batch_long * num_heads + head) * q_len + q_row
     columns = gl.arange(0, HALF, layout=by_token)
@@ -195,10 +217,10 @@ def mla_decode_few_kernel(
     WIDTH_R: gl.constexpr = BLOCK_R if BLOCK_R > 0 else 16
     shared_pe: gl.constexpr = gl.NVMMASharedLayout(min(2 * WIDTH_R, 128), 16, rank=2)
     q_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M, HALF], shared)
-    q_pe_smem = gl.allocate_shared_memory(dtype, [BLOCK_M, WIDTH_R], shared_pe)
+    q_pe_smem = gl.allocate_shared_memory(dtype, [1, BLOCK_M, WIDTH_R], shared_pe)
     kv_smem = gl.allocate_shared_memory(dtype, [HALVES, BLOCK_N, HALF], shared)
     pe_smem = gl.allocate_shared_memory(dtype, [PE_SLOTS, BLOCK_N, WIDTH_R], shared_pe)
-    p_smem = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_M], gl.NVMMASharedLayout(32, 16, rank=2))
+    p_smem = gl.allocate_shared_memory(dtype, [1, BLOCK_N, BLOCK_M], gl.NVMMASharedLayout(32, 16, rank=2))
     full = gl.allocate_shared_memory(gl.int64, [HALVES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [HALVES, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -213,10 +235,16 @@ def mla_decode_few_kernel(
     tile = pid % num_tiles
     split = pid // num_tiles % num_splits
     batch = pid // num_tiles // num_splits
+    barrier()
     if QUERY_TMA:
         # They are on their way before anything is known of the keys.
-        barrier()
-        copy_queries(q_boxes, q_pe_boxes, tile, batch, num_heads, q_smem, (q_pe_smem,), q_full, BLOCK_R)
+        copy_queries(q_boxes, q_pe_boxes, tile, batch, num_heads, q_smem, (q_pe_smem.index(0),), q_full, BLOCK_R)
+    # So is the first block, where its place does not depend on that either.
+    EARLY: gl.constexpr = 1 if PAGE == 0 and not HAS_START and not HAS_LOWER else 0
+    if EARLY > 0:
+        found = places(block_table, split, batch, 0, 0, BOX, PAGE)
+        copy_half(kv, k_pe, found, kv_smem.index(0), pe_smem.index(0), full.index(0), 0, BOX, BLOCK_R)
+        copy_half(kv, k_pe, found, kv_smem.index(1), pe_smem.index(0), full.index(1), 1, BOX, BLOCK_R)
     batch_long = batch.to(gl.int64)
     if HAS_START:
         kv_start += batch_long * stride_start_b
@@ -245,12 +273,12 @@ def mla_decode_few_kernel(
                 pe_smem, p_smem, full, free, q_full, stride_qb, stride_qh, stride_qm, stride_pb, stride_ph, stride_pm,
                 stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch,
                 num_heads, q_len, kv_len, num_splits, softmax_scale * LOG2E, band_lower, band_upper, begin, end,
-                num_splits, full_begin, full_end, used_start, used_end, QUERY_TMA, LATENT, ROPE, BLOCK_R, SPLIT,
-                HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
+                num_splits, full_begin, full_end, used_start, used_end, QUERY_TMA, LATENT, ROPE, BLOCK_R, EARLY,
+                SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
             )),
             (copy_blocks, (
                 kv, k_pe, block_table, kv_smem, pe_smem, full, free, batch, begin, end, num_splits, used_start,
-                used_end, BOX, BLOCK_R, PAGE,
+                used_end, BOX, BLOCK_R, PAGE, EARLY,
             )),
         ],
         [1],

@@ -9,7 +9,8 @@ shared memory once.
     group 0:  s0 = q k0^T   m0, p0 ------.    o_left  += p0 v0_left    (p1) o_left  += p1 v1_left
     group 1:  s1 = q k1^T                '--> o_right += p0 v0_right   m1, p1   o_right += p1 v1_right
 
-Queries come in, and shares go out, through tensor descriptors where a tile's rows are heads of one position.
+Queries come in, and shares go out, through tensor descriptors where a tile's rows are heads of one position. Shares may
+be float16 under a power of two for each row, half of the bytes: their error is an eighth of bfloat16's.
 
 Triton itself waits for a product where its result is first used, and has no roles for warps on Hopper.
 
@@ -46,10 +47,14 @@ BLOCK_M = gl.constexpr(64)
 @gluon.jit
 def copy_blocks(
     kv, k_pe, block_table, left_smem, right_smem, pe_smem, full, free, batch, begin, end, step, used_start, used_end,
-    BOX: gl.constexpr, BLOCK_R: gl.constexpr, PAGE: gl.constexpr,
+    BOX: gl.constexpr, BLOCK_R: gl.constexpr, PAGE: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp: two blocks at a time, each half when its group has let go of the one before."""
-    phase = 1
+    """The copying warp: two blocks at a time, each half when its group has let go of the one before.
+
+    With EARLY (1, not 0) behind the first two.
+    """
+    phase = 1 - EARLY
+    begin += EARLY * step
     for first in range(begin, end, step):
         for side in gl.static_range(2):
             # Past the end the last block again; its scores are masked.
@@ -72,8 +77,9 @@ def attend(
     stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m, stride_end_m, tile, split, batch,
     num_heads, q_len, kv_len, num_splits, scale_log2, band_lower, band_upper, begin, end, step, full_begin, full_end,
     used_start, used_end, SIDE: gl.constexpr, QUERY_TMA: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr,
-    BLOCK_R: gl.constexpr, SPLIT: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr,
-    HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, NAN_ROWS: gl.constexpr,
+    BLOCK_R: gl.constexpr, EARLY: gl.constexpr, SPLIT: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
+    HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr,
+    NAN_ROWS: gl.constexpr,
 ):  # fmt: skip
     """One warp group; SIDE says which block of a pair and which half of the columns are its own."""
     dtype: gl.constexpr = q_smem.dtype
@@ -184,6 +190,16 @@ def attend(
             signal(free.index(2))
         phase ^= 1
 
+    if EARLY > 0:
+        if begin >= end:
+            # Nothing of it is used, but it must be here before this program ends.
+            mbarrier.wait(full.index(2 * SIDE), 0)
+            mbarrier.wait(full.index(2 * SIDE + 1), 0)
+    if SPLIT:
+        SCALED: gl.constexpr = partial.dtype.element_ty == gl.float16
+        if SCALED:
+            size = gl.max(gl.abs(acc), 1)
+            row_smem.index(4 + SIDE).store(size)
     row_smem.index(2 + SIDE).store(l_i)
     signal(done.index(1))
     mbarrier.wait(done.index(1), 0)
@@ -192,13 +208,20 @@ def attend(
     if SPLIT:
         launch_dependents()
         share_flat = row_flat * num_splits + split
+        STATS: gl.constexpr = 3 if SCALED else 2
+        if SCALED:
+            scale = power_below(gl.maximum(size, row_smem.index(5 - SIDE).load(out_row)))
+            acc = acc * (1.0 / scale)[:, None]
+            if SIDE == 1:
+                scale = gl.convert_layout(scale, by_row)
+                gl.store(partial_stats + share_flat * STATS + 2, scale, mask=row_ok)
         if QUERY_TMA:
             copy_share(share_boxes, tile, batch, split, num_heads, acc, own_smem, SIDE * HALF)
         else:
             store_half(partial, share_flat * LATENT, row_ok, acc, own_smem, SIDE * HALF, LATENT)
         if SIDE == 0:
-            gl.store(partial_stats + share_flat * 2, m_i, mask=row_ok)
-            gl.store(partial_stats + share_flat * 2 + 1, l_i, mask=row_ok)
+            gl.store(partial_stats + share_flat * STATS, m_i, mask=row_ok)
+            gl.store(partial_stats + share_flat * STATS + 1, l_i, mask=row_ok)
     else:
         empty = l_i == 0.0
         total = gl.where(empty, 1.0, l_i)
@@ -219,11 +242,22 @@ def pe_queries(p_smem, BLOCK_R: gl.constexpr):
 
 
 @gluon.jit
+def power_below(size):
+    """The power of two that divides numbers up to `size` so that they fill float16: to less than 2 ** 15.
+
+    Numbers that are 2 ** 28 times as small as `size` lose bits. Bounded below; zeros and infinities stay what they are.
+    """
+    exponent = gl.maximum(size.to(gl.int32, bitcast=True) & 0x7F800000, 15 << 23)
+    return (exponent - (14 << 23)).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def copy_share(share_boxes, tile, batch, split, num_heads, acc, room, COLUMN: gl.constexpr):
     """Store a group's half of a share through a descriptor, by way of shared memory, `room`."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=2)
-    staged = room._reinterpret(gl.float32, [BLOCK_M, HALF], layout)
-    staged.store(acc)
+    dtype: gl.constexpr = share_boxes.dtype
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, rank=2)
+    staged = room._reinterpret(dtype, [BLOCK_M, HALF], layout)
+    staged.store(acc.to(dtype))
     fence_async_shared()
     barrier()
     row = tile * BLOCK_M
@@ -278,7 +312,7 @@ def mla_decode_hopper_kernel(
     right_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_N, HALF], shared)
     pe_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_N, WIDTH_R], shared_pe)
     p_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M, BLOCK_N], shared)
-    row_smem = gl.allocate_shared_memory(gl.float32, [4, BLOCK_M], simple)
+    row_smem = gl.allocate_shared_memory(gl.float32, [6, BLOCK_M], simple)
     full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -297,13 +331,22 @@ def mla_decode_hopper_kernel(
     tile = pid % num_tiles
     split = pid // num_tiles % num_splits
     batch = pid // num_tiles // num_splits
+    barrier()
     if QUERY_TMA:
         # They are on their way before anything is known of the keys.
-        barrier()
         rooms = p_smem.index(0), p_smem.index(1)
         if BLOCK_R > 0:
             rooms = pe_queries(rooms[0], BLOCK_R), pe_queries(rooms[1], BLOCK_R)
         copy_queries(q_boxes, q_pe_boxes, tile, batch, num_heads, q_smem, rooms, done.index(0), BLOCK_R)
+    # So are the first blocks, where their place does not depend on that either.
+    EARLY: gl.constexpr = 1 if PAGE == 0 and not HAS_START and not HAS_LOWER else 0
+    if EARLY > 0:
+        for side in gl.static_range(2):
+            found = places(block_table, 2 * split + side, batch, 0, 0, BOX, PAGE)
+            copy_half(kv, k_pe, found, left_smem.index(side), pe_smem.index(side), full.index(2 * side), 0, BOX,
+                      BLOCK_R)  # fmt: skip
+            copy_half(kv, k_pe, found, right_smem.index(side), pe_smem.index(side), full.index(2 * side + 1), 1, BOX,
+                      BLOCK_R)  # fmt: skip
     batch_long = batch.to(gl.int64)
     if HAS_START:
         kv_start += batch_long * stride_start_b
@@ -336,7 +379,7 @@ def mla_decode_hopper_kernel(
                 stride_pb, stride_ph, stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m,
                 stride_end_m, tile, split, batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower,
                 band_upper, begin, end, 2 * num_splits, full_begin, full_end, used_start, used_end, 0, QUERY_TMA,
-                LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
+                LATENT, ROPE, BLOCK_R, EARLY, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
             )),
             (attend, (
                 share_boxes, q, q_pe, out, lse, partial, partial_stats, key_mask, kv_start, kv_end, q_smem, left_smem,
@@ -344,13 +387,13 @@ def mla_decode_hopper_kernel(
                 stride_pb, stride_ph, stride_pm, stride_ob, stride_oh, stride_om, stride_key_n, stride_start_m,
                 stride_end_m, tile, split, batch, num_heads, q_len, kv_len, num_splits, scale_log2, band_lower,
                 band_upper, begin, end, 2 * num_splits, full_begin, full_end, used_start, used_end, 1, QUERY_TMA,
-                LATENT, ROPE, BLOCK_R, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
+                LATENT, ROPE, BLOCK_R, EARLY, SPLIT, HAS_KEY_MASK, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER, NAN_ROWS,
             )),
             (copy_blocks, (
                 kv, k_pe, block_table, left_smem, right_smem, pe_smem, full, free, batch, begin, end, 2 * num_splits,
-                used_start, used_end, BOX, BLOCK_R, PAGE,
+                used_start, used_end, BOX, BLOCK_R, PAGE, EARLY,
             )),
         ],
         [4, 1],
-        [240, 32],
+        [232, 40],
     )  # fmt: skip

@@ -25,6 +25,7 @@ from .launch import (
     dot_precision,
     layout,
 )
+from .mla_combine import mla_combine_kernel
 from .mla_decode import mla_decode_kernel
 from .mla_descriptors import query_boxes, share_descriptor, takes_tma, token_descriptor
 
@@ -152,10 +153,12 @@ def mla_decode_launches(
         "block_table": block_table, "out": out, "lse": lse, "partial": None, "partial_stats": None,
         "key_mask": key_mask, "kv_start": kv_start, "kv_end": kv_end,
     }  # fmt: skip
+    scaled = plan.in_flight and mla_configs.scales_shares(plan.arguments["BLOCK_M"], q_latent.dtype, latent)
     if plan.num_splits > 1:
         shares = lse.numel() * plan.num_splits
-        tensors["partial"] = torch.empty((shares, latent), dtype=torch.float32, device=out.device)
-        tensors["partial_stats"] = torch.empty((shares, 2), dtype=torch.float32, device=out.device)
+        kind = torch.float16 if scaled else torch.float32
+        tensors["partial"] = torch.empty((shares, latent), dtype=kind, device=out.device)
+        tensors["partial_stats"] = torch.empty((shares, 3 if scaled else 2), dtype=torch.float32, device=out.device)
     arguments = {**plan.arguments, **tensors}
     if plan.in_flight:
         launches = [hopper_launch(plan, arguments)]
@@ -165,7 +168,9 @@ def mla_decode_launches(
             if k_pe is not None:
                 arguments["pe_blocks"] = token_descriptor(k_pe, plan.arguments["BLOCK_N"], plan.arguments["BLOCK_R"])
         launches = [Launch(mla_decode_kernel, plan.grid, arguments, plan.options)]
-    if plan.num_splits > 1:
+    if plan.num_splits > 1 and plan.in_flight and plan.arguments["BLOCK_M"] > mla_configs.FEW_ROWS:
+        launches.append(tall_combine(plan, arguments, scaled))
+    elif plan.num_splits > 1:
         combined = {
             "partial": tensors["partial"], "partial_stats": tensors["partial_stats"], "v": kv_c, "out": out, "lse": lse,
             "sinks": None, "block_table": None, "v_scale": None,
@@ -200,6 +205,20 @@ def hopper_launch(plan: DecodePlan, arguments: dict[str, Any]) -> Launch:
         given["share_boxes"] = share_descriptor(partial, arguments["out"], arguments["num_splits"], rows, 256)
     names = [parameter.name for parameter in kernel.params]
     return Launch(kernel, plan.grid, {name: given[name] for name in names}, plan.options)
+
+
+def tall_combine(plan: DecodePlan, arguments: dict[str, Any], scaled: bool) -> Launch:
+    """The launch that adds up the shares of mla_decode_hopper_kernel, whose arguments are given."""
+    rows = arguments["lse"].numel()
+    names = (
+        "partial", "partial_stats", "out", "lse", "stride_ob", "stride_oh", "stride_om", "num_heads", "q_len",
+        "num_splits", "LATENT", "BLOCK_C",
+    )  # fmt: skip
+    given = {name: arguments[name] for name in names}
+    given.update(num_rows=rows, ROWS=mla_configs.COMBINED_ROWS, CHUNK=mla_configs.COMBINED_SHARES, SCALED=scaled)
+    given["NAN_ROWS"] = arguments["EMPTY_ROWS"] in NAN_ROWS
+    options = {"num_warps": 4, "num_stages": 1, "launch_pdl": True}
+    return Launch(mla_combine_kernel, -(-rows // mla_configs.COMBINED_ROWS), given, options)
 
 
 class DecodePlan(NamedTuple):

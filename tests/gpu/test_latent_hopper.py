@@ -19,6 +19,7 @@ from rocm_attn_compile.kernels.triton.mla_decode_launch import mla_decode_launch
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
 
 KERNELS = {"mla_decode_hopper_kernel": KernelConfig(64, 64, 4, 1), "mla_decode_few_kernel": KernelConfig(16, 64, 4, 1)}
+COMBINES = {"mla_decode_hopper_kernel": "mla_combine_kernel", "mla_decode_few_kernel": "attention_combine_kernel"}
 SIZES = {"B": 3, "H": 128, "N": 1237, "C": 512, "R": 64, "dtype": torch.bfloat16}
 CASES = {
     "odd length": {},
@@ -53,7 +54,7 @@ def test_decode(name, kernel, splits):
         launches, out, lse = mla_decode_launches(
             **tensors, **scalars, out_layout=case.get("out_layout", "bhsd"), tuning=tuning
         )
-        assert [launch.kernel.__name__ for launch in launches] == [kernel, "attention_combine_kernel"][: min(splits, 2)]
+        assert [launch.kernel.__name__ for launch in launches] == [kernel, COMBINES[kernel]][: min(splits, 2)]
         out.fill_(math.nan)
         lse.fill_(math.nan)
         for launch in launches:
@@ -65,3 +66,26 @@ def test_decode(name, kernel, splits):
         assert error <= limit, name
     for name, value in got.items():
         assert torch.equal(value.nan_to_num(7), again[name].nan_to_num(7)), name
+
+
+@pytest.mark.parametrize("exponent", [-100, 100])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_shares_of_any_magnitude(heads, exponent):
+    """Latents times a power of two give results times it, to the bit: shares are scaled where they are float16."""
+    case = mla_cases.case("magnitude", **{**SIZES, "H": heads})
+    tensors, scalars = mla_oracle.decode_inputs(case, "cuda")
+    tensors["q_pe"] = torch.zeros_like(tensors["q_pe"])
+
+    def run(power):
+        scaled = {**tensors, "kv_c": tensors["kv_c"] * 2.0**power}
+        given = {**scalars, "softmax_scale": scalars["softmax_scale"] * 2.0**-power}
+        launches, out, lse = mla_decode_launches(**scaled, **given, out_layout="bhsd", tuning=Tuning(num_splits=3))
+        assert launches[0].kernel.__name__ in KERNELS
+        for launch in launches:
+            launch.run()
+        return out, lse
+
+    out, lse = run(0)
+    far, far_lse = run(exponent)
+    assert torch.equal(far, out * 2.0**exponent)
+    assert torch.equal(far_lse, lse)

@@ -15,7 +15,7 @@ from rocm_attn_compile.kernels.triton.launch import Launch
 
 ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 HALF = torch.bfloat16
-NO_MATRIX_WORK = {"backward_rows_kernel", "mask_ranges_kernel", "attention_combine_kernel"}
+NO_MATRIX_WORK = {"backward_rows_kernel", "mask_ranges_kernel", "attention_combine_kernel", "mla_combine_kernel"}
 
 
 def spills_are_known(arch: str, kernel: str, dtype: torch.dtype, head_dim: int) -> bool:

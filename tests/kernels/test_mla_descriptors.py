@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from rocm_attn_compile.kernels.triton import aot
+from rocm_attn_compile.kernels.triton import aot, mla_configs
 from rocm_attn_compile.kernels.triton.aot_mla import launches
 from rocm_attn_compile.kernels.triton.mla_descriptors import query_boxes, takes_query_boxes
 
@@ -51,13 +51,15 @@ def test_a_box_holds_heads_of_one_position(layout: str) -> None:
     assert box.block_shape == (1, 1, 64, 256)
 
 
-@pytest.mark.parametrize(("heads", "kernel"), [(16, "mla_decode_few_kernel"), (128, "mla_decode_hopper_kernel")])
-def test_the_sum_of_the_shares_waits_for_hoppers_kernels(heads: int, kernel: str) -> None:
+@pytest.mark.parametrize(("heads", "kernel", "combine"), [
+    (16, "mla_decode_few_kernel", "attention_combine_kernel"), (128, "mla_decode_hopper_kernel", "mla_combine_kernel"),
+])  # fmt: skip
+def test_the_sum_of_the_shares_waits_for_hoppers_kernels(heads: int, kernel: str, combine: str) -> None:
     """It is launched early exactly where it waits by itself; and on AMD neither."""
     found = launches("sm90", HALF, heads, num_splits=4)
     assert "griddepcontrol.launch_dependents" in aot.compile_launch(found[kernel], "sm90").asm["ptx"]
-    assert found["attention_combine_kernel"].arguments["WAITS"]
-    assert found["attention_combine_kernel"].options["launch_pdl"]
+    assert "griddepcontrol.wait" in aot.compile_launch(found[combine], "sm90").asm["ptx"]
+    assert found[combine].options["launch_pdl"]
     for arch in ("gfx942", "sm90"):
         plain = launches(arch, HALF, heads, kv_lora_rank=256, num_splits=4)["attention_combine_kernel"]
         assert not plain.arguments["WAITS"]
@@ -76,3 +78,22 @@ def test_shares_are_written_as_queries_are_read(heads: int, q_len: int) -> None:
     assert boxes.shape == (2, 3, 128, 4, 512)
     assert boxes.strides == (128 * 3 * 4 * 512, 4 * 512, 3 * 4 * 512, 512, 1)
     assert partial.shape == (2 * 128 * 3 * 4, 512)
+
+
+@pytest.mark.parametrize(("heads", "latent", "dtype", "scaled"), [
+    (128, 512, HALF, True), (20, 512, HALF, True), (128, 512, torch.float16, False), (5, 512, HALF, False),
+])  # fmt: skip
+def test_tall_tiles_of_bfloat16_store_their_shares_scaled(
+    heads: int, latent: int, dtype: torch.dtype, scaled: bool
+) -> None:
+    """Kernel, sum and the number of statistics agree; float16 results are worth as much as such shares, or more."""
+    found = launches("sm90", dtype, heads, kv_lora_rank=latent, q_len=3, num_splits=4)
+    (main,) = (launch for name, launch in found.items() if name.startswith("mla_decode"))
+    name = "mla_combine_kernel" if heads > 5 else "attention_combine_kernel"
+    combine = found[name].arguments
+    assert combine.get("SCALED", False) == scaled
+    for arguments in (main.arguments, combine):
+        assert arguments["partial"].dtype == (torch.float16 if scaled else torch.float32)
+        assert arguments["partial_stats"].shape[1] == (3 if scaled else 2)
+    # Rows of no whole 16 bytes, as descriptors need them.
+    assert not mla_configs.scales_shares(64, HALF, 300)

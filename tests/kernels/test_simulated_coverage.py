@@ -29,7 +29,10 @@ from rocm_attn_compile.kernels.triton.launch import Launch
 from rocm_attn_compile.kernels.triton.mla import mla_decode, mla_prefill, mla_prefill_backward
 
 KERNELS = Path(configs.__file__).parent
-ONLY_HOPPER = {"backward_finish_kernel", "backward_large_dq_kernel", "empty_rows_kernel", "key_ranges_kernel"}
+ONLY_HOPPER = {
+    "backward_finish_kernel", "backward_large_dq_kernel", "empty_rows_kernel", "key_ranges_kernel",
+    "mla_combine_kernel",
+}  # fmt: skip
 """Launched before or after a kernel in Gluon for Hopper only; tests/gpu runs both."""
 
 
