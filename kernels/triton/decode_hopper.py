@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from .combine import finish_rows
 from .common import kv_block_range
 from .float8 import WEIGHT_BITS
-from .hopper_parts import LOG2E, NEVER, barrier, finite, opaque_zero, row_limits
+from .hopper_parts import LOG2E, NEVER, finite, row_limits
 
 ROWS = gl.constexpr(16)
 """Rows of a tile: as many as the matrix instruction has."""
@@ -126,7 +126,7 @@ def decode_hopper_kernel(
     stride_ob, stride_oh, stride_om, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     stride_tb, stride_tn, stride_k_scale, stride_v_scale, num_heads, gqa_group_size, q_len, kv_len, num_blocks,
     num_splits, softmax_scale, band_lower, band_upper,
-    BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr, WARPS: gl.constexpr, KEYS: gl.constexpr, SHARED: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr, WARPS: gl.constexpr, KEYS: gl.constexpr,
     PACK: gl.constexpr, SPLIT: gl.constexpr, PAGE: gl.constexpr, HAS_K_SCALE: gl.constexpr, HAS_V_SCALE: gl.constexpr,
     HALF: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr,
     HAS_UPPER: gl.constexpr, HAS_SINKS: gl.constexpr, EMPTY_ROWS: gl.constexpr,
@@ -134,8 +134,7 @@ def decode_hopper_kernel(
     """As attention_forward_kernel for up to ROWS rows (query, head of a group) and a float8 cache.
 
     Without bias, masks other than by position, dropout, ALiBi, soft cap, and rows without keys that are a mean. Head
-    sizes are BLOCK_D and BLOCK_E, last strides 1, the others of k and v multiples of 16. SHARED: queries stay in shared
-    memory, not in registers.
+    sizes are BLOCK_D and BLOCK_E, last strides 1, the others of k and v multiples of 16.
     """
     FLOAT8: gl.constexpr = k.dtype.element_ty
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
@@ -229,13 +228,6 @@ def decode_hopper_kernel(
         q_tile = (q_tile.to(gl.float32) * up.expand_dims(2)).to(gl.float16)
         factor *= gl.convert_layout(down, by_row)
 
-    if SHARED:
-        q_smem = gl.allocate_shared_memory(
-            q_tile.dtype, [1, WARPS, ROWS, BLOCK_D], gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
-        )
-        q_smem.index(0).store(q_tile)
-        barrier()
-
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, by_row))
     q_pos = gl.minimum(row // PACK, q_len - 1)
     lower, upper = row_limits(q_pos, kv_len, kv_start, kv_end, stride_start_m, stride_end_m, band_lower, band_upper,
@@ -252,9 +244,6 @@ def decode_hopper_kernel(
     for start in range(begin, end, TILE):
         wide = widen_words(k_tile, FLOAT8).reshape([WARPS, KEYS, BLOCK_D // (4 * SIDE_D), 4, SIDE_D // 2, 2])
         wide = wide.permute((0, 1, 2, 4, 3, 5)).reshape([WARPS, KEYS, BLOCK_D]).permute((0, 2, 1))
-        if SHARED:
-            # At a place that changes, or else they would be loaded before the loop.
-            q_tile = q_smem.index(opaque_zero()).load(left)
         s = mma_v2(q_tile, gl.convert_layout(wide, right, assert_trivial=True), nothing)
         k_tile = load_words(k, k_page, start + TILE, end, k_rows, k_columns, used_end, words_kb, stride_kn, PAGE)
         s = s * factor.expand_dims(2)

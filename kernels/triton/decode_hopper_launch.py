@@ -12,17 +12,15 @@ from .launch import EMPTY_ROWS, Launch, Tuning
 
 
 class Tile(NamedTuple):
-    """Warps of a program, keys that each of them takes at once, and whether queries stay in shared memory."""
+    """Warps of a program, and keys that each of them takes at once."""
 
     warps: int
     keys: int
-    shared: bool = False
 
 
 TILES: dict[tuple[int, int], Tile] = {
     (64, 64): Tile(4, 32),
     (128, 128): Tile(4, 32),
-    (256, 256): Tile(4, 16, shared=True),
 }
 """By head sizes. What fits: two programs a multiprocessor, so 255 registers a thread for the result, the queries and
 the words of two tiles."""
@@ -64,8 +62,8 @@ def choose(
         and not any(arguments[name] for name in _ABSENT)
     )
     is_free = not (tuning.config or tuning.pack or tuning.shift is not None or tuning.chosen)
-    # A program with a tile or less has nothing to do while the next is on its way.
-    is_long = configs.decode_feature(arguments["kv_len"], arguments["num_splits"]) != "one"
+    # Of few tiles little is on its way while another is used.
+    is_long = not configs.decode_feature(arguments["kv_len"], arguments["num_splits"])
     return TILES[sizes] if fits and ((is_free and is_long) or tuning.in_flight) else None
 
 
@@ -74,7 +72,7 @@ def launch(tile: Tile, grid: int, arguments: dict[str, Any]) -> Launch:
     # Here, since Gluon is experimental, and only Hopper needs it.
     from .decode_hopper import decode_hopper_kernel
 
-    given = {**arguments, "WARPS": tile.warps, "KEYS": tile.keys, "SHARED": tile.shared}
+    given = {**arguments, "WARPS": tile.warps, "KEYS": tile.keys}
     names = [parameter.name for parameter in decode_hopper_kernel.params]
     options = {"num_warps": tile.warps, "num_stages": 1}
     return Launch(decode_hopper_kernel, grid, {name: given[name] for name in names}, options)

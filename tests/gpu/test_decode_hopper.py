@@ -24,8 +24,6 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 CASES = {
     "plain": {},
     "64": {"D": 64, "E": 64},
-    "256": {"D": 256, "E": 256, "M": 2},
-    "256, pages of 16": {"D": 256, "E": 256, "page": 16, "dtype": torch.float16, "limits": (False, False)},
     "float16 queries": {"dtype": torch.float16},
     "float16 queries, 64": {"dtype": torch.float16, "D": 64, "E": 64},
     "e5m2": {"kv_dtype": E5M2, "M": 2},

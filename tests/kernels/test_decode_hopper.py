@@ -35,7 +35,7 @@ def launches(**features: Any) -> dict[str, Launch]:
 @pytest.mark.parametrize(
     "features",
     [
-        {}, {"head_dim": 64}, {"head_dim": 256}, {"kv_dtype": E5M2, "dtype": torch.float16}, {"q_len": 4},
+        {}, {"head_dim": 64}, {"kv_dtype": E5M2, "dtype": torch.float16}, {"q_len": 4},
         {"page": 16, "kv_end": True},
         {"kv_start": True, "kv_end": True, "sinks": True}, {"causal": True, "empty_rows": "nan"}, {"num_splits": 1},
     ],
@@ -51,9 +51,9 @@ def test_decode_takes_it(features: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "features",
     [
-        {"kv_dtype": torch.bfloat16, "scale": False}, {"head_dim": 96}, {"head_dim": 80}, {"v_head_dim": 64},
+        {"kv_dtype": torch.bfloat16, "scale": False}, {"head_dim": 256}, {"head_dim": 80}, {"v_head_dim": 64},
         {"q_len": 5}, {"soft_cap": 30.0}, {"key_mask": True}, {"attn_bias": True}, {"alibi_slopes": True},
-        {"empty_rows": "mean"}, {"num_splits": 64}, {"arch": "sm89"}, {"arch": "gfx942"}, {"num_heads": 64},
+        {"empty_rows": "mean"}, {"num_splits": 32}, {"arch": "sm89"}, {"arch": "gfx942"}, {"num_heads": 64},
     ],
     ids=str,
 )  # fmt: skip
@@ -82,13 +82,12 @@ def test_columns_are_in_the_order_of_registers() -> None:
         {},
         {"head_dim": 64, "kv_dtype": E5M2},
         {"page": 16, "kv_end": True, "q_len": 4},
-        {"head_dim": 256, "num_splits": 1},
     ],
     ids=str,
 )
 def test_machine_code(features: dict[str, Any], tmp_path: Path) -> None:
-    """No spills; in the loop products, loads of 16 bytes (values of 64 columns: 8), no barriers, and shared memory for
-    queries at most."""
+    """No spills; in the loop products, loads of 16 bytes (values of 64 columns: 8), and neither shared memory nor
+    barriers."""
     told, code = machine_code(launches(**features)[KERNEL], tmp_path)
     assert "0 bytes spill stores" in told, told
     loop = max(_loops(code), key=lambda text: text.count("HMMA"))
@@ -97,8 +96,7 @@ def test_machine_code(features: dict[str, Any], tmp_path: Path) -> None:
     assert loop.count("HMMA") == 2 * (tile.keys // 8) * (size // 16)
     wide = len(re.findall(r"LDG\.E(\.EF)?\.128", loop)) + len(re.findall(r"LDG\.E(\.EF)?\.64", loop)) // 2
     assert wide == 2 * tile.keys * size // (32 * 16)
-    assert not re.search(r"\b(LDS|STS|BAR|LDL|STL)\b", loop)
-    assert loop.count("LDSM") == tile.shared * size // 16
+    assert not re.search(r"\b(LDS|STS|LDSM|BAR|LDL|STL)\b", loop)
 
 
 def _loops(code: str) -> list[str]:
