@@ -41,7 +41,9 @@ def test_spelling_trains(spelling: Spelling, dtype: torch.dtype):
         assert "dtype" in {reason.code for reason in site.reasons}
     else:
         assert recorder.calls == 1, site
-    assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact), factor=FACTOR)
+    # In float32 as in tests/recognize: T5's scores, which nothing scales, are rounded where they are large.
+    factor = 8.0 if dtype is torch.float32 else FACTOR
+    assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact), factor=factor)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
