@@ -36,6 +36,8 @@ _UNBOUNDED = frozenset(
 
 _PRODUCTS = frozenset(["mul", "mm", "bmm", "matmul", "dot", "mv", "convolution"])
 _SUMS = frozenset(["add", "sub", "rsub", "addmm", "baddbmm"])
+_PICKS = frozenset(["gather", "index", "index_select", "take", "take_along_dim"])
+"""Ops whose result is of the first operand's numbers, wherever the positions come from."""
 _CHOICES = frozenset(["where", "masked_fill", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "full_like"])
 
 
@@ -79,6 +81,8 @@ def _compute_bound(value: Value, live: LiveUsers, known: dict[int, float]) -> fl
         return math.inf
     if value.name == "arange":
         return _LARGEST_POSITION
+    if value.name in _PICKS:
+        return _bound(value.args[0], live, known)
     leaves = pytree.tree_leaves((list(value.args), value.kwargs))
     if not all(_is_small(leaf) for leaf in leaves if isinstance(leaf, (float, torch.SymFloat))):
         return math.inf
