@@ -62,7 +62,7 @@ class Family:
             arguments["attention_mask"] = keep
         if self.inputs == "seq2seq":
             arguments["decoder_input_ids"] = ids[:, :7]
-        if self.model is not hf.BertForMaskedLM:
+        if self.model not in (hf.BertForMaskedLM, hf.DebertaV2ForMaskedLM):
             arguments["use_cache"] = False
         return arguments
 
@@ -146,6 +146,20 @@ FAMILIES = [
         "gpt_oss",
         lambda: hf.GptOssConfig(**WIDE_HEADS, **ALTERNATING, num_local_experts=4, num_experts_per_tok=2),
         hf.GptOssForCausalLM,
+        attentions=("eager",),
+    ),
+    Family(
+        "deberta-v2",  # positions in buckets of a logarithm
+        lambda: hf.DebertaV2Config(
+            **SMALL,
+            relative_attention=True,
+            pos_att_type=["c2p", "p2c"],
+            position_biased_input=False,
+            position_buckets=4,
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+        ),
+        hf.DebertaV2ForMaskedLM,
         attentions=("eager",),
     ),
 ]

@@ -67,6 +67,25 @@ def test_weights_that_the_model_returns(name: str):
     assert_as_accurate_as_eager(actual, eager, exact)
 
 
+def test_gradients_beside_biases_that_are_picked_by_a_logarithm():
+    """DeBERTa's: what is picked is no fill, wherever the positions come from, beside padding that is one."""
+    family = next(f for f in FAMILIES if f.name == "deberta-v2")
+    model, arguments = family.build("eager"), family.arguments(True)
+
+    def gradients(run, parameters):
+        return torch.autograd.grad(run(**arguments).logits.square().sum(), parameters, allow_unused=True)
+
+    eager = gradients(model, list(model.parameters()))
+    with Float64Everywhere():
+        wide = to_float64(model)
+        exact = gradients(wide, list(wide.parameters()))
+    actual = gradients(rewritten(model), list(model.parameters()))
+    sites = [site for report in rocm_attn_compile.reports() for site in report.sites]
+    assert [site.replaced for site in sites] == [True] * family.sites, str(sites)
+    used = [i for i, gradient in enumerate(eager) if gradient is not None and gradient.abs().max() > 1e-6]
+    assert_as_accurate_as_eager(*([each[i] for i in used] for each in (actual, eager, exact)), factor=8.0)
+
+
 def test_masks_of_a_padded_window_model_are_proved():
     """Mistral, left-padded: the mask is in closed form, no tensor of queries by keys is left."""
     family = next(f for f in FAMILIES if f.name == "mistral")
