@@ -26,6 +26,7 @@ NOT_SEEN = {
 """Sites that no backend of `torch.compile` gets to see."""
 
 LEFT = {
+    "weights_changed": "Weights of positions alone are added to those of the scores, each with its share (ConViT).",
     "mixed_fills": "In training only: a causal mask that is a buffer, of contents nobody knows when compiling, and "
     "padding that is added as the lowest number. In a row that keeps no key, eager's gradient is neither that of the "
     "one mask nor that of the other.",
