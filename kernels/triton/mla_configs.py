@@ -163,5 +163,5 @@ def combine_blocks(rows: int, block_c: int, num_splits: int, num_units: int) -> 
     return columns, min(max(16, COMBINED_ELEMENTS // columns), power_of_two(num_splits))
 
 
-COMBINED_ROWS, COMBINED_SHARES = 8, 4
+COMBINED_ROWS, COMBINED_SHARES = 4, 4
 """Of mla_combine.py: rows of a program, and shares that it loads at once."""

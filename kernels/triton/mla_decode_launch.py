@@ -217,7 +217,7 @@ def tall_combine(plan: DecodePlan, arguments: dict[str, Any], scaled: bool) -> L
     given = {name: arguments[name] for name in names}
     given.update(num_rows=rows, ROWS=mla_configs.COMBINED_ROWS, CHUNK=mla_configs.COMBINED_SHARES, SCALED=scaled)
     given["NAN_ROWS"] = arguments["EMPTY_ROWS"] in NAN_ROWS
-    options = {"num_warps": 4, "num_stages": 1, "launch_pdl": True}
+    options = {"num_warps": 8, "num_stages": 1, "launch_pdl": True}
     return Launch(mla_combine_kernel, -(-rows // mla_configs.COMBINED_ROWS), given, options)
 
 
