@@ -174,20 +174,27 @@ class Rewriter:
             call = builder.call(
                 ops.attention_with_weights, *tensors.values(), **settings, weights_dtype=dtype_of(region), impl=impl
             )
+            self._keep_configuration(region, impl, "the weights are a result, too: that runs")
             return builder.call(operator.getitem, call, 0), builder.call(operator.getitem, call, 1)
         if spec.score_floor is not None:
             del settings["logits_soft_cap"]
             call = builder.call(
                 ops.attention_floored, *tensors.values(), **settings, score_floor=spec.score_floor, impl=impl
             )
+            self._keep_configuration(region, impl, "scores with a floor are computed")
             return builder.call(operator.getitem, call, 0), None
-        if self._tune is not None and cache:
-            self.tuned[region] = Tuned(impl, ["max-autotune: the cache is read with the shipped configuration"])
+        if cache:
+            self._keep_configuration(region, impl, "the cache is read")
         elif self._tune is not None:
             self.tuned[region] = self._tune(builder, impl, {**tensors, **settings}, spec.requires_grad)
             impl = self.tuned[region].impl
         call = builder.call(ops.attention, *tensors.values(), **settings, impl=impl, **cache)
         return builder.call(operator.getitem, call, 0), None
+
+    def _keep_configuration(self, region: Region, impl: str, what: str) -> None:
+        """Say, where tuning is asked for, that this site is not tuned."""
+        if self._tune is not None:
+            self.tuned[region] = Tuned(impl, [f"max-autotune: {what} with the shipped configuration"])
 
     def _refuse_written(self, arguments: Iterable[Any]) -> None:
         """Masks and biases of a call with a gradient must not come from a number that the graph counts up.

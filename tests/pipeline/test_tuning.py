@@ -133,6 +133,19 @@ def test_without_a_gpu_nothing_is_tuned_and_that_is_said():
     assert [parse(site.impl).tuned for site in explanation.sites] == ["", ""]
 
 
+def test_a_site_that_returns_its_weights_is_not_tuned_and_that_is_said(tuner):
+    def with_weights(q, k, v):
+        weights = torch.softmax(q @ k.mT, -1)
+        return weights @ v, weights
+
+    with torch.no_grad():
+        given = inputs()[:3]
+        explanation = rocm_attn_compile.explain(with_weights, options={"autotune": True})(*given)
+    (site,) = explanation.sites
+    assert site.replaced and "max-autotune: the weights are a result, too" in str(site.choice)
+    assert tuner.calls == []
+
+
 def test_the_mode_decides_unless_the_option_does(tuner):
     given = inputs()
     rocm_attn_compile.explain(model)(*given)
