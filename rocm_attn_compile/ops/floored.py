@@ -16,6 +16,7 @@ Letters as in schemas.py.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from rocm_attn_compile.ops.schemas import (
     attention_backward,
     lse_dtype,
 )
+from rocm_attn_compile.ops.vmap import slice_by_slice
 
 _OPTIONALS = ", ".join(f"Tensor? {name}=None" for name in OPTIONAL_TENSORS)
 _BIAS = 3
@@ -70,7 +72,8 @@ def _scores(q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
     return s.view(*q.shape[:3], k.shape[2])
 
 
-def _check(q: Tensor, score_floor: float) -> None:
+def check_floor(score_floor: float) -> None:
+    """Raise ValueError unless it is one."""
     if not score_floor < 0:
         raise ValueError(f"score_floor is {score_floor}; allowed is a number below 0")
 
@@ -87,7 +90,7 @@ def _as_bias(tensors: list, softmax_scale: float, score_floor: float) -> tuple[l
 
 
 def _forward(*tensors: Any, softmax_scale: float, score_floor: float, **settings: Any) -> tuple[Tensor, Tensor]:
-    _check(tensors[0], score_floor)
+    check_floor(score_floor)
     every = [*tensors, *[None] * (NUM_TENSORS - len(tensors))]
     with _torch_private.below_autograd_and_views():
         if not is_floored(every[0], every[1], softmax_scale, score_floor):
@@ -129,7 +132,7 @@ def _through_scores(
 def _forward_fake(
     *tensors: Any, softmax_scale: float, score_floor: float, out_layout: str = "bhsd", **settings: Any
 ) -> tuple[Tensor, Tensor]:
-    _check(tensors[0], score_floor)
+    check_floor(score_floor)
     return _attention_fake(*tensors, softmax_scale=softmax_scale, out_layout=out_layout, **settings)
 
 
@@ -174,13 +177,5 @@ torch.library.register_autograd(
 )
 
 
-def _vmap(info: Any, in_dims: tuple, *args: Tensor | None, **settings: Any) -> tuple[tuple, tuple]:
-    """One slice after the other: each has a largest score of its own."""
-    slices = [
-        [t if t is None or d is None else t.select(d, i) for t, d in zip(args, in_dims)] for i in range(info.batch_size)
-    ]
-    calls = [attention_floored(*tensors, **settings) for tensors in slices]
-    return tuple(torch.stack(results) for results in zip(*calls)), (0, 0)
-
-
-torch.library.register_vmap(f"{NAMESPACE}::attention_floored", _vmap, lib=LIBRARY)
+# Each slice has a largest score of its own.
+torch.library.register_vmap(f"{NAMESPACE}::attention_floored", partial(slice_by_slice, attention_floored), lib=LIBRARY)

@@ -28,16 +28,17 @@ def backward(name: str, tuned: str, arguments: dict[str, Any]) -> Callable[[], A
 
 def with_weights(name: str, call: Any) -> Callable[[], Any] | None:
     """The same for a call of the op that gives the weights, too, as returned_weights.py has it."""
-    if name not in TRACED_MODULES or call.q.dtype == torch.float64:
-        return None
-    module = importlib.import_module(TRACED_MODULES[name])
     arguments = (call.tensors, call.settings, call.weights_empty_rows, call.weights_dtype)
-    return partial(module.attention_with_weights, _torch_private, *arguments)
+    return _traced(name, "attention_with_weights", call.q.dtype, *arguments)
 
 
 def _body(name: str, function: str, tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
+    return _traced(name, function, arguments["q"].dtype, tuned, **arguments)
+
+
+def _traced(name: str, function: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Callable[[], Any] | None:
     # float64 has no kernel: the op itself says so.
-    if name not in TRACED_MODULES or arguments["q"].dtype == torch.float64:
+    if name not in TRACED_MODULES or dtype == torch.float64:
         return None
     module = importlib.import_module(TRACED_MODULES[name])
-    return partial(getattr(module, function), _torch_private, tuned, **arguments)
+    return partial(getattr(module, function), _torch_private, *args, **kwargs)

@@ -20,6 +20,7 @@ from rocm_attn_compile.ops import mla_compose, reference
 from rocm_attn_compile.ops.mla_dispatch import prefill_form
 from rocm_attn_compile.ops.mla_schemas import mla, mla_decode, mla_prefill, mla_prefill_backward
 from rocm_attn_compile.ops.schemas import LIBRARY, NAMESPACE
+from rocm_attn_compile.ops.vmap import slice_by_slice
 
 _NUM_TENSORS = 8  # of mla_prefill
 _NUM_DIFFERENTIABLE = 5  # the first of them
@@ -187,18 +188,8 @@ LIBRARY.impl("mla_decode", _decode_autograd, "Autograd", with_keyset=True)
 LIBRARY.impl("mla", _whole_autograd, "Autograd", with_keyset=True)
 
 
-def _vmap(op: Any, info: Any, in_dims: tuple, *args: Any, **settings: Any) -> tuple[tuple, tuple]:
-    """The slices one by one; what the op does not return for an argument is an empty tensor in each of them."""
-    calls = [
-        op(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims)), **settings)
-        for i in range(info.batch_size)
-    ]
-    results = tuple(torch.stack(result) for result in zip(*calls))
-    return results, (0,) * len(results)
-
-
 for _name, _op in _OPS.items():
-    torch.library.register_vmap(f"{NAMESPACE}::{_name}", partial(_vmap, _op), lib=LIBRARY)
+    torch.library.register_vmap(f"{NAMESPACE}::{_name}", partial(slice_by_slice, _op), lib=LIBRARY)
 
 
 def _autocast(op: Any, count: int, device_type: str, key: str, *tensors: Any, **settings: Any) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ from rocm_attn_compile.ops.checks import check, check_words
 from rocm_attn_compile.ops.cpu import with_layout
 from rocm_attn_compile.ops.cpu_mask import with_alibi
 from rocm_attn_compile.ops.dispatch import DEFAULT, KERNEL_MODULES, REFERENCE, known_name
-from rocm_attn_compile.ops.floored import is_floored
+from rocm_attn_compile.ops.floored import check_floor, is_floored
 from rocm_attn_compile.ops.impl import parse
 from rocm_attn_compile.ops.schemas import (
     LIBRARY,
@@ -43,6 +43,7 @@ from rocm_attn_compile.ops.schemas import (
     empty_out,
     lse_dtype,
 )
+from rocm_attn_compile.ops.vmap import slice_by_slice
 
 TENSORS = ("q", "k", "v", *(name for name in OPTIONAL_TENSORS if name != "dropout_seed"))
 """The tensor arguments in schema order. No dropout: the weights that are returned have none."""
@@ -101,7 +102,7 @@ class _Call:
                 f"{self.q.dtype} and {lse_dtype(self.q.dtype)}"
             )
         if self.floor is not None:
-            check(self.floor < 0, lambda: f"score_floor is {self.floor}; allowed is a number below 0")
+            check_floor(self.floor)
             check(self.cap is None, lambda: "score_floor and logits_soft_cap do not go together")
 
     @property
@@ -113,6 +114,10 @@ class _Call:
     def is_short(self) -> bool:
         """Whether separate operations are faster on a GPU."""
         return math.prod(self.shape) < MIN_SCORES
+
+    def is_raised(self) -> bool:
+        """Whether the floor may raise a score, which no kernel does. Looks at values."""
+        return self.floor is not None and is_floored(self.q, self.k, self.scale, self.floor)
 
 
 def composite(call: _Call) -> tuple[Tensor, Tensor]:
@@ -146,7 +151,7 @@ def unfused(call: _Call) -> tuple[Tensor, Tensor]:
     """On any device, at the cost of eager code: one softmax for both results."""
     if call.q.numel() == 0 or call.k.numel() == 0 or call.v.numel() == 0:
         return _own(call, *composite(call))
-    if call.floor is not None and is_floored(call.q, call.k, call.scale, call.floor):
+    if call.is_raised():
         return _own(call, *composite(call))
     bias = with_alibi(call.bias, call.slopes, call.q.shape[2], call.k.shape[2])
     modes = (call.empty_rows, call.weights_empty_rows)
@@ -171,7 +176,7 @@ def _kernels(call: _Call, name: str) -> tuple[Tensor, Tensor]:
     """On a GPU: the forward of backend `name`, and its kernel for the weights."""
     if call.is_short:
         return unfused(call)
-    if call.floor is not None and is_floored(call.q, call.k, call.scale, call.floor):
+    if call.is_raised():
         return _own(call, *composite(call))
     module = importlib.import_module(KERNEL_MODULES[name])
     return module.attention_with_weights(
@@ -214,14 +219,6 @@ def _autograd(*tensors: Tensor | None, **settings: Any) -> tuple[Tensor, Tensor]
 LIBRARY.impl("attention_with_weights", _autograd, "Autograd")
 
 
-def _vmap(info: Any, in_dims: tuple, *tensors: Tensor | None, **settings: Any) -> tuple[tuple, tuple]:
-    """One slice after the other."""
-    slices = [
-        [t if t is None or d is None else t.select(d, i) for t, d in zip(tensors, in_dims)]
-        for i in range(info.batch_size)
-    ]
-    calls = [attention_with_weights(*each, **settings) for each in slices]
-    return tuple(torch.stack(results) for results in zip(*calls)), (0, 0)
-
-
-torch.library.register_vmap(f"{NAMESPACE}::attention_with_weights", _vmap, lib=LIBRARY)
+torch.library.register_vmap(
+    f"{NAMESPACE}::attention_with_weights", partial(slice_by_slice, attention_with_weights), lib=LIBRARY
+)

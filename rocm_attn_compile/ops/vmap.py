@@ -27,6 +27,16 @@ _Q, _K, _V, _BIAS, _MASK, _KEY_MASK, _SINKS, _SEED, _SLOPES = 0, 1, 2, 3, 4, 5, 
 _WITHOUT_HEADS = range(_KEY_MASK, _SINKS)  # key_mask, kv_start, kv_end, q_ids, kv_ids
 
 
+def slice_by_slice(op: Any, info: Any, in_dims: tuple, *args: Any, **settings: Any) -> tuple[tuple, tuple]:
+    """The slices one by one; what the op does not return for an argument is an empty tensor in each of them."""
+    calls = [
+        op(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims)), **settings)
+        for i in range(info.batch_size)
+    ]
+    results = tuple(torch.stack(result) for result in zip(*calls))
+    return results, (0,) * len(results)
+
+
 class _Fold:
     """The tensors of a call, mapped dimension in front, folded one way or the other.
 
