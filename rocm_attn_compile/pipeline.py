@@ -106,7 +106,7 @@ def replace_attention(
                     _report_refused(report, env, item)
                 else:
                     report.sites.append(_replace_site(rewriter, item, choices[item], options, env, report))
-            rewriter.finish()
+            report.notes += rewriter.finish()
 
 
 class _Found(NamedTuple):

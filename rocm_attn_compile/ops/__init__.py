@@ -1,6 +1,6 @@
 """The canonical op `torch.ops.rocm_attn.attention`, that of clamped scores (floored.py), that which gives the weights,
-too (returned_weights.py), those of latent attention (mla_schemas.py), and all that belongs to them: backward, fakes,
-vmap, autocast.
+too (returned_weights.py), those of latent attention (mla_schemas.py), that of tables of biases (bias_table.py), and all
+that belongs to them: backward, fakes, vmap, autocast.
 
 Importing this registers the ops once, needs torch only, and imports no kernel: see dispatch.py.
 """
@@ -17,6 +17,7 @@ from rocm_attn_compile.ops import (
     returned_weights,
     vmap,
 )
+from rocm_attn_compile.ops.bias_table import lookup
 from rocm_attn_compile.ops.dispatch import Implementation, implementation
 from rocm_attn_compile.ops.floored import attention_floored, attention_floored_backward
 from rocm_attn_compile.ops.mla_schemas import mla, mla_decode, mla_prefill, mla_prefill_backward
@@ -31,6 +32,7 @@ __all__ = [
     "attention_floored_backward",
     "attention_with_weights",
     "implementation",
+    "lookup",
     "mla",
     "mla_decode",
     "mla_prefill",

@@ -16,6 +16,7 @@ from ..recognize.labels import is_cast, is_view
 from ..recognize.region import Operand, Region
 from .alibi import emit_slopes
 from .bias import emit_bias
+from .bias_table import improve_lookups
 from .builder import GraphBuilder
 from .cache import emit_cache
 from .canonical import from_layout, to_layout
@@ -83,11 +84,13 @@ class Rewriter:
         self._regions.append(region)
         return result
 
-    def finish(self) -> None:
-        """Remove what the rewritten sites leave unused, check the graph and recompile it."""
+    def finish(self) -> list[str]:
+        """Remove what the rewritten sites leave unused, check the graph and recompile it. Tells what else was done."""
         remove_dead(self.trace, [value for region in self._regions for value in _served(region)])
+        told = improve_lookups(self.trace, self._regions)
         self.trace.graph_module.graph.lint()
         self.trace.graph_module.recompile()
+        return told
 
     def _output_node(self, value: Value) -> tuple[fx.Node, Value]:
         """The first Dynamo node that holds the result, or a view or cast of it."""

@@ -1,0 +1,98 @@
+"""Give the tables that biases with a gradient are looked up in a gradient that is a product; see ops.bias_table.
+
+The call that looks up is replaced where it stands, in Dynamo's graph: what it gives stays the same for all readers.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+
+from .. import ops
+from ..capture.trace import Trace, Value
+from ..recognize.region import Operand, Region
+
+aten = torch.ops.aten
+
+_MAX_ROWS, _MIN_NUMBERS, _MIN_READS = 1024, 2**20, 64
+"""Rows of the table, numbers looked up, and how often each row is read on average: from where additions wait for one
+another. A window of Swin, 169 rows read 14 times each, is below."""
+
+
+def improve_lookups(trace: Trace, regions: Iterable[Region]) -> list[str]:
+    """Replace the calls; returns a sentence for each."""
+    biases = [
+        b for region in regions if region.spec.bias_requires_grad for b in region.biases if isinstance(b, Operand)
+    ]
+    sentences = []
+    for value in _behind(bias.value for bias in biases):
+        found = _lookup_of(trace, value)
+        if found is None:
+            continue
+        node, table, index, wraps = found
+        graph = trace.graph_module.graph
+        with graph.inserting_before(node):
+            new = graph.call_function(ops.lookup, (table, index), {"wraps": True} if wraps else {})
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        rows = table.meta["example_value"].shape[0]
+        sentences.append(
+            f"{node.name} looks up a bias, {math.prod(value.shape)} numbers in {rows} rows: their gradient is added up "
+            "by a product"
+        )
+    return sentences
+
+
+def _behind(values: Iterable[Value]) -> Iterator[Value]:
+    """All values that these are computed from, each once."""
+    path, seen = list(values), set()
+    while path:
+        value = path.pop()
+        if value.id in seen:
+            continue
+        seen.add(value.id)
+        yield value
+        path += [argument for argument in value.args if isinstance(argument, Value)]
+
+
+def _lookup_of(trace: Trace, value: Value) -> tuple[fx.Node, fx.Node, fx.Node, bool] | None:
+    """`(call, table, index, wraps)` where it pays; None for all else."""
+    node = value.node
+    if node is None or not node.users or node in trace.transformed or not value.grad_mode:
+        return None
+    known = trace.tensors.get(node)
+    call = _parts_of(node) if known is not None and known.value is value else None
+    if call is None or not all(isinstance(part, fx.Node) for part in call[:2]):
+        return None
+    table, index = (part.meta.get("example_value") for part in call[:2])
+    if not isinstance(table, torch.Tensor) or not isinstance(index, torch.Tensor):
+        return None
+    if not (table.requires_grad and table.dtype.is_floating_point and index.dtype in (torch.int32, torch.int64)):
+        return None
+    sizes = (*table.shape, *index.shape)
+    if not table.ndim or not all(isinstance(size, int) for size in sizes):
+        return None
+    rows, reads = table.shape[0], index.numel()
+    if not 0 < rows <= _MAX_ROWS or reads < _MIN_READS * rows or reads * table[0].numel() < _MIN_NUMBERS:
+        return None
+    return node, *call
+
+
+def _parts_of(node: fx.Node) -> tuple[Any, Any, bool] | None:
+    """`(table, index, wraps)` of a call that gives rows of a table and does nothing else."""
+    args = node.args
+    if node.target is F.embedding and len(args) >= 2 and not node.kwargs:
+        plain = (None, None, 2.0, False, False)
+        return (args[1], args[0], False) if args[2:] == plain[: len(args) - 2] else None
+    if node.target in (torch.embedding, aten.embedding.default) and len(args) == 2 and not node.kwargs:
+        return args[0], args[1], False
+    if node.target is operator.getitem and isinstance(args[1], fx.Node):
+        return args[0], args[1], True
+    return None
