@@ -267,6 +267,13 @@ def is_traced(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FunctionalTensor)
 
 
+def uses_cuda_graphs() -> bool:
+    """Whether Inductor, as it is configured now, captures what it compiles in CUDA graphs."""
+    from torch._inductor import config
+
+    return bool(config.triton.cudagraphs)
+
+
 def triton_writes(kernel: Any, arguments: dict[str, Any], blocks: dict[str, tuple[int, ...]]) -> set[str]:
     """Names of the tensors that a call of a Triton kernel writes, as PyTorch finds out when it traces one.
 

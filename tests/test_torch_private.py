@@ -577,6 +577,25 @@ def test_trace_rule_replaces_a_call_in_aotautograds_trace_and_nowhere_else():
         assert seen[-1] == (True, function is checkpointed)  # after a first pass that only looks for aliases
 
 
+def test_uses_cuda_graphs_while_inductor_compiles_for_them():
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen = []
+
+    def compiler(graph_module, _inputs):
+        seen.append(_torch_private.uses_cuda_graphs())
+        return graph_module.forward
+
+    x = torch.ones(3)
+    for options in ({}, {"triton.cudagraphs": True}):
+        with torch._inductor.config.patch(options):
+            torch._dynamo.reset()
+            torch.compile(lambda t: t + 1, backend=aot_autograd(fw_compiler=compiler))(x)
+    assert seen == [False, True]
+    wrapper = torch._TorchCompileInductorWrapper("reduce-overhead", None, None)
+    assert wrapper.config["triton.cudagraphs"] is True  # what the mode stands for, by which compile_fx patches it
+
+
 def test_triton_writes_is_tested_with_our_kernels():
     """See tests/kernels/test_traced.py; here only that a kernel PyTorch cannot read counts as writing all tensors."""
     written = _torch_private.triton_writes(object(), {"x": torch.empty(2), "n": 3}, {})

@@ -27,6 +27,7 @@ def launches(
     backward: bool = False,
     block_size: int = 0,
     num_splits: int | None = None,
+    traced: bool = False,
     **features: Any,
 ) -> dict[str, Launch]:
     """The launches of one call on meta tensors, by kernel name.
@@ -39,14 +40,14 @@ def launches(
         absorbed: The decode kernel; else the prefill kernels.
         backward: Whether the gradients' launches are wanted too; prefill only.
         block_size: Of a paged cache, 0 for a contiguous one; decode only.
-        num_splits: As in launch.Tuning.
+        num_splits, traced: As in launch.Tuning.
         features: `key_mask`, `kv_start`, `kv_end`: true where present; `band_lower`, `empty_rows`.
     """
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
-    tuning = Tuning(arch=arch, num_splits=num_splits)
+    tuning = Tuning(arch=arch, num_splits=num_splits, traced=traced)
     masks = (
         empty(batch, kv_len, kind=torch.bool) if features.get("key_mask") else None,
         empty(batch, q_len, kind=torch.int32) if features.get("kv_start") else None,

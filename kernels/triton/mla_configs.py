@@ -63,6 +63,10 @@ more stages of the pipeline."""
 DECODE_TMA: dict[str, Table] = {"sm90": _HOPPER_TMA}
 """The same where it reads the cache through tensor descriptors."""
 
+MIN_OWN_SCORES = 2**25
+"""From so many scores on (B * H * M * N) a call on Hopper stays opaque outside of CUDA graphs, too: its own kernel,
+which Inductor cannot launch, saves the device more than an opaque call costs the host (0.3 to 0.5 ms)."""
+
 FEW_ROWS = 16
 DECODE_IN_FLIGHT: dict[str, Table] = {
     "sm90": {(FEW_ROWS, ANY, 2): C(FEW_ROWS, 64, 4, 1), (ANY, ANY, 2): C(64, 64, 4, 1)},

@@ -249,7 +249,8 @@ def choose(
     if tuning.config is not None:
         return tuning.config, bool(tuning.tma), tuning.in_flight
     if descriptors and tuning.tma is not False:
-        config = mla_configs.select(mla_configs.DECODE_IN_FLIGHT, arch, rows, sum(blocks), itemsize)
+        own = {} if tuning.traced else mla_configs.DECODE_IN_FLIGHT  # Inductor cannot launch a kernel in Gluon
+        config = mla_configs.select(own, arch, rows, sum(blocks), itemsize)
         fits = softmax_scale > 0 and mla_configs.fits_in_flight(blocks) and empty_rows not in MEANS
         # The kernel for few rows has run on a GPU with prefixes alone; other masks go to the kernels that were checked.
         if config and config.block_m == mla_configs.FEW_ROWS:

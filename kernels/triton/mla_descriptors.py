@@ -26,7 +26,8 @@ def takes_tma(where: Layout, itemsize: int) -> bool:
 def token_descriptor(cache: Tensor, tokens: int, columns: int, swizzle: int = 0) -> Descriptor:
     """The descriptor of a `(batch or blocks, tokens, width)` cache, read in blocks of `tokens` x `columns`."""
     # The stride of a dimension of size 1 says nothing, but must be valid.
-    strides = [stride if size > 1 else 16 for size, stride in zip(cache.shape[:2], cache.stride()[:2])]
+    outer = zip(cache.shape[:2], cache.stride()[:2])
+    strides = [stride if size > 1 or is_whole((2,), (stride,), cache.element_size()) else 16 for size, stride in outer]
     return Descriptor(cache, tuple(cache.shape), (*strides, 1), (1, tokens, columns), swizzle)
 
 

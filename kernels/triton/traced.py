@@ -39,6 +39,9 @@ class Tracer(Protocol):
     ) -> None:
         """Record a call in the graph that is traced."""
 
+    def uses_cuda_graphs(self) -> bool:
+        """Whether what is traced will be captured in CUDA graphs."""
+
 
 _LAUNCHER_OPTIONS = ("num_warps", "num_stages")
 
@@ -46,7 +49,7 @@ _LAUNCHER_OPTIONS = ("num_warps", "num_stages")
 def attention_forward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:
     """As attention.attention_forward, all arguments by name, on traced tensors of fixed sizes; or NotImplemented."""
     launches, out, lse = forward_launches(**arguments, tuning=_tuning(tuned))
-    return (out, lse) if _trace(launches, arguments, tracer) else NotImplemented
+    return (out, lse) if trace(launches, arguments, tracer) else NotImplemented
 
 
 def attention_with_weights(
@@ -54,13 +57,13 @@ def attention_with_weights(
 ) -> Any:
     """As attention.attention_with_weights, on traced tensors of fixed sizes; or NotImplemented."""
     launches, out, weights = weights_launches(tensors, settings, weights_empty_rows, weights_dtype, _tuning(""))
-    return (out, weights) if _trace(launches, tensors, tracer) else NotImplemented
+    return (out, weights) if trace(launches, tensors, tracer) else NotImplemented
 
 
 def attention_backward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:
     """As attention.attention_backward, all arguments by name, on traced tensors of fixed sizes; or NotImplemented."""
     launches, tensors = backward_launches(**arguments, tuning=_tuning(tuned))
-    if not _trace(launches, arguments, tracer):
+    if not trace(launches, arguments, tracer):
         return NotImplemented
     sinks = arguments["sinks"]
     if sinks is not None and arguments["output_mask"][4]:
@@ -75,7 +78,7 @@ def _tuning(text: str) -> Tuning:
     return Tuning(traced=True, chosen=tuned_text.decode(text))
 
 
-def _trace(launches: list[Launch], arguments: dict[str, Any], tracer: Tracer) -> bool:
+def trace(launches: list[Launch], arguments: dict[str, Any], tracer: Tracer) -> bool:
     """Trace the launches of a call with these arguments; False, and nothing traced, where that cannot be right."""
     if not all(_is_plain(value) for launch in launches for value in launch.arguments.values()):
         return False

@@ -11,9 +11,13 @@ import torch
 
 from rocm_attn_compile import _torch_private
 
-TRACED_MODULES = {"TRITON_ATTN": "rocm_attn_compile.kernels.triton.traced"}
-"""Backend name -> module with `attention_forward`, `attention_backward` and `attention_with_weights`, which are given
-`_torch_private`, what tuning chose, and the op's arguments by name, without `impl`, with traced tensors."""
+TRACED_MODULES = {
+    "TRITON_ATTN": "rocm_attn_compile.kernels.triton.traced",
+    "TRITON_MLA": "rocm_attn_compile.kernels.triton.traced_mla",
+}
+"""Backend name -> module with `attention_forward`, `attention_backward` and `attention_with_weights`, or `mla_decode`,
+`mla_prefill` and `mla_prefill_backward`, which are given `_torch_private`, what tuning chose (for attention), and the
+op's arguments by name, without `impl`, with traced tensors."""
 
 
 def forward(name: str, tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
@@ -30,6 +34,11 @@ def with_weights(name: str, call: Any) -> Callable[[], Any] | None:
     """The same for a call of the op that gives the weights, too, as returned_weights.py has it."""
     arguments = (call.tensors, call.settings, call.weights_empty_rows, call.weights_dtype)
     return _traced(name, "attention_with_weights", call.q.dtype, *arguments)
+
+
+def latent(name: str, function: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:
+    """The same for one of the ops of latent attention, named like its function."""
+    return _traced(name, function, arguments["v" if function != "mla_decode" else "kv_c"].dtype, **arguments)
 
 
 def _body(name: str, function: str, tuned: str, arguments: dict[str, Any]) -> Callable[[], Any] | None:

@@ -1,8 +1,8 @@
-"""What a compiler sees of the op `mla`: its products with the weights and the op of the cheaper form.
+"""What a compiler sees of the ops of latent attention: their parts.
 
-As inline.py does it for attention: where the op's `impl` asks for it and every size is a number, the form is chosen
-while AOTAutograd traces the graph, and Inductor schedules the products. Otherwise it is one opaque call, which chooses
-when it runs.
+As inline.py does it for attention: where the op's `impl` asks for it and every size is a number, the form of `mla` is
+chosen while AOTAutograd traces the graph, and Inductor schedules its products; and on a GPU it launches the kernels of
+the other ops. Otherwise each is one opaque call.
 """
 
 from __future__ import annotations
@@ -14,26 +14,45 @@ from typing import Any
 from torch import Tensor
 
 from rocm_attn_compile import _torch_private
-from rocm_attn_compile.ops.impl import MARK
-from rocm_attn_compile.ops.mla_dispatch import cheaper_form
-from rocm_attn_compile.ops.mla_schemas import mla, mla_decode, mla_prefill
+from rocm_attn_compile.ops import gpu_inline
+from rocm_attn_compile.ops.impl import parse
+from rocm_attn_compile.ops.mla_dispatch import DEFAULT, cheaper_form
+from rocm_attn_compile.ops.mla_schemas import mla, mla_decode, mla_prefill, mla_prefill_backward
 from rocm_attn_compile.ops.schemas import LIBRARY, named_arguments
 
 _NUM_TENSORS = 10
 
 
-def _body(args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+def _whole(args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any] | None:
     """What to trace instead of a call of `mla`, or None."""
     arguments = named_arguments(mla, args, kwargs)
-    if not arguments["impl"].endswith(MARK):
+    if not parse(arguments["impl"]).inline or not _is_static(arguments):
         return None
     values = list(arguments.values())
     tensors, settings = tuple(values[:_NUM_TENSORS]), dict(list(arguments.items())[_NUM_TENSORS:])
-    numbers = [settings["band_lower"], settings["band_upper"]]
-    numbers += [number for t in tensors if isinstance(t, Tensor) for number in (*t.shape, *t.stride())]
-    if not all(number is None or isinstance(number, int) for number in numbers):
-        return None
     return partial(cheaper_form, mla_prefill, mla_decode, tensors, settings)
 
 
-_torch_private.register_trace_rule(LIBRARY, mla, _body)
+def _kernels(op: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+    """The same of the other ops: launches of their kernels on a GPU."""
+    arguments = named_arguments(op, args, kwargs)
+    impl = parse(arguments.pop("impl"))
+    tensors = [tensor for tensor in arguments.values() if isinstance(tensor, Tensor)]
+    if not impl.inline or tensors[0].device.type != "cuda" or not _is_static(arguments):
+        return None
+    caches = [arguments.get(name) for name in ("kv_c", "k_pe")]
+    if not all(t.numel() for t in tensors) or any(t is not None and t.stride(-1) != 1 for t in caches):
+        return None
+    return gpu_inline.latent(impl.backend or DEFAULT, op._schema.name.partition("::")[2], arguments)
+
+
+def _is_static(arguments: dict[str, Any]) -> bool:
+    """Every size is a number."""
+    numbers = [arguments["band_lower"], arguments["band_upper"]]
+    numbers += [number for t in arguments.values() if isinstance(t, Tensor) for number in (*t.shape, *t.stride())]
+    return all(number is None or isinstance(number, int) for number in numbers)
+
+
+_torch_private.register_trace_rule(LIBRARY, mla, _whole)
+for _op in (mla_decode, mla_prefill, mla_prefill_backward):
+    _torch_private.register_trace_rule(LIBRARY, _op, partial(_kernels, _op))

@@ -10,10 +10,12 @@ import torch
 import transformers as hf
 from latent_cases import MASKS, SIZES, Latent, attend, latent, paged, rows, seeded
 from latent_models import LAYERS, build, prompt
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 import rocm_attn_compile.ops as ops
 from rocm_attn_compile.integrations.transformers import use_latent_cache
+from rocm_attn_compile.kernels.triton.launch import device_arch
 from rocm_attn_compile.testing import assert_as_accurate_as_eager
 
 pytestmark = pytest.mark.gpu
@@ -79,6 +81,54 @@ def test_pages(name):
     pages = (kv_c.float().cuda(), k_pe.float().cuda())
     got = ops.mla(moved.q_nope, moved.q_pe, *pages, moved.w_uk, moved.w_uv, table.cuda(), **moved.kwargs)
     torch.testing.assert_close([t.double().cpu() for t in got], list(exact), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["deepseek-decode", "deepseek-chunk", "deepseek-prompt"])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_written_out(name, training, backend):
+    """Inductor launches the kernels; where CUDA graphs will, Hopper's decode stays an opaque call of its own kernel."""
+    kernels = {}
+
+    def recorder(graph_module, inputs):
+        graph = graph_module.graph
+        opaque = [n.target for n in graph.nodes if getattr(n.target, "namespace", "") == "rocm_attn"]
+        kernels["opaque"] = kernels.get("opaque", []) + [target._schema.name for target in opaque]
+        kernels["written"] = kernels.get("written", 0) + sum("triton_kernel" in str(n.target) for n in graph.nodes)
+        return graph_module.forward
+
+    def step(*tensors, call):
+        return ops.mla(*tensors, **call.kwargs, impl="TRITON_MLA@1+inline")
+
+    call = on_gpu(seeded(CASES[name]), torch.bfloat16, requires_grad=training)
+    exact = Latent(
+        {n: t.detach().double().cpu() for n, t in call.tensors.items()}, seeded(CASES[name]).masks, call.settings
+    )
+    made_by = aot_autograd(fw_compiler=recorder, bw_compiler=recorder) if backend == "aot_eager" else "inductor"
+    compiled = torch.compile(step, backend=made_by, dynamic=False, fullgraph=True)
+    if training:
+        exact = exact.to(torch.float64, requires_grad=True)
+        grad_out = torch.randn_like(attend(exact)[0]).bfloat16().double()
+        got = results(call, lambda c: compiled(*c.whole, call=c), grad_out.cuda())
+        eager, want = results(call, attend_on, grad_out.cuda()), results(exact, attend, grad_out)
+    else:
+        with torch.no_grad():
+            got, eager, want = compiled(*call.whole, call=call), attend_on(call), attend(exact)
+    assert_as_accurate_as_eager(got, eager, want, factor=FACTOR)
+    if backend == "aot_eager":
+        assert kernels["opaque"] == [] and kernels["written"] >= 1 + 3 * training
+    if (
+        name == "deepseek-decode"
+        and not training
+        and backend == "aot_eager"
+        and device_arch(call.kv_c.device)[0] == "sm90"
+    ):
+        torch._dynamo.reset()
+        kernels.clear()
+        with torch.no_grad(), torch._inductor.config.patch({"triton.cudagraphs": True}):
+            got = torch.compile(step, backend=made_by, dynamic=False, fullgraph=True)(*call.whole, call=call)
+        assert kernels == {"opaque": ["rocm_attn::mla_decode"], "written": 0}
+        assert_as_accurate_as_eager(got, eager, want, factor=FACTOR)
 
 
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}

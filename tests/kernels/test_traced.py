@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.kernels import triton as kernels
-from rocm_attn_compile.kernels.triton import aot_launches, traced
+from rocm_attn_compile.kernels.triton import aot_launches, aot_mla, traced
 from rocm_attn_compile.kernels.triton.launch import base_of, descriptor
 
 TARGETS = {
@@ -120,7 +120,7 @@ def test_a_kernel_in_gluon_is_not_traced(launches_for):
     sizes = {"batch": 1, "num_heads": 32, "num_kv_heads": 32, "q_len": 8192, "kv_len": 8192, "backward": False}
     launches = list(launches_for("sm90", 192, v_head_dim=128, **sizes))
     assert [launch.kernel.__name__ for launch in launches] == ["attention_forward_hopper_kernel"]
-    assert not traced._trace(launches, {}, SimpleNamespace())
+    assert not traced.trace(launches, {}, SimpleNamespace())
 
 
 def test_every_feature(launches_for):
@@ -155,11 +155,51 @@ def test_caches(launches_for, arch, float8):
         cache.update(kv_dtype=torch.float8_e4m3fn, scale=True)
     launches = list(launches_for(arch, q_len=1, kv_len=512, **cache))
     if float8 and arch == "sm90":  # assembly, of which PyTorch says that it writes everything
-        assert not traced._trace(launches, {}, SimpleNamespace())
+        assert not traced.trace(launches, {}, SimpleNamespace())
         return
     found = {launch.kernel.__name__: read(launch) for launch in launches}
     assert found["attention_forward_kernel"] == {"partial", "partial_stats"}
     assert found["attention_combine_kernel"] == WRITTEN["attention_combine_kernel"]
+
+
+@pytest.fixture
+def latent_launches(monkeypatch):
+    def make(arch, num_heads=16, **sizes):
+        driver = SimpleNamespace(get_current_target=lambda: TARGETS[arch], get_current_device=lambda: 0)
+        monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
+        # It asks the GPU.
+        monkeypatch.setattr("torch.utils._triton.has_triton_tensor_descriptor_host_tma", lambda: arch == "sm90")
+        return aot_mla.launches(arch, torch.bfloat16, num_heads, traced=True, **sizes).values()
+
+    return make
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("num_heads", [16, 128])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"batch": 1}, {"block_size": 64}, {"block_size": 16}, {"key_mask": True}], ids=str
+)
+def test_latent_decode(latent_launches, arch, num_heads, sizes):
+    launches = list(latent_launches(arch, num_heads, num_splits=4, **sizes))
+    assert all(traced._is_plain(value) for launch in launches for value in launch.arguments.values())
+    found = {launch.kernel.__name__: read(launch) for launch in launches}
+    written = {"mla_decode_kernel": {"partial", "partial_stats"}, "attention_combine_kernel": {"out", "lse"}}
+    assert found == written
+    is_described = arch == "sm90" and sizes.get("block_size") != 16
+    assert bool(traced._blocks(launches[0])) == is_described
+
+
+def test_latent_decode_of_one_share(latent_launches):
+    (launch,) = latent_launches("gfx942", num_splits=1)
+    assert read(launch) == {"out", "lse"}
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_latent_training(latent_launches, arch):
+    sizes = {"q_len": 128, "kv_len": 128, "absorbed": False, "backward": True}
+    found = {launch.kernel.__name__: read(launch) for launch in latent_launches(arch, **sizes)}
+    extra = {"backward_dkdv_kernel": {"grad_k_rest"}, "backward_dq_kernel": {"grad_q_rest"}}
+    assert found == {name: WRITTEN[name] | extra.get(name, set()) for name in found} and len(found) == 4
 
 
 def test_a_kernel_that_pytorch_misreads_is_not_traced(launches_for, caplog):
