@@ -29,7 +29,8 @@ class KernelConfig:
         num_stages: Depth of Triton's software pipeline.
         waves_per_eu: AMD only: occupancy that the compiler makes, no less and no more; 0 lets it choose.
         matrix_instr_nonkdim: AMD CDNA only: 16 or 32 picks the MFMA shape, 0 lets the compiler choose.
-        merged: One loop over cut and uncut blocks with a branch, instead of one loop for each kind.
+        merged: One loop over cut and uncut blocks with a branch, instead of one loop for each kind. Decode: besides,
+            keys are asked for before the queries are there.
         first_max: Forward with bfloat16, on AMD float16: no running maximum, and a soft cap by a polynomial; see
             forward.py. Fewer instructions, but a third copy of the loop, which can need more registers.
     """
@@ -230,6 +231,8 @@ _HOPPER: dict[str, Table] = {
     "decode_pages": {(64, 2): None, (128, 2): C(16, 128, 4, 5), (256, 2): C(16, 64, 4, 5)},
     "decode_float8_pages": {(64, 2): C(16, 128, 4, 5), (128, 2): C(16, 128, 4, 3), (256, 2): C(16, 64, 4, 3)},
     "decode_float8": {(64, 2): C(16, 128, 4, 3), (128, 2): C(16, 128, 4, 3), (256, 2): C(16, 64, 4, 3)},
+    # All programs run at once: what counts is how soon they ask for keys, and how soon they end behind the last.
+    "decode_wave": {(64, 2): None, (128, 2): C(16, 64, 4, 4, merged=True)},
     "decode_one": {(64, 2): None, (128, 2): C(16, 128, 4, 1)},
     "decode_pages_one": {(64, 2): None, (128, 2): C(16, 128, 4, 1)},
     "decode_float8_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
@@ -340,8 +343,8 @@ tensors' strides and size allow them, also forward_tma, backward_q_tma and backw
 backward_k_tma and backward_v_tma: two launches. A suffix "_bias" or "_cap" is for calls with a bias or mask tensor or a
 soft cap, which need more registers, as "_alibi" for ALiBi (on Hopper not "forward"), "_first" and "_alibi_first" for
 forward calls that may take first_max, "_pages", "_float8" and "_float8_pages" for those that read a KV cache as it
-lies. Where such a table has no row, the one without the last suffix counts. "_one" and "_two" are for decode's splits
-of up to 128 and 256 keys, for which a deep pipeline only takes longer to start.
+lies. Where such a table has no row, the one without the last suffix counts. "_wave" is for decode from plain tensors by
+no more programs than there are multiprocessors, else "_one" and "_two" for splits of up to 128 and 256 keys.
 """
 
 

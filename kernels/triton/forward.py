@@ -78,6 +78,7 @@ def attention_forward_kernel(
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
+    ONE_TILE: tl.constexpr, LATE_QUERIES: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, MERGED: tl.constexpr, SHIFT: tl.constexpr, PAGE: tl.constexpr,
     HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr, FLOAT8_ASM: tl.constexpr,
     HALF: tl.constexpr,
@@ -101,6 +102,10 @@ def attention_forward_kernel(
     all: these are given to the scores and to the result. With HALF bfloat16 queries and weights become float16 for the
     products, see float8.py.
 
+    With ONE_TILE the rows of each key/value head lie in one tile, so that the program's number need not be divided to
+    find them. With LATE_QUERIES (never with TMA, ROPE, HALF or a second piece) queries are brought into place at each
+    block of keys; else no key is asked for before they are there.
+
     With RANGED (never with PACK > 1 or SPLIT) the ranges of key blocks are read from `ranges`, see mask_ranges: blocks
     in which padding or ids leave nothing are not visited, nor masks read in those that they leave whole.
 
@@ -123,9 +128,14 @@ def attention_forward_kernel(
     # A group's query heads run side by side and share K and V in the cache.
     tiles_of_group = gqa_group_size // PACK
     num_kv_heads = num_heads // gqa_group_size
-    kv_index, tile = deal_programs(pid, batch_size * num_kv_heads, tiles_of_group * num_row_blocks, heads_at_once)
+    if ONE_TILE:
+        kv_index = pid
+        tile = 0
+        tiles_of_group = 1
+    else:
+        kv_index, tile = deal_programs(pid, batch_size * num_kv_heads, tiles_of_group * num_row_blocks, heads_at_once)
     row_block = tile // tiles_of_group
-    if HAS_UPPER:
+    if HAS_UPPER and not ONE_TILE:
         # The last queries of a causal mask see the most keys: start them first, so that short ones fill the tail.
         row_block = num_row_blocks - 1 - row_block
     batch = (kv_index // num_kv_heads).to(tl.int64)
@@ -333,8 +343,13 @@ def attention_forward_kernel(
                 rest_source = k_rest
                 if not TMA and ROPE == 0:
                     rest_source = k_source
+                queries = q_tile
+                if LATE_QUERIES:
+                    # i is never negative, which no compiler pass knows: so this stays behind the first copies of keys,
+                    # which Triton's pipeline puts before its loop.
+                    queries = tl.where(i >= 0, q_tile, 0.0)
                 qk = q_k_product(
-                    q_tile, q_rest_tile, k_source, rest_source, batch, kv_head, rest_head,
+                    queries, q_rest_tile, k_source, rest_source, batch, kv_head, rest_head,
                     k_first, stride_kn, stride_kd, stride_rest_n, stride_rest_d, k_end, HEAD_DIM, REST_COL,
                     REST_SIZE, BLOCK_N, BLOCK_D, BLOCK_REST, phase > 0, WIDE, TMA, TRANSPOSE_KEYS, PRECISION, k_at,
                     SCATTERED, FLOAT8_ASM,

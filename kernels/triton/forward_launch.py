@@ -329,8 +329,12 @@ def forward_plan(
     # Splits would each need the whole row's dropout mask in the combine step for empty rows; not worth it.
     programs = num_units * configs.programs_per_unit(arch, in_place)
     num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, programs, decode) if scalars[-1] == 0.0 else 1)
+    # Heads in one piece, of whose rows several numbers are loaded at once.
+    is_plain = cache == NO_CACHE and not blocks[1] and arguments["stride_kd"] == arguments["stride_ve"] == 1
     if decode:
         special = "_".join(filter(None, (cache.feature, configs.decode_feature(kv_len, num_splits))))
+        if is_plain and tiles * num_splits <= num_units:
+            special = "wave"
         config, _ = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
     is_cache = cache != NO_CACHE
     shift = RUNNING_MAX if decode or is_cache else score_shift(arguments, dtype, special, config.first_max)
@@ -348,6 +352,8 @@ def forward_plan(
         BLOCK_N=config.block_n,
         PACK=pack,
         SPLIT=num_splits > 1,
+        ONE_TILE=decode and config.merged and is_plain and tiles == batch * kv_heads,
+        LATE_QUERIES=decode and config.merged and is_plain,
         TMA=tma,
         MERGED=config.merged,
         BIAS=bias_kind(layouts[3], bias_itemsize, tma and bias_is_aligned, pack),

@@ -147,6 +147,15 @@ def test_split_decode(launches_for):
     assert found["attention_combine_kernel"] == WRITTEN["attention_combine_kernel"]
 
 
+def test_decode_in_one_wave(launches_for):
+    sizes = {"batch": 1, "num_heads": 8, "num_kv_heads": 2, "q_len": 1, "kv_len": 4096, "num_splits": 2}
+    launches = list(launches_for("sm90", backward=False, causal=False, **sizes))
+    assert launches[0].arguments["LATE_QUERIES"]
+    found = {launch.kernel.__name__: read(launch) for launch in launches}
+    assert found["attention_forward_kernel"] == {"partial", "partial_stats"}
+    assert found["attention_combine_kernel"] == WRITTEN["attention_combine_kernel"]
+
+
 @pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize("float8", [False, True], ids=["bf16", "float8"])
 def test_caches(launches_for, arch, float8):
