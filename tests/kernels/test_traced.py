@@ -148,8 +148,8 @@ def test_split_decode(launches_for):
 
 
 def test_decode_in_one_wave(launches_for):
-    sizes = {"batch": 1, "num_heads": 8, "num_kv_heads": 2, "q_len": 1, "kv_len": 4096, "num_splits": 2}
-    launches = list(launches_for("sm90", backward=False, causal=False, **sizes))
+    sizes = {"batch": 1, "num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "q_len": 1, "kv_len": 4096}
+    launches = list(launches_for("sm90", backward=False, causal=False, num_splits=2, **sizes))
     assert launches[0].arguments["LATE_QUERIES"]
     found = {launch.kernel.__name__: read(launch) for launch in launches}
     assert found["attention_forward_kernel"] == {"partial", "partial_stats"}
