@@ -9,22 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 from . import mla_configs
-from .launch import Tuning, device_arch
+from .launch import MIN_TMA_SCORES, Tuning, device_arch
 from .mla_decode_launch import mla_decode_launches
 from .mla_prefill import check, in_pieces, prefill_backward_launches, prefill_launches
 from .traced import Tracer, trace
 
 _TUNING = Tuning(traced=True)
+_SHORT = Tuning(traced=True, tma=False)
 
 
 def mla_decode(tracer: Tracer, **arguments: Any) -> Any:
     """As mla.mla_decode, all arguments by name, on traced tensors of fixed sizes; or NotImplemented."""
     q, kv, table = arguments["q_latent"], arguments["kv_c"], arguments["block_table"]
     kv_len = kv.shape[1] * (1 if table is None else table.shape[1])
-    is_long = q.shape[0] * q.shape[1] * q.shape[2] * kv_len >= mla_configs.MIN_OWN_SCORES
-    if device_arch(q.device)[0] == "sm90" and (is_long or tracer.uses_cuda_graphs()):
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * kv_len
+    if device_arch(q.device)[0] == "sm90" and (scores >= mla_configs.MIN_OWN_SCORES or tracer.uses_cuda_graphs()):
         return NotImplemented
-    launches, out, lse = mla_decode_launches(**arguments, tuning=_TUNING)
+    tuning = _SHORT if scores < MIN_TMA_SCORES else _TUNING
+    launches, out, lse = mla_decode_launches(**arguments, tuning=tuning)
     return (out, lse) if trace(launches, arguments, tracer) else NotImplemented
 
 
