@@ -45,7 +45,7 @@ def test_decode_takes_it(features: dict[str, Any]) -> None:
     """With the sum of the splits behind it; Inductor does not launch it."""
     found = launches(**features)
     assert list(found) == [KERNEL] + ["attention_combine_kernel"] * ("num_splits" not in features)
-    assert not traced._trace(list(found.values()), {}, SimpleNamespace())
+    assert not traced.trace(list(found.values()), {}, SimpleNamespace())
 
 
 @pytest.mark.parametrize(
