@@ -14,12 +14,12 @@ from .common import CAP_FAST, NO_CAP
 from .launch import NO_SWIZZLE, Descriptor, Launch, swizzled
 from .mask_ranges_launch import key_ranges_launch, ranges_launch
 
-BLOCK_M, BLOCK_N, WIDTH, PART = 64, 128, 128, 16
+BLOCK_N, PART = 128, 16
 """As in backward_hopper_parts.py."""
 
 MIN_SCORES = 2**29
-"""Below this many scores (B * H * M * N) the gradients take less than 0.7 ms. This kernel is none that Inductor can
-launch itself, and an opaque call costs the host up to 1.1 ms."""
+"""Below this many scores (B * H * M * N), twice as many at head size 64, the gradients take less than 0.7 ms. This
+kernel is none that Inductor can launch itself, and an opaque call costs the host up to 1.1 ms."""
 
 _FEATURES = ("HAS_BIAS", "HAS_ATTN_MASK", "HAS_DROPOUT", "HAS_ALIBI")
 
@@ -41,9 +41,9 @@ def refusal(
     batch, num_heads, q_len, _ = arguments["q"].shape
     if not configs.has_hopper_kernels(arch):
         return "written for Hopper, in Gluon, which is experimental, as two releases of Triton have it"
-    if itemsize != 2 or blocks != (WIDTH, 0, WIDTH):
-        return "its accumulators are those of 16-bit heads of 65 to 128 numbers"
-    if batch * num_heads * q_len * arguments["k"].shape[2] < MIN_SCORES and not any_size:
+    if itemsize != 2 or blocks not in ((64, 0, 64), (128, 0, 128)):
+        return "it takes 16-bit heads of at most 64, or of 97 to 128 numbers"
+    if batch * num_heads * q_len * arguments["k"].shape[2] * blocks[2] < MIN_SCORES * 128 and not any_size:
         return "short, so that the host's time counts"
     return mask_refusal(arguments)
 
@@ -78,30 +78,36 @@ def hopper_launches(
 
     batch, num_heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
-    num_row_blocks, kv_blocks = triton.cdiv(q_len, BLOCK_M), triton.cdiv(kv_len, BLOCK_N)
+    width = arguments["BLOCK_E"]
+    # As the kernel has it.
+    block_m = 128 * 64 // width
+    num_row_blocks, kv_blocks = triton.cdiv(q_len, block_m), triton.cdiv(kv_len, BLOCK_N)
     tiles = batch * num_heads * num_row_blocks
     dq, dk, dv = (tensors[name] for name in ("dq", "dk", "dv"))
-    partial = torch.empty((tiles * 2 * PART, BLOCK_M * WIDTH // (2 * PART)), dtype=torch.float32, device=q.device)
+    partial = torch.empty((tiles * 2 * PART, 64 * 64 // PART), dtype=torch.float32, device=q.device)
     # Cleared by a memset, which CUDA graphs capture. The first one numbers the programs.
     counters = torch.zeros((1 + tiles,), dtype=torch.int32, device=q.device)
+    # A program of 64 columns and one query head has half as many steps, of which it waits a larger part for its turn.
+    share = 0.25 if width == 64 and num_heads == kv_heads and arguments["HAS_UPPER"] else 0.5
     shared = {name: arguments[name] for name in ("num_heads", "q_len", "softmax_scale", "HEAD_DIM")}
-    before, tables = tables_of_ranges(arguments, BLOCK_M, BLOCK_N)
+    before, tables = tables_of_ranges(arguments, block_m, BLOCK_N)
     given = {
         **arguments,
         **tables,
-        "q": swizzled(q, BLOCK_M, WIDTH // 2),
-        "k": swizzled(k, BLOCK_N // 2, WIDTH // 2),
-        "v": swizzled(v, BLOCK_N // 2, WIDTH),
-        "grad_out": swizzled(grad_out, BLOCK_M, WIDTH),
+        "q": swizzled(q, block_m, width),
+        "k": swizzled(k, BLOCK_N // 2, width),
+        "v": swizzled(v, BLOCK_N // 2, width),
+        "grad_out": swizzled(grad_out, block_m, width),
         "grad_k": dk,
         "grad_v": dv,
-        "shift": row_statistics(tensors["shift"], BLOCK_M),
-        "delta": row_statistics(tensors["delta"], BLOCK_M),
+        "shift": row_statistics(tensors["shift"], block_m),
+        "delta": row_statistics(tensors["delta"], block_m),
         "partial": of_rows(partial, PART, partial.shape[1], NO_SWIZZLE),
         "turns": counters[1:],
         "ticket": counters,
         "batch_size": batch,
-        "heads_at_once": configs.backward_heads_at_once(batch * kv_heads, kv_blocks, num_units),
+        "WIDTH": width,
+        "heads_at_once": configs.backward_heads_at_once(batch * kv_heads, kv_blocks, num_units, share),
         **dict(zip(("stride_dkb", "stride_dkh", "stride_dkn", "stride_dkd"), dk.stride())),
         **dict(zip(("stride_dvb", "stride_dvh", "stride_dvn", "stride_dve"), dv.stride())),
     }
@@ -114,7 +120,7 @@ def hopper_launches(
     )
     strides = dict(zip(("stride_dqb", "stride_dqh", "stride_dqm", "stride_dqd"), dq.stride()))
     found = {**shared, **strides, "partial": partial, "turns": counters[1:], "ticket": counters, "grad_q": dq,
-             "num_row_blocks": num_row_blocks}  # fmt: skip
+             "num_row_blocks": num_row_blocks, "WIDTH": width}  # fmt: skip
     return [*before, main, Launch(backward_finish_kernel, tiles, found, {"num_warps": 4, "num_stages": 1})]
 
 

@@ -12,13 +12,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-BLOCK_M = gl.constexpr(64)
-"""Queries of a step."""
 BLOCK_N = gl.constexpr(128)
 """Keys of a program."""
 HALF = gl.constexpr(64)
-WIDTH = gl.constexpr(128)
-"""Columns of a head, and half of them; half of the keys."""
+"""Half of them, and the side of a tile of dq."""
 PART = gl.constexpr(16)
 """A (64, 64) float32 tile is PART rows of 256 numbers in `partial`, in the order of `pack`."""
 
@@ -64,22 +61,46 @@ def next_step(head, block, group):
 
 
 @gluon.jit
+def next_of_walk(head, block, group, begin, end, split):
+    """The same down to block `split`; below, each head is walked through by itself, from its last block to its first.
+
+    In a window each program starts two blocks of 64 queries above the one before it, and where heads change fastest it
+    comes to a block `2 * group` steps after that one: the cache does not hold what all read and add in between.
+    """
+    other_head, other_block = next_step(head, block, group)
+    last = block == begin
+    by_heads = block >= split
+    head = gl.where(by_heads, other_head, gl.where(last, head + 1, head))
+    return head, gl.where(by_heads, other_block, gl.where(last, gl.minimum(end, split), block) - 1)
+
+
+@gluon.jit
 def pack(tile):
     """A (64, 64) result as (1024, 4): what a thread holds, by fours, so that memory is written in order."""
     return tile.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([1024, 4])
 
 
 @gluon.jit
+def store_keys(pointer, tile, n_first, kv_len, stride_n, stride_d, width, layout: gl.constexpr, BLOCK: gl.constexpr):
+    """Store a gradient of the 64 keys from `n_first` on, or a piece of its columns."""
+    row = n_first + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
+    gl.store(
+        pointer + (row.to(gl.int64) * stride_n)[:, None] + (columns * stride_d)[None, :],
+        tile.to(pointer.dtype.element_ty),
+        mask=(row < kv_len)[:, None] & (columns < width)[None, :],
+    )
+
+
+@gluon.jit
 def copy_in(
     q, k, v, grad_out, shift, delta, q_smem, k_smem, v_smem, g_smem, row_smem, kv_full, full, done, batch, kv_head,
-    num_heads, group, n_first, end, steps,
+    num_heads, group, n_first, begin, end, split, steps, BLOCK_M: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """A warp that copies the keys and values in, then one block of queries and gradients after the other."""
     mbarrier.expect(kv_full, 2 * BLOCK_N * WIDTH * 2)
     for side in gl.static_range(2):
-        for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(k, [batch, kv_head, n_first + side * HALF, half * HALF], kv_full,
-                                            k_smem.index(2 * side + half))  # fmt: skip
+        tma.async_copy_global_to_shared(k, [batch, kv_head, n_first + side * HALF, 0], kv_full, k_smem.index(side))
         tma.async_copy_global_to_shared(v, [batch, kv_head, n_first + side * HALF, 0], kv_full, v_smem.index(side))
     head = 0
     block = end - 1
@@ -90,19 +111,17 @@ def copy_in(
         row = batch * num_heads + q_head
         mbarrier.wait(done.index(stage), (step // 2 + 1) % 2)
         mbarrier.expect(full.index(stage), 2 * BLOCK_M * WIDTH * 2 + 2 * BLOCK_M * 4)
-        for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(q, [batch, q_head, q_first, half * HALF], full.index(stage),
-                                            q_smem.index(2 * stage + half))  # fmt: skip
+        tma.async_copy_global_to_shared(q, [batch, q_head, q_first, 0], full.index(stage), q_smem.index(stage))
         tma.async_copy_global_to_shared(grad_out, [batch, q_head, q_first, 0], full.index(stage), g_smem.index(stage))
         tma.async_copy_global_to_shared(shift, [row, q_first], full.index(stage), row_smem.index(2 * stage))
         tma.async_copy_global_to_shared(delta, [row, q_first], full.index(stage), row_smem.index(2 * stage + 1))
-        head, block = next_step(head, block, group)
+        head, block = next_of_walk(head, block, group, begin, end, split)
 
 
 @gluon.jit
 def add_in_turn(
-    partial, turns, ranges, dq_smem, done, taken, first_row, group, num_row_blocks, band_lower, kv_block, end, steps,
-    HAS_LOWER: gl.constexpr, RANGED: gl.constexpr,
+    partial, turns, ranges, dq_smem, done, taken, first_row, group, num_row_blocks, band_lower, kv_block,
+    begin, end, split, steps, BLOCK_M: gl.constexpr, HAS_LOWER: gl.constexpr, RANGED: gl.constexpr,
 ):  # fmt: skip
     """A warp that adds dq of a block to what the programs with lower keys have left in `partial`; the first one stores.
 
@@ -138,4 +157,4 @@ def add_in_turn(
         mbarrier.arrive(taken.index(stage), count=1)
         if meets:
             store_release(turns + tile, kv_block - first + 1)
-        head, block = next_step(head, block, group)
+        head, block = next_of_walk(head, block, group, begin, end, split)

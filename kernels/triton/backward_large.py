@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward_hopper_parts import next_step
+from .backward_hopper_parts import next_step, store_keys
 from .common import CAP_FAST
 from .hopper_parts import LOG2E, NEVER, NEVER_CAPPED, barrier, keep_pairs, signal
 from .mask_ranges import load_range
@@ -84,18 +84,6 @@ def begin_sum(part, n_first, kv_len, width, layout: gl.constexpr, BLOCK: gl.cons
         at = part + (row.to(gl.int64) * width)[:, None] + columns[None, :]
         tile = gl.load(at, mask=(row < kv_len)[:, None], other=0.0)
     return tile
-
-
-@gluon.jit
-def store_keys(pointer, tile, n_first, kv_len, stride_n, stride_d, width, layout: gl.constexpr, BLOCK: gl.constexpr):
-    """Store a gradient of the 64 keys from `n_first` on, or a piece of its columns."""
-    row = n_first + gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
-    columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
-    gl.store(
-        pointer + (row.to(gl.int64) * stride_n)[:, None] + (columns * stride_d)[None, :],
-        tile.to(pointer.dtype.element_ty),
-        mask=(row < kv_len)[:, None] & (columns < width)[None, :],
-    )
 
 
 @gluon.jit

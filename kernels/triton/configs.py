@@ -442,7 +442,7 @@ def heads_at_once(arch: str, uneven: bool, heads: int, head_bytes: int, is_long:
     return max(1, LONG_HEADS_BYTES // head_bytes) if is_long else 1
 
 
-def backward_heads_at_once(heads: int, kv_blocks: int, num_units: int) -> int:
+def backward_heads_at_once(heads: int, kv_blocks: int, num_units: int, share: float = 0.5) -> int:
     """The same for the one backward kernel of Hopper (backward_hopper.py), whose programs of a head follow each other.
 
     Half of a head's programs at once, so that the next ones start where these have been, was best on an H200 from 16 to
@@ -453,8 +453,9 @@ def backward_heads_at_once(heads: int, kv_blocks: int, num_units: int) -> int:
         heads: Key/value heads of all batch entries.
         kv_blocks: Programs of a head.
         num_units: Multiprocessors.
+        share: Of a head's programs that run at once.
     """
-    return max(1, min(heads, round(2 * num_units / kv_blocks)))
+    return max(1, min(heads, round(num_units / (share * kv_blocks))))
 
 
 def has_tanh(arch: str) -> bool:

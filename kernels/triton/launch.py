@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import configs, launcher
+from . import configs
 from .bias import BIAS_ELEMENTS, BIAS_ROW, BIAS_TILES
 from .common import CAP_FAST, CAP_PLAIN, CAP_PRECISE, CAP_RECIPROCAL, NO_CAP
 from .tuned import Chosen
@@ -84,23 +84,17 @@ class Launch:
     def run(self) -> None:
         """Launch on the current stream of the current device."""
         if self.grid:
-            launcher.run(self.kernel, self.grid, self.arguments, self.options, _kind, _encode)
+            self.kernel[(self.grid,)](**self._encoded(), **self.options)
 
     def compile(self) -> None:
         """Compile for the current device without launching."""
         self.kernel.warmup(grid=(self.grid,), **self._encoded(), **self.options)
 
     def _encoded(self) -> dict[str, Any]:
-        return {name: _encode(value) for name, value in self.arguments.items()}
+        return {k: _encode(v) if isinstance(v, Descriptor) else v for k, v in self.arguments.items()}
 
 
-def _kind(described: Descriptor) -> Any:
-    return described.base.dtype, described.block_shape, described.swizzle
-
-
-def _encode(described: Any) -> Any:
-    if not isinstance(described, Descriptor):
-        return described
+def _encode(described: Descriptor) -> Any:
     fields = described.base, list(described.shape), list(described.strides), list(described.block_shape)
     if described.swizzle:
         from triton.experimental.gluon.nvidia import hopper

@@ -161,8 +161,28 @@ def hopper_backward_cases() -> list[dict[str, Any]]:
         {"B": 1, "H": 2, "K": 1, "M": 4100, "N": 4100, "band_upper": 0},
         {"M": 332, "N": 517, "soft_cap": 3.0, "band_upper": 185},
         {"M": 700, "N": 500, "soft_cap": 50.0, "scale": 5.0, "band_lower": -200, "band_upper": 0, "sinks": True},
+        {"B": 1, "H": 8, "K": 1, "M": 2100, "N": 2100, "band_lower": -300, "band_upper": 0},
+        {"B": 1, "H": 6, "K": 2, "M": 1500, "N": 1200, "band_lower": -250, "band_upper": 130},
     ]
     features += tables_of_ranges_cases()
+    narrow: list[dict[str, Any]] = [
+        {"M": 512, "N": 512, "band_upper": 0},
+        {"M": 332, "N": 517, "band_upper": 185},
+        {"M": 300, "N": 1},
+        {"M": 4, "N": 300},
+        {"M": 700, "N": 300, "band_upper": -400},
+        {"B": 1, "H": 8, "K": 1, "M": 2100, "N": 2100, "band_lower": -300, "band_upper": 0},
+        {"M": 332, "N": 517, "D": 40, "E": 56, "dtype": torch.float16, "band_upper": 185},
+        {"M": 332, "N": 332, "layout": "packed", "out_layout": "bshd", "band_upper": 0, "sinks": True},
+        {"B": 1, "H": 2, "K": 1, "M": 4100, "N": 4100, "band_upper": 0},
+        {"M": 700, "N": 500, "soft_cap": 50.0, "scale": 5.0, "band_lower": -200, "band_upper": 0},
+        {"M": 1000, "N": 1100, "key_mask": "padding"},
+        {"M": 332, "N": 517, "limits": (True, True), "band_upper": 185},
+        {"M": 1000, "N": 1000, "documents": 150, "band_upper": 0},
+        {"M": 700, "N": 900, "ids": "in turn", "key_mask": "padding", "documents": 500, "soft_cap": 3.0, "sinks": True},
+        {"M": 700, "N": 700, "key_mask": "left", "band_upper": 0, "empty_rows": "mean"},
+    ]
+    features += [{"D": 64, "E": 64, **feature} for feature in narrow]
     return [{**base, **feature, "one_backward": True} for feature in features]
 
 
@@ -170,7 +190,8 @@ def mask_name(case: dict[str, Any]) -> str:
     """A test's id: the sizes, and which masks stand in tensors."""
     names = ("key_mask", "limits", "documents", "ids", "empty_rows")
     masks = [f"{name} {case[name]}" for name in names if case.get(name) and case[name] != "zero"]
-    return ", ".join([f"{case['M']}-{case['N']}", *masks])
+    sizes = f"{case['M']}-{case['N']}" + f", {case['D']}" * (case.get("D", 128) <= 64)
+    return ", ".join([sizes, *masks])
 
 
 def tables_of_ranges_cases() -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ LATENT = {"head_dim": 192, "v_head_dim": 128}
 def test_long_calls_take_it(features):
     found = aot_launches.launches(**{**LONG, **features})
     assert [name for name in found if "backward" in name] == ["backward_rows_kernel", *KERNELS]
-    assert not traced._trace(list(found.values()), {}, SimpleNamespace())
+    assert not traced.trace(list(found.values()), {}, SimpleNamespace())
 
 
 @pytest.mark.parametrize(
