@@ -7,7 +7,8 @@
 For biases such as T5's, which look up 32 rows for each pair of a query and a key. PyTorch adds their gradient up
 number by number, where 2^20 pairs wait for one another at 32 rows: 27 of 30 ms of a training step (two layers of T5
 large, 1024 tokens, H200), in eager code (sorted) as under Inductor (atomic additions). Here it is a product with rows
-of zeros and a one, in pieces of at most MAX_ONES numbers; nothing is atomic, so a repeated call gives the same bits.
+of zeros and a one, in pieces of at most MAX_ONES numbers, or in one where sizes are symbols; nothing is atomic, so a
+repeated call gives the same bits.
 """
 
 from __future__ import annotations
@@ -49,10 +50,12 @@ def table_gradient(grad: Tensor, index: Tensor, rows: int) -> Tensor:
     index = index.reshape(outer, 1, inner)
     grad = grad.reshape(outer, inner, math.prod(shape)).to(dtype)
     numbers = torch.arange(rows, device=index.device, dtype=index.dtype)[:, None]
-    step = max(1, MAX_ONES // max(1, rows * inner))
+    pieces = [slice(None)]
+    if isinstance(outer, int) and isinstance(inner, int):
+        step = max(1, MAX_ONES // max(1, rows * inner))
+        pieces = [slice(start, start + step) for start in range(0, outer, step)]
     total = grad.new_zeros((rows, grad.shape[-1]), dtype=wide)
-    for start in range(0, outer, step):
-        piece = slice(start, start + step)
+    for piece in pieces:
         ones = (index[piece] == numbers).to(dtype)
         total = total + (ones @ grad[piece]).sum(0, dtype=wide)
     return total.reshape(rows, *shape)

@@ -14,8 +14,9 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 
-from .. import ops
+from .. import _torch_private, ops
 from ..capture.trace import Trace, Value
+from ..ops.bias_table import MAX_ONES
 from ..recognize.region import Operand, Region
 
 aten = torch.ops.aten
@@ -43,9 +44,9 @@ def improve_lookups(trace: Trace, regions: Iterable[Region]) -> list[str]:
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         rows = table.meta["example_value"].shape[0]
+        numbers = _product(value.shape)
         sentences.append(
-            f"{node.name} looks up a bias, {math.prod(value.shape)} numbers in {rows} rows: their gradient is added up "
-            "by a product"
+            f"{node.name} looks up a bias, {numbers} numbers in {rows} rows: their gradient is added up by a product"
         )
     return sentences
 
@@ -76,13 +77,24 @@ def _lookup_of(trace: Trace, value: Value) -> tuple[fx.Node, fx.Node, fx.Node, b
         return None
     if not (table.requires_grad and table.dtype.is_floating_point and index.dtype in (torch.int32, torch.int64)):
         return None
-    sizes = (*table.shape, *index.shape)
-    if not table.ndim or not all(isinstance(size, int) for size in sizes):
+    # An index may lie on the CPU, and its table elsewhere.
+    if table.device != index.device or not table.ndim or not all(isinstance(size, int) for size in table.shape):
         return None
-    rows, reads = table.shape[0], index.numel()
-    if not 0 < rows <= _MAX_ROWS or reads < _MIN_READS * rows or reads * table[0].numel() < _MIN_NUMBERS:
+    rows, reads = table.shape[0], _product(index.shape)
+    if not 0 < rows <= _MAX_ROWS or reads < _MIN_READS * rows or reads * math.prod(table.shape[1:]) < _MIN_NUMBERS:
+        return None
+    is_symbolic = not all(isinstance(size, int) for size in index.shape)
+    if is_symbolic and rows * reads > MAX_ONES:  # which makes one piece of all
         return None
     return node, *call
+
+
+def _product(shape: Iterable[Any]) -> int:
+    """The number of elements, in the call that is being compiled; 0 where that depends on data."""
+    try:
+        return math.prod(map(_torch_private.hint, shape))
+    except ValueError:
+        return 0
 
 
 def _parts_of(node: fx.Node) -> tuple[Any, Any, bool] | None:

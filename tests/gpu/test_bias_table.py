@@ -40,3 +40,21 @@ def test_gradient_of_a_table(dtype):
     assert torch.equal(actual[-1], again[-1])
     (report,) = rocm_attn_compile.reports()
     assert report.sites[0].replaced and any("by a product" in note for note in report.notes)
+
+
+def test_an_index_on_the_cpu_is_left_alone():
+    def program(x: Tensor, table: Tensor, index: Tensor) -> Tensor:
+        return torch.softmax(x @ x.transpose(-1, -2) * 0.1 + table[index].permute(2, 0, 1)[None], -1) @ x
+
+    def run(function) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, HEADS, LENGTH, 64, generator=generator).cuda().requires_grad_()
+        table = torch.randn(ROWS, HEADS, generator=generator).cuda().requires_grad_()
+        index = torch.randint(0, ROWS, (LENGTH, LENGTH), generator=generator)
+        return torch.autograd.grad(function(x, table, index).square().sum(), (x, table))
+
+    rocm_attn_compile.reset_reports()
+    torch._dynamo.reset()
+    compiled = torch.compile(program, backend="rocm_attn", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(run(compiled), run(program), atol=2e-2, rtol=1e-3)
+    assert not any("by a product" in note for report in rocm_attn_compile.reports() for note in report.notes)

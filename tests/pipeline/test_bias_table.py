@@ -94,14 +94,34 @@ def test_what_is_left_alone(name):
     assert lookups(check(ELSEWHERE[name])) == 0
 
 
-def test_small_lookups_and_symbolic_sizes_are_left_alone(monkeypatch):
-    arguments = (*inputs(torch.float32), SPELLINGS["F.embedding"])
-    recorder = Recorder()
-    torch.compile(program, backend=recorder, fullgraph=True, dynamic=True)(*arguments)
+def test_small_lookups_are_left_alone(monkeypatch):
     monkeypatch.setattr(rewriting, "_MIN_NUMBERS", 2**20)
+    assert lookups(check(SPELLINGS["F.embedding"])) == 0
+
+
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+def test_symbolic_sizes(lowering, monkeypatch):
+    """The second length makes a program for all, in one piece; left alone where that piece would be large."""
+
+    def cut(arguments: tuple[Tensor, ...], length: int) -> tuple[Tensor, ...]:
+        x, table, index = arguments
+        return x.detach()[:, :, :length].clone().requires_grad_(), table, index[:length, :length].clone()
+
+    recorder = Recorder(lowering=lowering)
+    compiled = torch.compile(program, backend=recorder, fullgraph=True)
+    look_up = SPELLINGS["F.embedding"]
+    for length in (LENGTH, LENGTH - 2, LENGTH - 7):
+        with Float64Everywhere():
+            exact = with_gradients(program, *cut(inputs(torch.float64), length), look_up)
+        eager = with_gradients(program, *cut(inputs(torch.float32), length), look_up)
+        actual = with_gradients(compiled, *cut(inputs(torch.float32), length), look_up)
+        assert_as_accurate_as_eager(actual, eager, tuple(t.double() for t in exact))
+    assert len(recorder.graphs) == recorder.calls == 2 and all(lookups(graph) == 1 for graph in recorder.graphs)
+    monkeypatch.setattr(rewriting, "MAX_ONES", 512)
     torch._dynamo.reset()
-    torch.compile(program, backend=recorder, fullgraph=True, dynamic=False)(*arguments)
-    assert recorder.calls == 2 and not any(map(lookups, recorder.graphs))
+    for length in (LENGTH, LENGTH - 2):
+        with_gradients(compiled, *cut(inputs(torch.float32), length), look_up)
+    assert [lookups(graph) for graph in recorder.graphs] == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(("shape", "extra"), [((), ()), ((50,), (4,)), ((5, 6), (2, 3)), ((2, 3, 4), ())])
