@@ -71,6 +71,6 @@ def launches(
         found, out, lse = prefill_launches(*tensors, masks, *scalars, "bhsd", tuning)
         if backward:
             grad_out = torch.empty_like(out)
-            wanted = [True] * 3
+            wanted = [True] * 5
             found += prefill_backward_launches(grad_out, *tensors, masks, out, lse, *scalars, wanted, tuning)[0]
     return {launch.kernel.__name__: launch for launch in found}

@@ -16,6 +16,7 @@ from .mla_prefill import (
     check,
     expanded_backward,
     expanded_forward,
+    gradients,
     in_pieces,
     prefill_backward_launches,
     prefill_launches,
@@ -147,19 +148,15 @@ def mla_prefill_backward(
     """
     check(q_nope, q_pe, k_nope, k_pe)
     masks = key_mask, kv_start, kv_end
-    found: tuple[Tensor | None, ...]
     if q_pe is None or k_pe is None or not in_pieces(q_nope, k_pe, v):
         found = expanded_backward(
             grad_out, q_nope, q_pe, k_nope, k_pe, v, masks, out, lse, softmax_scale, band_lower, band_upper, empty_rows,
             output_mask,
         )  # fmt: skip
-    else:
-        launches, tensors = prefill_backward_launches(
-            grad_out, q_nope, q_pe, k_nope, k_pe, v, masks, out, lse, softmax_scale, band_lower, band_upper, empty_rows,
-            [output_mask[0] or output_mask[1], output_mask[2] or output_mask[3], output_mask[4]],
-        )  # fmt: skip
-        run_all(launches, q_nope.device)
-        parts = tensors["dk_pe"] if output_mask[3] else None
-        dk_pe = None if parts is None else parts.sum(1).to(k_pe.dtype)
-        found = tensors["dq"], tensors["dq_pe"], tensors["dk"], dk_pe, tensors["dv"]
-    return tuple(gradient if wanted else None for gradient, wanted in zip(found, output_mask))
+        return tuple(gradient if wanted else None for gradient, wanted in zip(found, output_mask))
+    launches, tensors = prefill_backward_launches(
+        grad_out, q_nope, q_pe, k_nope, k_pe, v, masks, out, lse, softmax_scale, band_lower, band_upper, empty_rows,
+        output_mask,
+    )  # fmt: skip
+    run_all(launches, q_nope.device)
+    return gradients(tensors, k_pe, output_mask)

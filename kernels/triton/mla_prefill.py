@@ -74,16 +74,24 @@ def prefill_backward_launches(
     lse: Tensor, softmax_scale: float, band_lower: int | None, band_upper: int | None, empty_rows: str,
     output_mask: Sequence[bool], tuning: Tuning | None = None,
 ) -> tuple[list[Launch], dict[str, Tensor]]:  # fmt: skip
-    """The launches of one backward, in pieces, and what they fill: see backward_launches.
+    """The launches of one backward, in pieces, and what they fill: see backward_launches, and `gradients`.
 
     Args:
-        output_mask: Whether gradients of the queries, of the keys, and of v are wanted.
+        output_mask: Which of the gradients of q_nope, q_pe, k_nope, k_pe, v are wanted.
     """
     rope = rows_adjacent(q_pe), rows_adjacent(k_pe)
+    wanted = (output_mask[0] or output_mask[1], output_mask[2] or output_mask[3], output_mask[4])
     return backward_launches(
         grad_out, q_nope, k_nope, v, None, None, *masks, None, None, None, None, None, out, lse, softmax_scale, None,
-        band_lower, band_upper, 0.0, empty_rows, [*output_mask, False, False], tuning, rope,
+        band_lower, band_upper, 0.0, empty_rows, [*wanted, False, False], tuning, rope,
     )  # fmt: skip
+
+
+def gradients(tensors: dict[str, Tensor], k_pe: Tensor, output_mask: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Those of q_nope, q_pe, k_nope, k_pe, v, from what such launches fill; None where not wanted."""
+    dk_pe = tensors["dk_pe"].sum(1).to(k_pe.dtype) if output_mask[3] else None
+    found = tensors["dq"], tensors["dq_pe"], tensors["dk"], dk_pe, tensors["dv"]
+    return tuple(gradient if wanted else None for gradient, wanted in zip(found, output_mask))
 
 
 def expanded_forward(

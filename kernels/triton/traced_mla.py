@@ -11,7 +11,7 @@ from typing import Any
 from . import mla_configs
 from .launch import MIN_TMA_SCORES, Tuning, device_arch
 from .mla_decode_launch import mla_decode_launches
-from .mla_prefill import check, in_pieces, prefill_backward_launches, prefill_launches
+from .mla_prefill import check, gradients, in_pieces, prefill_backward_launches, prefill_launches
 from .traced import Tracer, trace
 
 _TUNING = Tuning(traced=True)
@@ -44,19 +44,13 @@ def mla_prefill_backward(tracer: Tracer, **arguments: Any) -> Any:
     """As mla.mla_prefill_backward, an unwanted gradient an empty tensor, as of the op; or NotImplemented."""
     given = dict(arguments)
     masks = tuple(given.pop(name) for name in ("key_mask", "kv_start", "kv_end"))
-    wanted = given.pop("output_mask")
     if not _in_pieces(given):
         return NotImplemented
-    mask = [wanted[0] or wanted[1], wanted[2] or wanted[3], wanted[4]]
-    launches, tensors = prefill_backward_launches(**given, masks=masks, output_mask=mask, tuning=_TUNING)
+    launches, tensors = prefill_backward_launches(**given, masks=masks, tuning=_TUNING)
     if not trace(launches, arguments, tracer):
         return NotImplemented
-    dk_pe = tensors["dk_pe"].sum(1).to(given["k_pe"].dtype) if wanted[3] else None
-    found = tensors["dq"], tensors["dq_pe"], tensors["dk"], dk_pe, tensors["dv"]
-    return tuple(
-        gradient if want and gradient is not None else given["grad_out"].new_empty((0,))
-        for gradient, want in zip(found, wanted)
-    )
+    found = gradients(tensors, given["k_pe"], given["output_mask"])
+    return tuple(given["grad_out"].new_empty((0,)) if gradient is None else gradient for gradient in found)
 
 
 def _in_pieces(given: dict[str, Any]) -> bool:

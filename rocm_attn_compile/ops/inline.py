@@ -12,20 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import cpu_inline, gpu_inline, returned_weights
 from rocm_attn_compile.ops.checks import EMPTY_ROWS
 from rocm_attn_compile.ops.dispatch import DEFAULT, REFERENCE
 from rocm_attn_compile.ops.impl import parse
-from rocm_attn_compile.ops.kv_cache import CACHE_TENSORS
 from rocm_attn_compile.ops.schemas import (
     LIBRARY,
-    OPTIONAL_TENSORS,
     attention,
     attention_backward,
+    is_static,
     named_arguments,
+    tensors_of,
 )
 
 Rule = Callable[[str, str, dict[str, Any]], Callable[[], Any] | None]
@@ -38,22 +36,12 @@ def _body(rules: dict[str, Rule], op: Any, args: tuple, kwargs: dict[str, Any]) 
     impl = parse(arguments.pop("impl"))
     name = impl.backend or DEFAULT
     rule = rules.get(arguments["q"].device.type)
-    if rule is None or not impl.inline or name == REFERENCE or not _is_static(arguments):
+    if rule is None or not impl.inline or name == REFERENCE or not is_static(arguments):
+        return None
+    # What is wrong with the arguments is left to the op to say.
+    if arguments["empty_rows"] not in EMPTY_ROWS or not all(t.numel() for t in tensors_of(arguments)):
         return None
     return rule(name, impl.tuned, arguments)
-
-
-def _is_static(arguments: dict[str, Any]) -> bool:
-    """Every size is a number and none is 0; what is wrong with the arguments is left to the op to say."""
-    names = ("q", "k", "v", *OPTIONAL_TENSORS, *CACHE_TENSORS)
-    tensors: list[Tensor] = [t for name in names if (t := arguments.get(name)) is not None]
-    numbers = [arguments["band_lower"], arguments["band_upper"]]
-    numbers += [number for t in tensors for number in (*t.shape, *t.stride())]
-    return (
-        all(number is None or isinstance(number, int) for number in numbers)
-        and all(t.numel() != 0 for t in tensors)
-        and arguments["empty_rows"] in EMPTY_ROWS
-    )
 
 
 def _register(op: Any, rules: dict[str, Rule]) -> None:

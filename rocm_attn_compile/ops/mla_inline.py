@@ -11,14 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import gpu_inline
 from rocm_attn_compile.ops.impl import parse
 from rocm_attn_compile.ops.mla_dispatch import DEFAULT, cheaper_form
 from rocm_attn_compile.ops.mla_schemas import mla, mla_decode, mla_prefill, mla_prefill_backward
-from rocm_attn_compile.ops.schemas import LIBRARY, named_arguments
+from rocm_attn_compile.ops.schemas import LIBRARY, is_static, named_arguments, tensors_of
 
 _NUM_TENSORS = 10
 
@@ -26,7 +24,7 @@ _NUM_TENSORS = 10
 def _whole(args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any] | None:
     """What to trace instead of a call of `mla`, or None."""
     arguments = named_arguments(mla, args, kwargs)
-    if not parse(arguments["impl"]).inline or not _is_static(arguments):
+    if not parse(arguments["impl"]).inline or not is_static(arguments):
         return None
     values = list(arguments.values())
     tensors, settings = tuple(values[:_NUM_TENSORS]), dict(list(arguments.items())[_NUM_TENSORS:])
@@ -37,20 +35,13 @@ def _kernels(op: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any] 
     """The same of the other ops: launches of their kernels on a GPU."""
     arguments = named_arguments(op, args, kwargs)
     impl = parse(arguments.pop("impl"))
-    tensors = [tensor for tensor in arguments.values() if isinstance(tensor, Tensor)]
-    if not impl.inline or tensors[0].device.type != "cuda" or not _is_static(arguments):
+    tensors = tensors_of(arguments)
+    if not impl.inline or tensors[0].device.type != "cuda" or not is_static(arguments):
         return None
     caches = [arguments.get(name) for name in ("kv_c", "k_pe")]
     if not all(t.numel() for t in tensors) or any(t is not None and t.stride(-1) != 1 for t in caches):
         return None
     return gpu_inline.latent(impl.backend or DEFAULT, op._schema.name.partition("::")[2], arguments)
-
-
-def _is_static(arguments: dict[str, Any]) -> bool:
-    """Every size is a number."""
-    numbers = [arguments["band_lower"], arguments["band_upper"]]
-    numbers += [number for t in arguments.values() if isinstance(t, Tensor) for number in (*t.shape, *t.stride())]
-    return all(number is None or isinstance(number, int) for number in numbers)
 
 
 _torch_private.register_trace_rule(LIBRARY, mla, _whole)

@@ -258,3 +258,15 @@ def named_arguments(op: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
     schema = _torch_private.schema_arguments(op)
     given = dict(zip((name for name, _ in schema), args))
     return {name: given.get(name, kwargs.get(name, default)) for name, default in schema}
+
+
+def tensors_of(arguments: dict[str, Any]) -> list[Tensor]:
+    """The tensors among a call's arguments by name."""
+    return [argument for argument in arguments.values() if isinstance(argument, Tensor)]
+
+
+def is_static(arguments: dict[str, Any]) -> bool:
+    """Whether every size, stride and band edge of a call's arguments by name is a number."""
+    numbers = [arguments["band_lower"], arguments["band_upper"]]
+    numbers += [number for t in tensors_of(arguments) for number in (*t.shape, *t.stride())]
+    return all(number is None or isinstance(number, int) for number in numbers)

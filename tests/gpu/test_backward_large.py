@@ -43,7 +43,7 @@ def planned(case, tensors, scalars, grad_out, out, lse):
     k, k_pe = (part.contiguous() for part in tensors["k"].split([case["D"] - ROPE, ROPE], -1))
     launches, found = mla_prefill.prefill_backward_launches(
         grad_out, q, q_pe, k, k_pe[:, 0], tensors["v"], (None,) * 3, out, lse, scalars["softmax_scale"],
-        scalars["band_lower"], scalars["band_upper"], scalars["empty_rows"], [True] * 3, Tuning(in_flight=True),
+        scalars["band_lower"], scalars["band_upper"], scalars["empty_rows"], [True] * 5, Tuning(in_flight=True),
     )  # fmt: skip
     return launches, {"q": [found["dq"], found["dq_pe"]], "k": [found["dk"], found["dk_pe"]], "v": [found["dv"]]}
 

@@ -7,6 +7,7 @@ Letters: B batch, H query heads, K key/value heads, M q_len, N kv_len, D head_di
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -329,6 +330,28 @@ def error_norm(got: Tensor, want: Tensor) -> float:
         return math.inf
     error = float((got - want)[~special].norm())
     return math.inf if math.isnan(error) else error
+
+
+def check_twice(
+    plan: Callable[[], tuple[list, Tensor, Tensor]], tensors: dict[str, Tensor | None], scalars: dict[str, Any]
+) -> None:
+    """Plan and run the launches of a forward twice: both results are the same bits, and right.
+
+    Args:
+        plan: Gives the launches and the `out` and `lse` that they fill.
+        tensors, scalars: As from make_inputs.
+    """
+    found = []
+    for _ in range(2):
+        launches, out, lse = plan()
+        out.fill_(float("nan"))
+        lse.fill_(float("nan"))
+        for one in launches:
+            one.run()
+        found.append((out, lse))
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(*found))
+    for what, (error, limit) in compare(tensors, scalars, {"out": out, "lse": lse}).items():
+        assert error <= limit, f"{what}: {error:.2e} > {limit:.2e}"
 
 
 def compare(
