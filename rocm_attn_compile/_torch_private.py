@@ -293,7 +293,7 @@ def triton_writes(kernel: Any, arguments: dict[str, Any], blocks: dict[str, tupl
         return set(get_mutated_tensors(*places, tensors, _descriptors(blocks)))
 
 
-def record_triton(kernel: Any, grid: int, arguments: dict[str, Any], blocks: dict[str, tuple[int, ...]]) -> None:
+def record_triton(kernel: Any, grid: Any, arguments: dict[str, Any], blocks: dict[str, tuple[int, ...]]) -> None:
     """Record `kernel[(grid,)](**arguments)` in the graph being traced, as `torch.library.wrap_triton` does.
 
     That does not take tensor descriptors, though Inductor does: a tensor named in `blocks` reaches the kernel as a

@@ -5,12 +5,14 @@
 Small sizes, so that the host is the bottleneck. Microseconds per attention, from the difference of a program of nine
 and one of one; "written out" is ours by default, "opaque" with options={"inline": False}, "aten flash" is
 F.scaled_dot_product_attention under Inductor, held to FlashAttention. Issue 5 allows ours 10 us more than that.
-Results are compared with float64 first. With CUDA graphs nothing of this should be left: the last column.
+Results are compared with float64 first. With CUDA graphs nothing of this should be left: the last column. Rows of
+symbols are of programs that were compiled for any length.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -59,17 +61,20 @@ def microseconds(function: Callable, repeat: int = 100, rounds: int = 5) -> floa
     return best
 
 
-def runner(way: dict, layers: int, shape: tuple, graphs: bool = False) -> Callable:
-    """A call of the compiled program, checked against float64."""
+def runner(way: dict, layers: int, shape: tuple, symbols: bool, graphs: bool = False) -> Callable:
+    """A call of the program, compiled with `symbols` for any lengths, checked against float64."""
     B, H, K, M, N, D, training = shape
     torch._dynamo.reset()
     torch.manual_seed(0)
     sizes = ((B, H, M, D), (B, K, N, D), (B, K, N, D))
     inputs = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=training) for s in sizes]
+    for tensor in inputs if symbols else ():
+        if tensor.shape[2] > 1:
+            torch._dynamo.mark_dynamic(tensor, 2)
     function = program(layers, M > 1)
     if graphs:
         way = {**way, "options": {**way.get("options", {}), "triton.cudagraphs": True}}
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, **way)
+    compiled = torch.compile(function, fullgraph=True, dynamic=None if symbols else False, **way)
     grad = torch.randn(B, H, M, D, device="cuda", dtype=torch.bfloat16)
 
     def call(function=compiled, inputs=inputs, grad=grad):
@@ -90,9 +95,9 @@ def runner(way: dict, layers: int, shape: tuple, graphs: bool = False) -> Callab
     return call
 
 
-def per_attention(way: dict, shape: tuple, graphs: bool = False) -> float:
+def per_attention(way: dict, shape: tuple, symbols: bool, graphs: bool = False) -> float:
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
-        one, nine = (microseconds(runner(way, layers, shape, graphs)) for layers in (1, 9))
+        one, nine = (microseconds(runner(way, layers, shape, symbols, graphs)) for layers in (1, 9))
     return (nine - one) / 8
 
 
@@ -101,7 +106,7 @@ def profile() -> None:
     import cProfile
     import pstats
 
-    call = runner(WAYS["opaque"], 8, SHAPES["decode, split keys"])
+    call = runner(WAYS["opaque"], 8, SHAPES["decode, split keys"], False)
     for _ in range(20):
         call()
     profiler = cProfile.Profile()
@@ -120,12 +125,13 @@ def main() -> None:
     print(torch.__version__, torch.cuda.get_device_name())
     print(f"{'us per attention on the host':30s}" + "".join(f"{way:>14s}" for way in WAYS) + f"{'CUDA graphs':>14s}")
     figures = {}
-    for name, shape in SHAPES.items():
-        figures[name] = {way: per_attention(how, shape) for way, how in WAYS.items()}
-        figures[name]["CUDA graphs"] = (
-            float("nan") if shape[-1] else per_attention(WAYS["written out"], shape, graphs=True)
-        )
-        print(f"{name:30s}" + "".join(f"{value:14.1f}" for value in figures[name].values()), flush=True)
+    for (name, shape), symbols in itertools.product(SHAPES.items(), (False, True)):
+        found = {way: per_attention(how, shape, symbols) for way, how in WAYS.items()}
+        has_graphs = not shape[-1] and not symbols
+        found["CUDA graphs"] = per_attention(WAYS["written out"], shape, symbols, True) if has_graphs else float("nan")
+        name += ", symbols" if symbols else ""
+        figures[name] = found
+        print(f"{name:30s}" + "".join(f"{value:14.1f}" for value in found.values()), flush=True)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(

@@ -41,6 +41,7 @@ from .launch import (
     takes_tma_rope,
 )
 from .mask_ranges_launch import is_ranged, ranges_launch
+from .sizes import known, remembering
 
 
 def of_rope(name: str, stride: str, gradient: Tensor | None, letters: str) -> dict[str, Any]:
@@ -52,7 +53,12 @@ def of_rope(name: str, stride: str, gradient: Tensor | None, letters: str) -> di
 def empty_gradient(tensor: Tensor) -> Tensor:
     """An uninitialised gradient of `tensor`: with its strides if it is dense, else contiguous."""
     gradient = torch.empty_like(tensor)
-    return gradient if gradient.stride() == tensor.stride() else tensor.new_empty(tensor.shape)
+    is_same = all(known(ours == its) for ours, its in zip(gradient.stride(), tensor.stride()))
+    return gradient if is_same else tensor.new_empty(tensor.shape)
+
+
+def _is_broadcast(size: int, length: int) -> bool:
+    return known(size == 1) and not known(length == 1)
 
 
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, correction: Tensor | None) -> Tensor:
@@ -101,6 +107,7 @@ def backward_launches(
     """
     check(q, k, v, empty_rows)
     tuning = tuning or Tuning()
+    hint = tuning.hint
     batch, num_heads, q_len, head_dim = q.shape
     _, kv_heads, kv_len, v_head_dim = v.shape
     lse = lse.contiguous()
@@ -136,7 +143,7 @@ def backward_launches(
         blocks = configs.head_blocks(arch, itemsize, head_dim, v_head_dim)
     rope_layouts = (layout(rope[0]), layout(rope[1])) if rope else (None, None)
     arguments: dict[str, Any] = dict(
-        static_arguments(
+        remembering(static_arguments, hint)(
             layout(q), layout(k), layout(v), layout(attn_bias), layout(attn_mask), layout(key_mask), layout(kv_start),
             layout(kv_end), layout(q_ids), layout(kv_ids), layout(alibi_slopes), softmax_scale, logits_soft_cap,
             band_lower, band_upper, dropout_p, blocks,
@@ -163,9 +170,10 @@ def backward_launches(
     # The two small kernels read a head dimension in one piece.
     whole = {**arguments, "BLOCK_D": blocks[0] if not blocks[1] else 2 * blocks[0]}
     del whole["BLOCK_REST"]
+    scores = hint(batch) * num_heads * hint(q_len) * hint(kv_len)
     can_tma = (
         tuning.tma is not False
-        and (tuning.in_flight or batch * num_heads * q_len * kv_len >= min_tma_scores(tuning))
+        and (tuning.in_flight or scores >= min_tma_scores(tuning))
         and aligned(q, k, v, grad_out, *(rope or ()), traced=tuning.traced)
         and all(takes_tma(layout(tensor), itemsize) for tensor in (q, k, v, grad_out))
         and takes_tma_rope(rope_layouts, itemsize)
@@ -190,12 +198,12 @@ def backward_launches(
             "BIAS": bias_kind(layout(attn_bias), bias_itemsize, faster and bias_is_aligned),
             "heads_at_once": configs.heads_at_once(
                 arch, arguments["HAS_UPPER"], batch * kv_heads,
-                (kv_len if direction == "backward_q" else q_len) * (head_dim + v_head_dim) * itemsize,
-                direction != "backward_q",
+                hint(kv_len if direction == "backward_q" else q_len) * (head_dim + v_head_dim) * itemsize,
+                direction != "backward_q", hint=hint,
             ),
             "ROUND_BITS": configs.rounds_bits(arch), "ranges": None,
         }  # fmt: skip
-        ranged = is_ranged(arguments, lse.numel() * kv_len, tuning, direction != "backward_q")
+        ranged = is_ranged(arguments, scores, tuning, direction != "backward_q")
         found["ONLY_EMPTY"] = in_one
         found["RANGED"] = ranged and not in_one
         if found["RANGED"]:
@@ -224,7 +232,8 @@ def backward_launches(
             **dict(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out.stride())),
         )
     ]
-    in_one = can_tma and tuning.config is None and all(computed[:3])
+    # Hopper's own kernels know no symbols, see traced.is_long_on_hopper.
+    in_one = can_tma and tuning.config is None and all(computed[:3]) and hint is int
     if in_one and not rope and not refusal(arch, itemsize, blocks, arguments, tuning.in_flight):
         launches += hopper_launches(grad_out, q, k, v, arguments, tensors, num_units)
     elif in_one and not large_refusal(arch, itemsize, blocks, arguments, tuning.in_flight):
@@ -272,7 +281,7 @@ def backward_launches(
     if computed[3]:
         dbias = tensors["dbias"]
         bias_batch, bias_heads, bias_m, bias_n = dbias.shape
-        reduce_m, reduce_n = bias_m != q_len, bias_n != kv_len
+        reduce_m, reduce_n = _is_broadcast(bias_m, q_len), _is_broadcast(bias_n, kv_len)
         launches.append(
             launch(
                 backward_bias_kernel,

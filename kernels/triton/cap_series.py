@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .common import LOG2E
+from .sizes import known
 
 # Of the argument, its third and its fifth power; tools/fit_soft_cap.py prints them.
 FIRST = tl.constexpr(0.9996967278)
@@ -65,4 +66,4 @@ def series_holds(total, keys, scale_log2):
 def series_fits(softmax_scale: float, logits_soft_cap: float, kv_len: int) -> bool:
     """Whether a call may begin with it: the cap leaves room for ordinary sums, and the factors are float32's."""
     top = math.exp2(logits_soft_cap * TOP.value * LOG2E.value)
-    return kv_len * MEAN_WEIGHT <= top and LEAST_FACTOR <= softmax_scale / logits_soft_cap <= LARGEST_FACTOR
+    return known(kv_len <= top / MEAN_WEIGHT) and LEAST_FACTOR <= softmax_scale / logits_soft_cap <= LARGEST_FACTOR

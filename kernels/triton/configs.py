@@ -13,7 +13,9 @@ Speed is tuned per architecture in a later step; these are safe, sensible values
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 
@@ -418,7 +420,9 @@ HEADS_BYTES, LONG_HEADS_BYTES = 32 * 2**20, 8 * 2**20
 """How much of Hopper's 50 MB L2 cache all heads, or those that run at once, may take; see heads_at_once."""
 
 
-def heads_at_once(arch: str, uneven: bool, heads: int, head_bytes: int, is_long: bool = False) -> int:
+def heads_at_once(
+    arch: str, uneven: bool, heads: Any, head_bytes: int, is_long: bool = False, hint: Callable[[Any], int] = int
+) -> Any:
     """How many key/value heads the programs are dealt out to in turn, before the next ones start.
 
     1 lets the programs of one head follow each other and share its tensors in the cache. That is best on one L2 cache,
@@ -429,15 +433,16 @@ def heads_at_once(arch: str, uneven: bool, heads: int, head_bytes: int, is_long:
     Args:
         arch: "gfx942", "sm90", ...
         uneven: Whether programs of the same head do unequal work.
-        heads: Key/value heads of all batch entries.
+        heads: Key/value heads of all batch entries, which may be a symbol (sizes.py).
         head_bytes: What the programs of one of them all read.
         is_long: Whether programs are few and long: with grouped queries, those of dk and dv are.
+        hint: As launch.Tuning.hint.
     """
     if kv_heads_first(arch):
         return heads
     if arch != "sm90" or not uneven:
         return 1
-    if heads * head_bytes <= HEADS_BYTES:
+    if hint(heads) * head_bytes <= HEADS_BYTES:
         return heads
     return max(1, LONG_HEADS_BYTES // head_bytes) if is_long else 1
 

@@ -31,6 +31,7 @@ from .launch import (
     descriptor,
     device_arch,
     dot_precision,
+    is_wide,
     layout,
     min_tma_scores,
     rope_arguments,
@@ -39,6 +40,7 @@ from .launch import (
     takes_tma_rope,
 )
 from .mask_ranges_launch import is_ranged, ranges_launch
+from .sizes import Hint, is_number, known, remembering
 
 MAX_DECODE_M = 32
 """Tallest packed tile. Not 64, which on Hopper would take the warp-group matrix instructions for a few rows; see also
@@ -50,6 +52,8 @@ MIN_WAVE_KEYS = 1024
 MAX_SPLIT_KEYS = 4096
 """Of prefill. A decode step in one wave of programs of 8192 keys was 3 % faster than in two of 4096."""
 MAX_SPLITS = 128
+LATER_KEYS = 4096
+"""Keys that a decode step is planned for while its number of keys is a symbol: a cache that grows starts short."""
 
 RUNNING_MAX, FIRST_MAX, NO_MAX, CAP_SERIES = (
     mode.value for mode in (common.RUNNING_MAX, common.FIRST_MAX, common.NO_MAX, common.CAP_SERIES)
@@ -63,14 +67,35 @@ def choose_splits(tiles: int, kv_len: int, programs: int, decode: bool = True) -
     """
     if tiles >= programs and not decode:
         return 1
+    splits = _filling_splits(tiles, programs, decode)
+    if not decode:
+        splits = max(splits, kv_len // MAX_SPLIT_KEYS)
+    return max(1, min(splits, kv_len // _shortest_split(tiles, programs), MAX_SPLITS))
+
+
+def _filling_splits(tiles: int, programs: int, decode: bool) -> int:
     least = max(1, programs // tiles)
     # If that leaves more than a sixth of the device idle, cut finer: the last wave then weighs less.
     finer = range(least, max(4 * least, 8 if decode else 4) + 1)
-    splits = next((n for n in finer if n * tiles / (-(-n * tiles // programs) * programs) > 0.83), least)
-    if not decode:
-        splits = max(splits, kv_len // MAX_SPLIT_KEYS)
-    shortest = MIN_SPLIT_KEYS if tiles < programs else MIN_WAVE_KEYS
-    return max(1, min(splits, kv_len // shortest, MAX_SPLITS))
+    return next((n for n in finer if n * tiles / (-(-n * tiles // programs) * programs) > 0.83), least)
+
+
+def _shortest_split(tiles: int, programs: int) -> int:
+    return MIN_SPLIT_KEYS if tiles < programs else MIN_WAVE_KEYS
+
+
+def splits_of_any_size(tiles: Any, kv_len: Any, programs: int, decode: bool, hint: Hint) -> Any:
+    """choose_splits of numbers that may be symbols (see sizes.py): a number, or what the compiled program computes.
+
+    Prefill that fills the device in the call at hand is never split.
+    """
+    if is_number(tiles, kv_len) or (not decode and hint(tiles) >= programs):
+        return choose_splits(hint(tiles), hint(kv_len), programs, decode)
+    wanted = _filling_splits(tiles, programs, decode) if is_number(tiles) else programs // tiles
+    if is_number(wanted) and wanted == 1:
+        return 1
+    longest = torch.sym_min(kv_len // _shortest_split(hint(tiles), programs), MAX_SPLITS)
+    return torch.sym_max(1, torch.sym_min(wanted, longest))
 
 
 def forward_launches(
@@ -135,8 +160,9 @@ def forward_launches(
 
     if dropout_p > 0.0 and dropout_seed is None:
         raise ValueError("dropout_p > 0 needs dropout_seed, an int64 tensor of one element on the same device")
-    traced = bool(tuning and tuning.traced)
-    plan = forward_plan(
+    tuning = tuning or Tuning()
+    traced = tuning.traced
+    plan = remembering(forward_plan, tuning.hint)(
         (layout(q), layout(k), layout(v), layout(attn_bias), layout(attn_mask), layout(key_mask), layout(kv_start),
          layout(kv_end), layout(q_ids), layout(kv_ids), layout(alibi_slopes)),
         (softmax_scale, logits_soft_cap, band_lower, band_upper, dropout_p),
@@ -144,8 +170,9 @@ def forward_launches(
         aligned(q, k, v, *(rope or ()), traced=traced), tuning, *bias_storage(attn_bias, traced),
         (layout(rope[0]), layout(rope[1])) if rope else (None, None), cache,
     )  # fmt: skip
-    tuning = tuning or Tuning()
-    tile = forward_hopper_launch.choose(arch, q.dtype, plan.arguments, tuning)
+    # Hopper's own kernels know no symbols, see traced.is_long_on_hopper.
+    is_static = tuning.hint is int
+    tile = is_static and forward_hopper_launch.choose(arch, q.dtype, plan.arguments, tuning)
     if tile:
         tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "kv_start": kv_start, "kv_end": kv_end,
                    "key_mask": key_mask, "q_ids": q_ids, "kv_ids": kv_ids, "sinks": sinks}  # fmt: skip
@@ -159,7 +186,7 @@ def forward_launches(
     }  # fmt: skip
     if rope:
         tensors["q_rest"], tensors["k_rest"] = rope
-    if plan.num_splits > 1:
+    if plan.is_split:
         shares = lse.numel() * plan.num_splits
         tensors["partial"] = torch.empty((shares, v_head_dim), dtype=torch.float32, device=q.device)
         tensors["partial_stats"] = torch.empty((shares, 2), dtype=torch.float32, device=q.device)
@@ -170,13 +197,13 @@ def forward_launches(
     if arguments["RANGED"]:
         launches.append(ranges_launch(arguments, arguments["BLOCK_M"], arguments["BLOCK_N"]))
         arguments["ranges"] = launches[0].arguments["ranges"]
-    words = decode_hopper_launch.choose(arch, k.dtype, aligned(q, k, v, traced=traced), arguments, tuning)
+    words = is_static and decode_hopper_launch.choose(arch, k.dtype, aligned(q, k, v, traced=traced), arguments, tuning)
     if words:
         launches.append(decode_hopper_launch.launch(words, plan.grid, arguments))
     else:
         main = Launch(attention_forward_kernel, plan.grid, arguments, plan.options, plan.direction, plan.config)
         launches.append(main)
-    if plan.num_splits > 1:
+    if plan.is_split:
         names = ("partial", "partial_stats", "v", "out", "lse", "sinks", "block_table", "v_scale")
         combined = {name: tensors[name] for name in names}
         launches.append(
@@ -246,12 +273,17 @@ class ForwardPlan(NamedTuple):
 
     arguments: dict[str, Any]
     options: dict[str, int]
-    grid: int
-    num_splits: int
+    grid: Any
+    num_splits: Any
     combine: dict[str, Any]
     combine_options: dict[str, int]
     direction: str
     config: configs.KernelConfig
+
+    @property
+    def is_split(self) -> bool:
+        """Whether shares of the keys are added up. Where their number is a symbol, it may be one."""
+        return self.arguments["SPLIT"]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -289,6 +321,7 @@ def forward_plan(
         cache: From cache_launch.cache_layout.
     """
     tuning = tuning or Tuning()
+    hint = tuning.hint
     stored, batch = layouts[1], layouts[0][0][0]
     layouts = (layouts[0], *(cache.sequences(where, batch) for where in layouts[1:3]), *layouts[3:])
     (batch, num_heads, q_len, head_dim), (_, kv_heads, kv_len, v_head_dim) = layouts[0][0], layouts[2][0]
@@ -297,7 +330,7 @@ def forward_plan(
         blocks = configs.rope_blocks(arch, itemsize, head_dim, rope[1][0][2], v_head_dim)
     else:
         blocks = configs.head_blocks(arch, itemsize, head_dim, v_head_dim)
-    arguments = dict(static_arguments(*layouts, *scalars, blocks))
+    arguments = dict(remembering(static_arguments, hint)(*layouts, *scalars, blocks))
     arguments.update(rope_arguments(*rope))
     arguments.update(cache.arguments(stored))
     in_place = cache.dtype in FP8 and configs.converts_in_place(arch)
@@ -306,16 +339,19 @@ def forward_plan(
     # row has a factor.
     arguments["RAW"] = arguments["RAW"] and not arguments["HAS_K_SCALE"] and not half
     group = num_heads // kv_heads
-    pack = tuning.pack or (group if q_len * group <= PACK_ROWS else 1)
+    pack = tuning.pack or (group if hint(q_len) * group <= PACK_ROWS else 1)
     rows = q_len * pack
-    decode = rows <= PACK_ROWS
+    decode = hint(rows) <= PACK_ROWS
+    scores = hint(batch) * num_heads * hint(q_len) * hint(kv_len)
+    # A growing cache is planned for what it will be.
+    likely_keys = hint(kv_len) if is_number(kv_len) or not decode else max(hint(kv_len), LATER_KEYS)
     head_block = configs.head_size(blocks, v_head_dim)
     special = cache.feature or feature(arguments, dtype, arch)
     can_tma = (
         tuning.tma is not False
         and not decode
         and cache == NO_CACHE
-        and batch * num_heads * q_len * kv_len >= min_tma_scores(tuning)
+        and scores >= min_tma_scores(tuning)
         and is_aligned
         and all(takes_tma(where, itemsize) for where in layouts[:3])
         and takes_tma_rope(rope, itemsize)
@@ -324,16 +360,20 @@ def forward_plan(
     config, tma = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
     block_m = config.block_m
     if decode and tuning.config is None:
-        block_m = max(block_m, min(MAX_DECODE_M, triton.next_power_of_2(rows)))
+        block_m = max(block_m, min(MAX_DECODE_M, triton.next_power_of_2(hint(rows))))
     tiles = batch * (num_heads // pack) * triton.cdiv(rows, block_m)
     # Splits would each need the whole row's dropout mask in the combine step for empty rows; not worth it.
     programs = num_units * configs.programs_per_unit(arch, in_place)
-    num_splits = tuning.num_splits or (choose_splits(tiles, kv_len, programs, decode) if scalars[-1] == 0.0 else 1)
+    num_splits = tuning.num_splits or (
+        splits_of_any_size(tiles, kv_len, programs, decode, hint) if scalars[-1] == 0.0 else 1
+    )
+    splits_at_most = num_splits if is_number(num_splits) else MAX_SPLITS
+    likely_splits = num_splits if is_number(num_splits) else choose_splits(hint(tiles), likely_keys, programs, decode)
     # Heads in one piece, of whose rows several numbers are loaded at once.
-    is_plain = cache == NO_CACHE and not blocks[1] and arguments["stride_kd"] == arguments["stride_ve"] == 1
+    is_plain = cache == NO_CACHE and not blocks[1] and all(known(arguments[x] == 1) for x in ("stride_kd", "stride_ve"))
     if decode:
-        special = "_".join(filter(None, (cache.feature, configs.decode_feature(kv_len, num_splits))))
-        if is_plain and tiles * num_splits <= num_units:
+        special = "_".join(filter(None, (cache.feature, configs.decode_feature(likely_keys, likely_splits))))
+        if is_plain and hint(tiles) * likely_splits <= num_units:
             special = "wave"
         config, _ = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
     is_cache = cache != NO_CACHE
@@ -341,27 +381,28 @@ def forward_plan(
     if tuning.shift is not None:
         shift = tuning.shift
     arguments.update(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out_strides))
+    if pack > 1:
+        of_heads = (arguments[name] for name in ("stride_qh", "stride_oh", "stride_bh", "stride_mh"))
+        arguments["WIDE"] = arguments["WIDE"] or any(is_wide(stride) for stride in of_heads if stride is not None)
+    heads = batch * kv_heads
     arguments.update(
         batch_size=batch,
         num_splits=num_splits,
         heads_at_once=configs.heads_at_once(
-            arch, arguments["HAS_UPPER"], batch * kv_heads, kv_len * (head_dim + v_head_dim) * itemsize
+            arch, arguments["HAS_UPPER"], heads, hint(kv_len) * (head_dim + v_head_dim) * itemsize, hint=hint
         ),
         SOFT_CAP=cap_kind(scalars[1], dtype, arch),
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         PACK=pack,
-        SPLIT=num_splits > 1,
-        ONE_TILE=decode and config.merged and is_plain and tiles == batch * kv_heads,
+        SPLIT=splits_at_most > 1,
+        ONE_TILE=decode and config.merged and is_plain and known(tiles == heads),
         LATE_QUERIES=decode and config.merged and is_plain,
         TMA=tma,
         MERGED=config.merged,
         BIAS=bias_kind(layouts[3], bias_itemsize, tma and bias_is_aligned, pack),
         SHIFT=shift,
-        RANGED=pack == 1
-        and num_splits == 1
-        and cache == NO_CACHE
-        and is_ranged(arguments, batch * num_heads * q_len * kv_len, tuning),
+        RANGED=pack == 1 and splits_at_most == 1 and cache == NO_CACHE and is_ranged(arguments, scores, tuning),
         FLOAT8_ASM=in_place,
         HALF=half,
         ROUND_BITS=configs.rounds_bits(arch),
@@ -379,7 +420,7 @@ def forward_plan(
             "HAS_BIAS", "HAS_SINKS", "EMPTY_ROWS", *COMBINE_NAMES,
         )
     }  # fmt: skip
-    combine.update(WAITS=False, COLUMN_BLOCKS=1, BLOCK_S=triton.next_power_of_2(num_splits), CHUNK=16, BLOCK_N=16)
+    combine.update(WAITS=False, COLUMN_BLOCKS=1, BLOCK_S=triton.next_power_of_2(splits_at_most), CHUNK=16, BLOCK_N=16)
     options = config.options(arch.startswith("gfx"))
     combine_options = {"num_warps": configs.combine_warps(arch), "num_stages": 1}
     return ForwardPlan(arguments, options, tiles * num_splits, num_splits, combine, combine_options, direction, config)

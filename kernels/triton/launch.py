@@ -15,6 +15,7 @@ from torch import Tensor
 from . import configs
 from .bias import BIAS_ELEMENTS, BIAS_ROW, BIAS_TILES
 from .common import CAP_FAST, CAP_PLAIN, CAP_PRECISE, CAP_RECIPROCAL, NO_CAP
+from .sizes import Hint, known
 from .tuned import Chosen
 
 MAX_HEAD_DIM = 256
@@ -75,7 +76,7 @@ class Launch:
     """
 
     kernel: Any
-    grid: int
+    grid: Any
     arguments: dict[str, Any]
     options: dict[str, int]
     direction: str = ""
@@ -125,6 +126,7 @@ class Tuning:
         opaque: Triton's own launcher will run the call, not a CUDA graph and not Inductor.
         chosen: Without `config`: configurations that take the place of the tables', see autotune.py. One that needs
             tensor descriptors counts where these can be had.
+        hint: From a size to its value in the call at hand; not `int` where sizes may be symbols, see sizes.py.
     """
 
     config: configs.KernelConfig | None = None
@@ -139,6 +141,7 @@ class Tuning:
     traced: bool = False
     opaque: bool = False
     chosen: Chosen = ()
+    hint: Hint = int
 
 
 def choose(
@@ -204,8 +207,12 @@ def takes_tma(where: Layout, itemsize: int) -> bool:
     if where is None:
         return False
     shape, strides = where
-    outer = all(size == 1 or (stride > 0 and stride * itemsize % 16 == 0) for size, stride in zip(shape, strides[:3]))
-    return outer and strides[3] == 1 and shape[3] * itemsize >= 32
+    outer = all(known(size == 1) or _is_whole(stride, itemsize) for size, stride in zip(shape, strides[:3]))
+    return outer and known(strides[3] == 1) and known(shape[3] * itemsize >= 32)
+
+
+def _is_whole(stride: int, itemsize: int) -> bool:
+    return known(stride > 0) and known(stride * itemsize % 16 == 0)
 
 
 def takes_tma_rope(rope: tuple[Layout, Layout], itemsize: int) -> bool:
@@ -225,7 +232,7 @@ def aligned(*tensors: torch.Tensor, traced: bool = False) -> bool:
     Inductor copies it.
     """
     if traced:
-        return all(tensor.storage_offset() * tensor.element_size() % 16 == 0 for tensor in tensors)
+        return all(known(tensor.storage_offset() * tensor.element_size() % 16 == 0) for tensor in tensors)
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
@@ -274,9 +281,9 @@ def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Descriptor:
     """The descriptor of a 4-D tensor (see takes_tma) read in blocks of `rows` x `columns` of one head."""
     # An expanded dimension is stored once. The stride of a dimension of size 1 says nothing, but must be valid.
     shape = tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride()))
-    unit = 16 // tensor.element_size()
+    itemsize = tensor.element_size()
     strides = [
-        stride if size > 1 or (stride > 0 and stride % unit == 0) else unit
+        stride if known(size > 1) or _is_whole(stride, itemsize) else 16 // itemsize
         for size, stride in zip(shape[:3], tensor.stride()[:3])
     ]
     return Descriptor(tensor, shape, (*strides, 1), (1, 1, rows, columns))
@@ -331,7 +338,7 @@ def broadcast_strides(where: Layout, count: int) -> tuple[int | None, ...]:
     """Strides for a broadcasting kernel argument: 0 where the size is 1, None for an absent tensor."""
     if where is None:
         return (None,) * count
-    return tuple(0 if size == 1 else stride for size, stride in zip(*where))
+    return tuple(0 if known(size == 1) else stride for size, stride in zip(*where))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -363,9 +370,9 @@ def static_arguments(
     _, kv_heads, kv_len, v_head_dim = v[0]
     # A band edge that lies outside the score matrix drops nothing (or everything): keep it within 32 bits.
     if band_lower is not None:
-        band_lower = None if band_lower <= 1 - q_len else min(band_lower, kv_len)
+        band_lower = None if known(band_lower <= 1 - q_len) else torch.sym_min(band_lower, kv_len)
     if band_upper is not None:
-        band_upper = None if band_upper >= kv_len - 1 else max(band_upper, -q_len)
+        band_upper = None if known(band_upper >= kv_len - 1) else torch.sym_max(band_upper, -q_len)
     arguments: dict[str, Any] = {}
     for names, values in (
         (("stride_qb", "stride_qh", "stride_qm", "stride_qd"), q[1]),
@@ -398,7 +405,7 @@ def static_arguments(
         BLOCK_D=head_blocks[0],
         BLOCK_REST=head_blocks[1],
         BLOCK_E=head_blocks[2],
-        WIDE=any(256 * max(stride[1:]) >= 2**31 for _, stride in matrices),
+        WIDE=any(is_wide(stride) for _, strides in matrices for stride in strides[2:]),
         RAW=attn_bias is None and alibi_slopes is None and (logits_soft_cap or softmax_scale) > 0,
         HAS_BIAS=attn_bias is not None,
         HAS_ATTN_MASK=attn_mask is not None,
@@ -412,6 +419,11 @@ def static_arguments(
         HAS_ALIBI=alibi_slopes is not None,
     )
     return arguments
+
+
+def is_wide(stride: int) -> bool:
+    """Whether up to 256 steps of it may not fit 32 bits."""
+    return not known(256 * stride < 2**31)
 
 
 def _slope_strides(where: Layout) -> tuple[int | None, ...]:

@@ -4,7 +4,8 @@ Inductor then launches the kernels with its own launcher and plans their buffers
 microseconds where the way through the dispatcher, Python and Triton's launcher costs tens, and hundreds where tensor
 descriptors are made.
 
-The plan of a call depends on sizes and strides only, so it is made here, on tensors without data.
+The plan of a call depends on sizes and strides only, so it is made here, on tensors without data. Batch size, lengths
+and strides may be symbols (sizes.py); grids and kernels' arguments are computed from them at each call then.
 
 PyTorch reads out of a kernel's intermediate code which tensors it writes. Where it fails it takes all for written, and
 what Inductor makes of that was wrong when it happened: such a call is not traced either.
@@ -16,13 +17,16 @@ import functools
 import logging
 from typing import Any, Protocol
 
+import torch
 import triton
 from torch import Tensor
 
+from . import configs, forward_hopper_launch
 from . import tuned as tuned_text
 from .backward_launch import backward_launches, sink_gradient
 from .forward_launch import forward_launches
-from .launch import Descriptor, Launch, Tuning, base_of
+from .launch import Descriptor, Launch, Tuning, base_of, device_arch
+from .sizes import Hint, is_number
 from .weights_launch import weights_launches
 
 log = logging.getLogger(__name__)
@@ -35,9 +39,12 @@ class Tracer(Protocol):
         """Names of the arguments that PyTorch says a call writes."""
 
     def record_triton(
-        self, kernel: Any, grid: int, arguments: dict[str, Any], blocks: dict[str, tuple[int, ...]]
+        self, kernel: Any, grid: Any, arguments: dict[str, Any], blocks: dict[str, tuple[int, ...]]
     ) -> None:
         """Record a call in the graph that is traced."""
+
+    def hint(self, number: Any) -> int:
+        """The value of a symbol in the call that is compiled; ValueError where it has none."""
 
     def uses_cuda_graphs(self) -> bool:
         """Whether what is traced will be captured in CUDA graphs."""
@@ -48,7 +55,10 @@ _LAUNCHER_OPTIONS = ("num_warps", "num_stages")
 
 def attention_forward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:
     """As attention.attention_forward, all arguments by name, on traced tensors of fixed sizes; or NotImplemented."""
-    launches, out, lse = forward_launches(**arguments, tuning=_tuning(tuned))
+    hint = hint_of(arguments, tracer, _fixed(**arguments))
+    if hint is None or is_long_on_hopper(hint, **arguments):
+        return NotImplemented
+    launches, out, lse = forward_launches(**arguments, tuning=_tuning(tuned, hint))
     return (out, lse) if trace(launches, arguments, tracer) else NotImplemented
 
 
@@ -62,7 +72,10 @@ def attention_with_weights(
 
 def attention_backward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:
     """As attention.attention_backward, all arguments by name, on traced tensors of fixed sizes; or NotImplemented."""
-    launches, tensors = backward_launches(**arguments, tuning=_tuning(tuned))
+    hint = hint_of(arguments, tracer, _fixed(**arguments))
+    if hint is None or is_long_on_hopper(hint, **arguments):
+        return NotImplemented
+    launches, tensors = backward_launches(**arguments, tuning=_tuning(tuned, hint))
     if not trace(launches, arguments, tracer):
         return NotImplemented
     sinks = arguments["sinks"]
@@ -74,8 +87,43 @@ def attention_backward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _tuning(text: str) -> Tuning:
-    return Tuning(traced=True, chosen=tuned_text.decode(text))
+def _tuning(text: str, hint: Hint = int) -> Tuning:
+    return Tuning(traced=True, chosen=tuned_text.decode(text), hint=hint)
+
+
+def _fixed(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None = None, **_: Any) -> tuple[Any, ...]:
+    """Sizes of an attention by which its kernels are compiled."""
+    return (q.shape[1], q.shape[3], k.shape[1], v.shape[3], 0 if block_table is None else k.shape[2])
+
+
+def is_long_on_hopper(hint: Hint, q: Tensor, k: Tensor, **_: Any) -> bool:
+    """Whether a call with symbols stays opaque, so that Hopper's own kernels, in Gluon, may take it at each call.
+
+    One that is shorter while it is compiled is written out, for longer ones, too.
+    """
+    if hint is int or not configs.has_hopper_kernels(device_arch(q.device)[0]):
+        return False
+    return hint(q.shape[0]) * q.shape[1] * hint(q.shape[2]) * hint(k.shape[2]) >= forward_hopper_launch.MIN_SCORES
+
+
+def hint_of(arguments: dict[str, Any], tracer: Tracer, fixed: tuple[Any, ...]) -> Hint | None:
+    """`Tuning.hint` for a call with these arguments; None where a plan would need numbers that are not there.
+
+    That is where one of `fixed` is a symbol, or where a symbol has no value before data are read.
+    """
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    numbers = [number for tensor in tensors for number in (*tensor.shape, *tensor.stride(), tensor.storage_offset())]
+    numbers += [value for value in arguments.values() if isinstance(value, torch.SymInt)]
+    if is_number(*numbers):
+        return int
+    if not is_number(*fixed):
+        return None
+    try:
+        for number in numbers:
+            tracer.hint(number)
+    except ValueError:
+        return None
+    return tracer.hint
 
 
 def trace(launches: list[Launch], arguments: dict[str, Any], tracer: Tracer) -> bool:
@@ -120,6 +168,7 @@ def _is_understood(kernel: Any, launch: Launch, given: set[int], tracer: Tracer)
     """Whether PyTorch knows that the launch writes something, and none of the `given` tensors; remembered."""
     blocks = _blocks(launch)
     bases = {k: base_of(v) for k, v in launch.arguments.items()}
+    bases = {k: tracer.hint(v) if isinstance(v, torch.SymInt) else v for k, v in bases.items()}
     described = tuple((k, v.dtype if isinstance(v, Tensor) else v, blocks.get(k)) for k, v in bases.items())
     inputs = frozenset(k for k, v in bases.items() if id(v) in given)
     key = (kernel, described, inputs)

@@ -4,7 +4,8 @@ AOTAutograd traces the rewritten graph. Where the op's `impl` asks for it, the o
 as what it does on that device: on the CPU ATen's fused attention and the few operations around it, which Inductor then
 schedules, fuses and calls by itself. That saves the way through Python, which costs more than a small attention.
 
-What depends on values, on sizes that are not numbers, or on code that has to see its tensors, stays an opaque call.
+What depends on values, or on code that has to see its tensors, stays an opaque call; on the CPU also what depends on
+sizes that are not numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _body(rules: dict[str, Rule], op: Any, args: tuple, kwargs: dict[str, Any]) 
     impl = parse(arguments.pop("impl"))
     name = impl.backend or DEFAULT
     rule = rules.get(arguments["q"].device.type)
-    if rule is None or not impl.inline or name == REFERENCE or not is_static(arguments):
+    if rule is None or not impl.inline or name == REFERENCE:
         return None
     # What is wrong with the arguments is left to the op to say.
     if arguments["empty_rows"] not in EMPTY_ROWS or not all(t.numel() for t in tensors_of(arguments)):
@@ -48,6 +49,11 @@ def _register(op: Any, rules: dict[str, Rule]) -> None:
     _torch_private.register_trace_rule(LIBRARY, op, lambda args, kwargs: _body(rules, op, args, kwargs))
 
 
-_register(attention, {"cpu": cpu_inline.forward, "cuda": gpu_inline.forward})
-_register(returned_weights.attention_with_weights, dict.fromkeys(("cpu", "cuda"), returned_weights.traced))
-_register(attention_backward, {"cpu": cpu_inline.backward, "cuda": gpu_inline.backward})
+def _of_numbers(rule: Rule) -> Rule:
+    """The rule, for calls in which every size is a number."""
+    return lambda name, tuned, arguments: rule(name, tuned, arguments) if is_static(arguments) else None
+
+
+_register(attention, {"cpu": _of_numbers(cpu_inline.forward), "cuda": gpu_inline.forward})
+_register(returned_weights.attention_with_weights, dict.fromkeys(("cpu", "cuda"), _of_numbers(returned_weights.traced)))
+_register(attention_backward, {"cpu": _of_numbers(cpu_inline.backward), "cuda": gpu_inline.backward})

@@ -87,19 +87,65 @@ def add_bfloat16_dot() -> None:
 
 def forward(tuning: dict[str, Any] | None, **arguments: Any) -> Any:
     """`(out, lse)`; `tuning` as keyword arguments of launch.Tuning. Outputs are filled with NaN before the launch."""
-    from rocm_attn_compile.kernels.triton.configs import KernelConfig
     from rocm_attn_compile.kernels.triton.forward_launch import forward_launches
     from rocm_attn_compile.kernels.triton.launch import Tuning
 
-    if tuning and "config" in tuning:
-        tuning = {**tuning, "config": KernelConfig(*tuning["config"])}
-    launches, out, lse = forward_launches(**arguments, tuning=Tuning(**tuning) if tuning else None)
+    launches, out, lse = forward_launches(**arguments, tuning=Tuning(**_overrides(tuning)) if tuning else None)
     if launches:
         out.fill_(float("nan"))
         lse.fill_(float("nan"))
     for launch in launches:
         launch.run()
     return out, lse
+
+
+def _overrides(tuning: dict[str, Any] | None) -> dict[str, Any]:
+    """Keyword arguments of launch.Tuning, of which the configuration came as a tuple."""
+    from rocm_attn_compile.kernels.triton.configs import KernelConfig
+
+    tuning = tuning or {}
+    return {**tuning, "config": KernelConfig(*tuning["config"])} if "config" in tuning else tuning
+
+
+def symbolic_forward(
+    hints: dict[str, Any], tuning: dict[str, Any] | None, bottom_right: bool = False, **arguments: Any
+) -> Any:
+    """As `forward`, planned at the sizes of `hints`, other tensors of the same names, with symbols. See Symbols.
+
+    Also the number of splits of each kernel by name. `bottom_right`: the band's upper edge is the difference of the
+    lengths.
+    """
+    from symbolic_launches import Symbols
+
+    from rocm_attn_compile.kernels.triton.forward_launch import forward_launches
+
+    tensors = {name: arguments.pop(name) for name in hints}
+    symbols = Symbols(hints, tensors)
+    if bottom_right:
+        arguments["band_upper"] = symbols.fakes["k"].shape[2] - symbols.fakes["q"].shape[2]
+    out, lse = symbols.run(forward_launches, _overrides(tuning), **arguments)
+    return out, lse, {x.kernel.__name__: x.arguments.get("num_splits") for x in symbols.launches}
+
+
+def symbolic_backward(hints: dict[str, Any], ranged: bool | None, is_free: bool, **arguments: Any) -> Any:
+    """The five gradients, planned as in `symbolic_forward`; unwanted ones have no elements."""
+    from symbolic_launches import Symbols
+
+    from rocm_attn_compile.kernels.triton.backward_launch import backward_launches
+
+    symbols = Symbols(hints, {name: arguments.pop(name) for name in hints})
+
+    def plan(**given: Any) -> Any:
+        launches, tensors = backward_launches(**given)
+        return launches, *(tensors[name] for name in ("dq", "dk", "dv", "dbias", "delta", "correction"))
+
+    *gradients, delta, correction = symbols.run(plan, {"ranged": ranged}, is_free, **arguments, output_mask=[True] * 5)
+    sinks = symbols.value(symbols.fakes["sinks"])
+    if sinks is None:
+        return *gradients, delta.new_empty((0,))
+    from rocm_attn_compile.kernels.triton.backward_launch import sink_gradient
+
+    return *gradients, sink_gradient(sinks, symbols.value(symbols.fakes["lse"]), delta, correction)
 
 
 def weights(weights_dtype: torch.dtype, tuning: dict[str, Any] | None, **arguments: Any) -> Any:

@@ -17,8 +17,8 @@ from torch import Tensor
 TENSOR_NAMES = ("attn_bias", "attn_mask", "key_mask", "kv_start", "kv_end", "q_ids", "kv_ids", "sinks", "dropout_seed",
                 "alibi_slopes")  # fmt: skip
 GRADIENTS = ("q", "k", "v", "attn_bias", "sinks")
-LARGEST_LSE = 16.0
-"""Of scores that are no fills: the logarithm of nine million keys."""
+KEYS_LSE = 16.0
+"""What is left of lse without the scores: the logarithm of nine million keys."""
 
 
 def make_inputs(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, Tensor | None], dict[str, Any]]:
@@ -354,6 +354,13 @@ def check_twice(
         assert error <= limit, f"{what}: {error:.2e} > {limit:.2e}"
 
 
+def largest_score(tensors: dict[str, Tensor | None], scalars: dict[str, Any]) -> float:
+    """Without a bias, which may be a fill."""
+    q, k = (tensors[name].double() for name in "qk")
+    products = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    return float(products.abs().max()) * abs(scalars["softmax_scale"]) if products.numel() else 0.0
+
+
 def compare(
     tensors: dict[str, Tensor | None],
     scalars: dict[str, Any],
@@ -375,7 +382,8 @@ def compare(
     eager = oracle(tensors, scalars, dtype, grad_out)
     sizes = magnitudes(tensors, scalars, want, grad_out)
     lse = want["lse"][want["lse"].isfinite()].abs()
-    lse_rounding = torch.finfo(torch.float32).eps * min(float(lse.max()) if lse.numel() else 0.0, LARGEST_LSE)
+    largest_lse = min(float(lse.max()) if lse.numel() else 0.0, KEYS_LSE + largest_score(tensors, scalars))
+    lse_rounding = torch.finfo(torch.float32).eps * largest_lse
     results = {}
     for name, value in got.items():
         size = sizes[name] or 1.0
