@@ -40,7 +40,7 @@ from .launch import (
     takes_tma_rope,
 )
 from .mask_ranges_launch import is_ranged, ranges_launch
-from .sizes import Hint, is_number, known, remembering
+from .sizes import LATER_KEYS, Hint, is_number, known, remembering
 
 MAX_DECODE_M = 32
 """Tallest packed tile. Not 64, which on Hopper would take the warp-group matrix instructions for a few rows; see also
@@ -52,8 +52,6 @@ MIN_WAVE_KEYS = 1024
 MAX_SPLIT_KEYS = 4096
 """Of prefill. A decode step in one wave of programs of 8192 keys was 3 % faster than in two of 4096."""
 MAX_SPLITS = 128
-LATER_KEYS = 4096
-"""Keys that a decode step is planned for while its number of keys is a symbol: a cache that grows starts short."""
 
 RUNNING_MAX, FIRST_MAX, NO_MAX, CAP_SERIES = (
     mode.value for mode in (common.RUNNING_MAX, common.FIRST_MAX, common.NO_MAX, common.CAP_SERIES)

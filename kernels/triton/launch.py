@@ -368,11 +368,7 @@ def static_arguments(
     """
     batch, num_heads, q_len, head_dim = q[0]
     _, kv_heads, kv_len, v_head_dim = v[0]
-    # A band edge that lies outside the score matrix drops nothing (or everything): keep it within 32 bits.
-    if band_lower is not None:
-        band_lower = None if known(band_lower <= 1 - q_len) else torch.sym_min(band_lower, kv_len)
-    if band_upper is not None:
-        band_upper = None if known(band_upper >= kv_len - 1) else torch.sym_max(band_upper, -q_len)
+    band_lower, band_upper = clamped_band(band_lower, band_upper, q_len, kv_len)
     arguments: dict[str, Any] = {}
     for names, values in (
         (("stride_qb", "stride_qh", "stride_qm", "stride_qd"), q[1]),
@@ -419,6 +415,15 @@ def static_arguments(
         HAS_ALIBI=alibi_slopes is not None,
     )
     return arguments
+
+
+def clamped_band(lower: Any, upper: Any, q_len: Any, kv_len: Any) -> tuple[Any, Any]:
+    """The edges within 32 bits: one outside of the score matrix drops everything, or nothing, and then is None."""
+    if lower is not None:
+        lower = None if known(lower <= 1 - q_len) else torch.sym_min(lower, kv_len)
+    if upper is not None:
+        upper = None if known(upper >= kv_len - 1) else torch.sym_max(upper, -q_len)
+    return lower, upper
 
 
 def is_wide(stride: int) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .configs import KernelConfig, family, gluon_is_known, power_of_two
+from .sizes import is_number
 
 C = KernelConfig
 
@@ -146,10 +149,16 @@ def step_tokens(config: KernelConfig, in_flight: bool) -> int:
     return 2 * config.block_n if in_flight and config.block_m > FEW_ROWS else config.block_n
 
 
-def choose_splits(arch: str, tiles: int, kv_len: int, num_units: int, block_n: int) -> int:
-    """How many programs share the keys of one tile, so that they fill the device once, each with a block at least."""
+def choose_splits(arch: str, tiles: Any, kv_len: Any, num_units: int, block_n: int) -> Any:
+    """How many programs share the keys of one tile, so that they fill the device once, each with a block at least.
+
+    Of symbols (sizes.py) a symbol, unless there is only one.
+    """
     splits = num_units // tiles if arch.startswith("sm") else 2 * num_units // tiles
-    return max(1, min(splits, kv_len // max(MIN_SPLIT_KEYS, block_n), MAX_SPLITS))
+    if is_number(splits) and splits <= 1:
+        return 1
+    longest = torch.sym_min(kv_len // max(MIN_SPLIT_KEYS, block_n), MAX_SPLITS)
+    return torch.sym_max(1, torch.sym_min(splits, longest))
 
 
 COMBINED_COLUMNS, COMBINED_ELEMENTS = 128, 8192

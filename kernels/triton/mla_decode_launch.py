@@ -21,6 +21,7 @@ from .launch import (
     Tuning,
     aligned,
     broadcast_strides,
+    clamped_band,
     device_arch,
     dot_precision,
     layout,
@@ -28,6 +29,7 @@ from .launch import (
 from .mla_combine import mla_combine_kernel
 from .mla_decode import mla_decode_kernel
 from .mla_descriptors import query_boxes, share_descriptor, takes_tma, token_descriptor
+from .sizes import LATER_KEYS, is_number, remembering
 
 MAX_LATENT, MAX_ROPE = 512, 128
 MIN_PAGE = 16
@@ -142,11 +144,12 @@ def mla_decode_launches(
     if tuning is not None and tuning.arch is not None:
         arch = tuning.arch
     given = [tensor for tensor in (kv_c, k_pe) if tensor is not None]
-    plan = mla_decode_plan(
+    tuning = tuning or Tuning()
+    plan = remembering(mla_decode_plan, tuning.hint)(
         (layout(q_latent), layout(q_pe), layout(kv_c), layout(k_pe), layout(block_table), layout(key_mask),
          layout(kv_start), layout(kv_end)),
         (softmax_scale, band_lower, band_upper), out.stride(), arch, num_units, q_latent.element_size(),
-        dot_precision(q_latent.dtype, arch), empty_rows, aligned(*given, traced=bool(tuning and tuning.traced)), tuning,
+        dot_precision(q_latent.dtype, arch), empty_rows, aligned(*given, traced=tuning.traced), tuning,
     )  # fmt: skip
     tensors: dict[str, Any] = {
         "q": q_latent, "q_pe": q_pe, "kv": kv_c, "k_pe": k_pe, "kv_blocks": None, "pe_blocks": None,
@@ -154,7 +157,7 @@ def mla_decode_launches(
         "key_mask": key_mask, "kv_start": kv_start, "kv_end": kv_end,
     }  # fmt: skip
     scaled = plan.in_flight and mla_configs.scales_shares(plan.arguments["BLOCK_M"], q_latent.dtype, latent)
-    if plan.num_splits > 1:
+    if plan.is_split:
         shares = lse.numel() * plan.num_splits
         kind = torch.float16 if scaled else torch.float32
         tensors["partial"] = torch.empty((shares, latent), dtype=kind, device=out.device)
@@ -168,9 +171,9 @@ def mla_decode_launches(
             if k_pe is not None:
                 arguments["pe_blocks"] = token_descriptor(k_pe, plan.arguments["BLOCK_N"], plan.arguments["BLOCK_R"])
         launches = [Launch(mla_decode_kernel, plan.grid, arguments, plan.options)]
-    if plan.num_splits > 1 and plan.in_flight and plan.arguments["BLOCK_M"] > mla_configs.FEW_ROWS:
+    if plan.is_split and plan.in_flight and plan.arguments["BLOCK_M"] > mla_configs.FEW_ROWS:
         launches.append(tall_combine(plan, arguments, scaled))
-    elif plan.num_splits > 1:
+    elif plan.is_split:
         combined = {
             "partial": tensors["partial"], "partial_stats": tensors["partial_stats"], "v": kv_c, "out": out, "lse": lse,
             "sinks": None, "block_table": None, "v_scale": None,
@@ -226,10 +229,15 @@ class DecodePlan(NamedTuple):
 
     arguments: dict[str, Any]
     options: dict[str, int]
-    grid: int
-    num_splits: int
+    grid: Any
+    num_splits: Any
     in_flight: bool
     combine: dict[str, Any]
+
+    @property
+    def is_split(self) -> bool:
+        """Whether shares of the keys are added up. Where their number is a symbol, it may be one."""
+        return self.arguments["SPLIT"]
 
 
 def choose(
@@ -301,16 +309,16 @@ def mla_decode_plan(
     kv_len = kv[0][1] if table is None else table[0][1] * page
     rope = 0 if k_pe is None else k_pe[0][2]
     softmax_scale, band_lower, band_upper = scalars
-    # A band edge that lies outside the score matrix drops nothing (or everything): keep it within 32 bits.
-    if band_lower is not None:
-        band_lower = None if band_lower <= 1 - q_len else min(band_lower, kv_len)
-    if band_upper is not None:
-        band_upper = None if band_upper >= kv_len - 1 else max(band_upper, -q_len)
+    band_lower, band_upper = clamped_band(band_lower, band_upper, q_len, kv_len)
     block_c, block_r = mla_configs.blocks(arch, itemsize, latent, rope)
     rows = q_len * num_heads
+    hint = tuning.hint
+    # A growing cache is planned for what it will be.
+    likely_keys = kv_len if is_number(kv_len) else max(hint(kv_len), LATER_KEYS)
+    searched = mla_configs.searched_rows(arch, hint(rows), hint(batch), likely_keys, num_units)
     config, tma, in_flight = choose(
-        arch, mla_configs.searched_rows(arch, rows, batch, kv_len, num_units), (block_c, block_r), itemsize, page,
-        softmax_scale, empty_rows, is_aligned and takes_tma(kv, itemsize) and takes_tma(k_pe, itemsize),
+        arch, searched, (block_c, block_r), itemsize, page, softmax_scale, empty_rows,
+        is_aligned and takes_tma(kv, itemsize) and takes_tma(k_pe, itemsize),
         key_mask is None and kv_start is None and band_lower is None, tuning,
     )  # fmt: skip
     tiles = batch * triton.cdiv(rows, config.block_m)
@@ -318,7 +326,8 @@ def mla_decode_plan(
         arch, tiles, kv_len, num_units, mla_configs.step_tokens(config, in_flight)
     )
     if empty_rows in MEANS:
-        num_splits = max(num_splits, 2)  # only the combine kernel knows the mean
+        num_splits = torch.sym_max(num_splits, 2)  # only the combine kernel knows the mean
+    splits_at_most = num_splits if is_number(num_splits) else mla_configs.MAX_SPLITS
     arguments: dict[str, Any] = {}
     for names, values in (
         (("stride_qb", "stride_qh", "stride_qm"), q[1][:3]),
@@ -336,7 +345,7 @@ def mla_decode_plan(
         batch_size=batch, num_heads=num_heads, q_len=q_len, kv_len=kv_len, num_splits=num_splits,
         softmax_scale=float(softmax_scale), band_lower=band_lower, band_upper=band_upper, LATENT=latent, ROPE=rope,
         BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE=page,
-        SPLIT=num_splits > 1, TMA=tma, MERGED=config.merged and not (tma and page),
+        SPLIT=splits_at_most > 1, TMA=tma, MERGED=config.merged and not (tma and page),
         TILES_LAST=configs.kv_heads_first(arch),
         ROUND_BITS=configs.rounds_bits(arch), TRANSPOSE_KEYS=mla_configs.transposes_keys(arch),
         HAS_KEY_MASK=key_mask is not None, HAS_START=kv_start is not None, HAS_END=kv_end is not None,
@@ -344,14 +353,14 @@ def mla_decode_plan(
         PRECISION=precision,
         PIECE=mla_configs.score_columns(arch, block_c, key_mask is not None),
     )  # fmt: skip
-    columns, chunk = mla_configs.combine_blocks(batch * rows, block_c, num_splits, num_units)
+    columns, chunk = mla_configs.combine_blocks(hint(batch * rows), block_c, splits_at_most, num_units)
     combine = {
         "stride_vb": kv[1][0], "stride_vh": 0, "stride_vn": kv[1][1], "stride_ve": 1,
         "stride_ob": out_strides[0], "stride_oh": out_strides[1], "stride_om": out_strides[2], "stride_oe": 1,
         "num_heads": num_heads, "gqa_group_size": num_heads, "q_len": q_len, "kv_len": kv_len, "num_splits": num_splits,
         "V_HEAD_DIM": latent, "BLOCK_E": columns, "COLUMN_BLOCKS": block_c // columns, "HAS_BIAS": False,
         "HAS_SINKS": False, "WAITS": in_flight, "EMPTY_ROWS": EMPTY_ROWS[empty_rows],
-        "BLOCK_S": triton.next_power_of_2(num_splits), "CHUNK": chunk, "BLOCK_N": 16,
+        "BLOCK_S": triton.next_power_of_2(splits_at_most), "CHUNK": chunk, "BLOCK_N": 16,
     }  # fmt: skip
     # Not paged: with pages the mean, the only thing for which the kernel reads values, is refused.
     plain = NO_CACHE.arguments(kv)

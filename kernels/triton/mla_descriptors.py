@@ -8,11 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from .launch import Descriptor, Layout, aligned
+from .sizes import known
 
 
 def is_whole(sizes: Iterable[int], strides: Iterable[int], itemsize: int) -> bool:
     """Whether the tensor memory accelerator can address outer dimensions: strides of whole 16 bytes."""
-    return all(size == 1 or (stride > 0 and stride * itemsize % 16 == 0) for size, stride in zip(sizes, strides))
+    return all(
+        known(size == 1) or (known(stride > 0) and known(stride * itemsize % 16 == 0))
+        for size, stride in zip(sizes, strides)
+    )
 
 
 def takes_tma(where: Layout, itemsize: int) -> bool:
@@ -27,7 +31,8 @@ def token_descriptor(cache: Tensor, tokens: int, columns: int, swizzle: int = 0)
     """The descriptor of a `(batch or blocks, tokens, width)` cache, read in blocks of `tokens` x `columns`."""
     # The stride of a dimension of size 1 says nothing, but must be valid.
     outer = zip(cache.shape[:2], cache.stride()[:2])
-    strides = [stride if size > 1 or is_whole((2,), (stride,), cache.element_size()) else 16 for size, stride in outer]
+    itemsize = cache.element_size()
+    strides = [stride if known(size > 1) or is_whole((2,), (stride,), itemsize) else 16 for size, stride in outer]
     return Descriptor(cache, tuple(cache.shape), (*strides, 1), (1, tokens, columns), swizzle)
 
 

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+LATER_KEYS = 4096
+"""Keys that a decode step is planned for while their number is a symbol: a cache that grows starts short."""
+
 Hint = Callable[[Any], int]
 """From a number to its value in the call at hand; `int` where there are no symbols."""
 

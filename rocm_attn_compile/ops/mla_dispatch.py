@@ -181,11 +181,23 @@ def prefill_form(
     return prefill(q_nope, q_pe, k_nope, k_pe, v, key_mask, kv_start, kv_end, **settings)
 
 
-def _is_absorbed(tensors: tuple, settings: dict[str, Any]) -> bool:
+def is_absorbed_for_any_cache(tensors: tuple) -> bool:
+    """Whether a step of decoding takes the absorbed form from two keys up to a million, if only these are a symbol.
+
+    By both ends of that range, without a band, which leaves fewer keys to a query: a window makes absorbing cheaper.
+    """
+    q_nope, _, _, _, w_uk, w_uv = tensors[:6]
+    sizes = [q_nope.shape[1], q_nope.shape[2], *(x.shape[-1] for x in (q_nope, w_uk)), w_uv.shape[1]]
+    if not all(isinstance(size, int) for size in sizes):
+        return False
+    return all(_is_absorbed(tensors, {}, kv_len) for kv_len in (2, 2**20))
+
+
+def _is_absorbed(tensors: tuple, settings: dict[str, Any], kv_len: int | None = None) -> bool:
     q_nope, q_pe, kv_c, _, w_uk, w_uv, block_table = tensors[:7]
     _, H, M, P = q_nope.shape
     R = 0 if q_pe is None else q_pe.shape[3]
-    N = kv_c.shape[1] if block_table is None else block_table.shape[1] * kv_c.shape[1]
+    N = kv_len or (kv_c.shape[1] if block_table is None else block_table.shape[1] * kv_c.shape[1])
     bands = {name: settings.get(name) for name in ("band_lower", "band_upper")}
     return prefers_absorbed(M, N, H, P, R, w_uk.shape[2], w_uv.shape[1], itemsize=q_nope.itemsize, **bands)
 

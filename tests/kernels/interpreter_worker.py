@@ -282,6 +282,17 @@ def mla_decode(tuning: dict[str, Any] | None, **arguments: Any) -> Any:
     return out, lse
 
 
+def symbolic_mla_decode(hints: dict[str, Any], tuning: dict[str, Any] | None, **arguments: Any) -> Any:
+    """As `mla_decode`, planned as in `symbolic_forward`; also the number of splits of each kernel by name."""
+    from symbolic_launches import Symbols
+
+    from rocm_attn_compile.kernels.triton.mla_decode_launch import mla_decode_launches
+
+    symbols = Symbols(hints, {name: arguments.pop(name) for name in hints})
+    out, lse = symbols.run(mla_decode_launches, tuning or {}, **arguments)
+    return out, lse, {x.kernel.__name__: x.arguments["num_splits"] for x in symbols.launches}
+
+
 def mla_prefill(**arguments: Any) -> Any:
     """`(out, lse)`."""
     from rocm_attn_compile.kernels.triton import mla

@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 import interpreter_worker as worker_module
 import kernel_cases as cases_module
 import kernel_oracle as oracle_module
+import mla_cases
+import mla_oracle
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +115,31 @@ def test_a_band_between_symbols(worker: Any, sizes: tuple[int, int]) -> None:
     q_len, kv_len = sizes
     case = cases_module.case("bottom-right", M=q_len, N=kv_len, H=2, band_upper=kv_len - q_len, empty_rows="zero")
     check(worker, case, {**case, "M": 44, "N": 59}, bottom_right=True)
+
+
+def latent(worker: Any, case: dict[str, Any], planned_at: dict[str, Any]) -> dict[str, int]:
+    tensors, scalars = mla_oracle.decode_inputs(case)
+    hints, _ = mla_oracle.decode_inputs(planned_at)
+    tuning = {"num_splits": case["splits"]} if "splits" in case else None
+    out, lse, kernels = worker.call(
+        "symbolic_mla_decode", hints=hints, **tensors, **scalars, out_layout=case.get("out_layout", "bhsd"),
+        tuning=tuning,
+    )  # fmt: skip
+    errors = mla_oracle.compare(tensors, scalars, {"out": out, "lse": lse})
+    bad = {name: f"{error:.2e} > {limit:.2e}" for name, (error, limit) in errors.items() if not error <= limit}
+    assert not bad, f"{case['name']}: {bad}"
+    return kernels
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, id=x["name"]) for x in mla_cases.interpreter_cases()])
+def test_latent_decode(worker: Any, case: dict[str, Any]) -> None:
+    latent(worker, case, other_sizes(case, longer=True))
+
+
+@pytest.mark.parametrize("planned", [20, 1500], ids=["while short", "while long"])
+@pytest.mark.parametrize(("kv_len", "splits"), [(21, 1), (300, 4), (1200, 4)])
+def test_a_latent_cache_that_grows(worker: Any, planned: int, kv_len: int, splits: int) -> None:
+    """The interpreter's device has room for eight programs; there are two sequences."""
+    case = mla_cases.case("growing", N=kv_len)
+    kernels = latent(worker, case, {**case, "N": planned})
+    assert kernels == {"mla_decode_kernel": splits, "attention_combine_kernel": splits}
