@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES
+from latent_cases import Latent, attend, latent
+from transformers import DynamicCache
 
 import rocm_attn_compile
+import rocm_attn_compile.ops as ops
 from rocm_attn_compile import _torch_private
-from rocm_attn_compile.testing import assert_as_accurate_as_eager
+from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, to_float64
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("default_gpu")]
 
@@ -90,6 +95,36 @@ def test_one_program_for_all_sizes(function, dtype, training):
     assert len(rocm_attn_compile.reports()) == 1
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_prompts_of_many_lengths_and_the_tokens_after_them(attention):
+    """A model as users have it: lengths become symbols at the second prompt, the cache's with the second token."""
+    family = next(f for f in FAMILIES if f.name == "llama")
+    model = family.build(attention).cuda().to(torch.bfloat16)
+    compiled = torch.compile(model, backend="rocm_attn")
+    exact = to_float64(model)
+    _, codes = _torch_private.generated_code(lambda: generated(compiled, model, exact, (2, 40), 4))
+    assert sum("torch.ops.rocm_attn.attention" in code for code in codes) == 0
+    assert sum("attention_forward_kernel" in code for code in codes) >= 2
+    for sizes in ((2, 57), (2, 300)):
+        generated(compiled, model, exact, sizes, 4)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        generated(compiled, model, exact, (2, 123), 4)
+
+
+def generated(compiled, model, exact, sizes, steps):
+    """Logits of a prompt and of each token behind it, compared with eager's; always the same tokens."""
+    torch.manual_seed(sum(sizes))
+    tokens = torch.randint(3, 90, (sizes[0], sizes[1] + steps), device="cuda")
+    caches = [DynamicCache() for _ in range(3)]
+    with torch.no_grad():
+        for first, last in [(0, sizes[1]), *((n, n + 1) for n in range(sizes[1], sizes[1] + steps))]:
+            results = []
+            for run, cache in zip((compiled, model, exact), caches):
+                with Float64Everywhere() if run is exact else nullcontext():
+                    results.append((run(tokens[:, first:last], past_key_values=cache).logits,))
+            assert_as_accurate_as_eager(*results, factor=FACTOR)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_cache_that_grows(head_dim):
     """A step of decoding, compiled while the cache is short, takes one that is a hundred times as long."""
@@ -113,3 +148,29 @@ def test_a_cache_that_grows(head_dim):
                 got = compiled(*given)[0]
             exact = step(*(x.double() for x in given))[0]
             assert_as_accurate_as_eager((got,), (step(*given)[0],), (exact,), factor=FACTOR)
+
+
+def test_a_latent_cache_that_grows():
+    """A token against latents: the absorbed form, launched by Inductor, with as many splits as the cache asks for."""
+
+    def step(*tensors, softmax_scale):
+        return ops.mla(*tensors, softmax_scale=softmax_scale, impl="TRITON_MLA@1+inline")[0]
+
+    def check_at(kv_len):
+        with torch.device("cpu"):
+            torch.manual_seed(kv_len)
+            call = latent(M=1, N=kv_len, H=16, P=128, R=64, C=512, E=128, softmax_scale=0.07)
+        call = Latent({name: x.cuda().bfloat16() for name, x in call.tensors.items()}, {}, call.settings)
+        for cache in (call.kv_c, call.k_pe):
+            with_symbols(cache, 1)
+        got = compiled(*call.whole, **call.settings)
+        assert_as_accurate_as_eager((got,), attend(call)[:1], attend(call.to(torch.float64))[:1], factor=FACTOR)
+
+    compiled = torch.compile(step, fullgraph=True)
+    with torch.no_grad():
+        _, codes = _torch_private.generated_code(lambda: check_at(50))
+        assert codes and not any("torch.ops.rocm_attn" in code for code in codes)
+        assert any("mla_decode_kernel" in code for code in codes)
+        for kv_len in (51, 300, 4100):
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                check_at(kv_len)
