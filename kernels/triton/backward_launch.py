@@ -41,7 +41,7 @@ from .launch import (
     takes_tma_rope,
 )
 from .mask_ranges_launch import is_ranged, ranges_launch
-from .sizes import known, remembering
+from .sizes import known, likely, remembering
 
 
 def of_rope(name: str, stride: str, gradient: Tensor | None, letters: str) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def backward_launches(
     # The two small kernels read a head dimension in one piece.
     whole = {**arguments, "BLOCK_D": blocks[0] if not blocks[1] else 2 * blocks[0]}
     del whole["BLOCK_REST"]
-    scores = hint(batch) * num_heads * hint(q_len) * hint(kv_len)
+    scores = hint(batch) * num_heads * likely(q_len, hint) * likely(kv_len, hint)
     can_tma = (
         tuning.tma is not False
         and (tuning.in_flight or scores >= min_tma_scores(tuning))
@@ -198,7 +198,7 @@ def backward_launches(
             "BIAS": bias_kind(layout(attn_bias), bias_itemsize, faster and bias_is_aligned),
             "heads_at_once": configs.heads_at_once(
                 arch, arguments["HAS_UPPER"], batch * kv_heads,
-                hint(kv_len if direction == "backward_q" else q_len) * (head_dim + v_head_dim) * itemsize,
+                likely(kv_len if direction == "backward_q" else q_len, hint) * (head_dim + v_head_dim) * itemsize,
                 direction != "backward_q", hint=hint,
             ),
             "ROUND_BITS": configs.rounds_bits(arch), "ranges": None,

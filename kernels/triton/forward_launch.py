@@ -40,7 +40,7 @@ from .launch import (
     takes_tma_rope,
 )
 from .mask_ranges_launch import is_ranged, ranges_launch
-from .sizes import LATER_KEYS, Hint, is_number, known, remembering
+from .sizes import Hint, is_number, known, likely, remembering
 
 MAX_DECODE_M = 32
 """Tallest packed tile. Not 64, which on Hopper would take the warp-group matrix instructions for a few rows; see also
@@ -82,13 +82,15 @@ def _shortest_split(tiles: int, programs: int) -> int:
     return MIN_SPLIT_KEYS if tiles < programs else MIN_WAVE_KEYS
 
 
-def splits_of_any_size(tiles: Any, kv_len: Any, programs: int, decode: bool, hint: Hint) -> Any:
+def splits_of_any_size(tiles: Any, q_len: Any, kv_len: Any, programs: int, decode: bool, hint: Hint) -> Any:
     """choose_splits of numbers that may be symbols (see sizes.py): a number, or what the compiled program computes.
 
-    Prefill that fills the device in the call at hand is never split.
+    Prefill is not split where it fills the device in the call at hand, or sees no keys but its own.
     """
-    if is_number(tiles, kv_len) or (not decode and hint(tiles) >= programs):
-        return choose_splits(hint(tiles), hint(kv_len), programs, decode)
+    if is_number(tiles, kv_len):
+        return choose_splits(tiles, kv_len, programs, decode)
+    if not decode and (hint(tiles) >= programs or known(q_len == kv_len)):
+        return 1
     wanted = _filling_splits(tiles, programs, decode) if is_number(tiles) else programs // tiles
     if is_number(wanted) and wanted == 1:
         return 1
@@ -337,12 +339,12 @@ def forward_plan(
     # row has a factor.
     arguments["RAW"] = arguments["RAW"] and not arguments["HAS_K_SCALE"] and not half
     group = num_heads // kv_heads
-    pack = tuning.pack or (group if hint(q_len) * group <= PACK_ROWS else 1)
+    # Queries whose number is a symbol are those of prompts.
+    pack = tuning.pack or (group if is_number(q_len) and q_len * group <= PACK_ROWS else 1)
     rows = q_len * pack
-    decode = hint(rows) <= PACK_ROWS
-    scores = hint(batch) * num_heads * hint(q_len) * hint(kv_len)
-    # A growing cache is planned for what it will be.
-    likely_keys = hint(kv_len) if is_number(kv_len) or not decode else max(hint(kv_len), LATER_KEYS)
+    decode = is_number(q_len) and rows <= PACK_ROWS
+    likely_keys = likely(kv_len, hint)
+    scores = hint(batch) * num_heads * likely(q_len, hint) * likely_keys
     head_block = configs.head_size(blocks, v_head_dim)
     special = cache.feature or feature(arguments, dtype, arch)
     can_tma = (
@@ -358,13 +360,12 @@ def forward_plan(
     config, tma = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
     block_m = config.block_m
     if decode and tuning.config is None:
-        block_m = max(block_m, min(MAX_DECODE_M, triton.next_power_of_2(hint(rows))))
+        block_m = max(block_m, min(MAX_DECODE_M, triton.next_power_of_2(rows)))
     tiles = batch * (num_heads // pack) * triton.cdiv(rows, block_m)
     # Splits would each need the whole row's dropout mask in the combine step for empty rows; not worth it.
     programs = num_units * configs.programs_per_unit(arch, in_place)
-    num_splits = tuning.num_splits or (
-        splits_of_any_size(tiles, kv_len, programs, decode, hint) if scalars[-1] == 0.0 else 1
-    )
+    splits = functools.partial(splits_of_any_size, tiles, q_len, kv_len, programs, decode, hint)
+    num_splits = tuning.num_splits or (splits() if scalars[-1] == 0.0 else 1)
     splits_at_most = num_splits if is_number(num_splits) else MAX_SPLITS
     likely_splits = num_splits if is_number(num_splits) else choose_splits(hint(tiles), likely_keys, programs, decode)
     # Heads in one piece, of whose rows several numbers are loaded at once.
@@ -387,7 +388,7 @@ def forward_plan(
         batch_size=batch,
         num_splits=num_splits,
         heads_at_once=configs.heads_at_once(
-            arch, arguments["HAS_UPPER"], heads, hint(kv_len) * (head_dim + v_head_dim) * itemsize, hint=hint
+            arch, arguments["HAS_UPPER"], heads, likely_keys * (head_dim + v_head_dim) * itemsize, hint=hint
         ),
         SOFT_CAP=cap_kind(scalars[1], dtype, arch),
         BLOCK_M=block_m,

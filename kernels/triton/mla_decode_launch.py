@@ -29,7 +29,7 @@ from .launch import (
 from .mla_combine import mla_combine_kernel
 from .mla_decode import mla_decode_kernel
 from .mla_descriptors import query_boxes, share_descriptor, takes_tma, token_descriptor
-from .sizes import LATER_KEYS, is_number, remembering
+from .sizes import is_number, likely, remembering
 
 MAX_LATENT, MAX_ROPE = 512, 128
 MIN_PAGE = 16
@@ -313,9 +313,7 @@ def mla_decode_plan(
     block_c, block_r = mla_configs.blocks(arch, itemsize, latent, rope)
     rows = q_len * num_heads
     hint = tuning.hint
-    # A growing cache is planned for what it will be.
-    likely_keys = kv_len if is_number(kv_len) else max(hint(kv_len), LATER_KEYS)
-    searched = mla_configs.searched_rows(arch, hint(rows), hint(batch), likely_keys, num_units)
+    searched = mla_configs.searched_rows(arch, hint(rows), hint(batch), likely(kv_len, hint), num_units)
     config, tma, in_flight = choose(
         arch, searched, (block_c, block_r), itemsize, page, softmax_scale, empty_rows,
         is_aligned and takes_tma(kv, itemsize) and takes_tma(k_pe, itemsize),

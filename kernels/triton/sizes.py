@@ -14,9 +14,6 @@ from typing import Any
 
 import torch
 
-LATER_KEYS = 4096
-"""Keys that a decode step is planned for while their number is a symbol: a cache that grows starts short."""
-
 Hint = Callable[[Any], int]
 """From a number to its value in the call at hand; `int` where there are no symbols."""
 
@@ -28,6 +25,15 @@ def known(condition: bool | torch.SymBool) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
+
+
+LATER = 2048
+"""What a length is at least planned for while it is a symbol: caches grow, and the second prompt may be a short one."""
+
+
+def likely(length: Any, hint: Hint) -> int:
+    """A length for choices that are only faster or slower."""
+    return length if is_number(length) else max(hint(length), LATER)
 
 
 def is_number(*values: Any) -> bool:

@@ -12,7 +12,7 @@ from . import mla_configs
 from .launch import MIN_TMA_SCORES, Tuning, device_arch
 from .mla_decode_launch import mla_decode_launches
 from .mla_prefill import check, gradients, in_pieces, prefill_backward_launches, prefill_launches
-from .sizes import Hint, is_number
+from .sizes import Hint, likely
 from .traced import Tracer, hint_of, is_long_on_hopper, trace
 
 
@@ -24,12 +24,10 @@ def mla_decode(tracer: Tracer, **arguments: Any) -> Any:
     if hint is None:
         return NotImplemented
     kv_len = kv.shape[1] * (1 if table is None else table.shape[1])
-    scores = hint(q.shape[0]) * q.shape[1] * hint(q.shape[2]) * hint(kv_len)
+    scores = hint(q.shape[0]) * q.shape[1] * hint(q.shape[2]) * likely(kv_len, hint)
     if device_arch(q.device)[0] == "sm90" and (scores >= mla_configs.MIN_OWN_SCORES or tracer.uses_cuda_graphs()):
         return NotImplemented
-    # A cache that grows is long later.
-    tma = False if is_number(kv_len) and scores < MIN_TMA_SCORES else None
-    tuning = Tuning(traced=True, tma=tma, hint=hint)
+    tuning = Tuning(traced=True, tma=False if scores < MIN_TMA_SCORES else None, hint=hint)
     launches, out, lse = mla_decode_launches(**arguments, tuning=tuning)
     return (out, lse) if trace(launches, arguments, tracer) else NotImplemented
 
