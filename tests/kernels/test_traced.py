@@ -17,12 +17,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+from symbolic_launches import Symbols
 from triton.backends.compiler import GPUTarget
 
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.kernels import triton as kernels
-from rocm_attn_compile.kernels.triton import aot_launches, aot_mla, traced
+from rocm_attn_compile.kernels.triton import aot_launches, aot_mla, forward_launch, traced
 from rocm_attn_compile.kernels.triton.launch import base_of, descriptor
+from rocm_attn_compile.ops.kv_cache import CACHE_TENSORS
+from rocm_attn_compile.ops.schemas import OPTIONAL_TENSORS
 
 TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -228,3 +231,64 @@ def test_without_a_driver_every_tensor_counts_as_written():
     """As on a machine without a GPU; what PyTorch logs then says so."""
     (launch,) = aot_launches.launches("gfx942", torch.bfloat16, 64, backward=False).values()
     assert {"q", "k", "v", "out", "lse"} <= read(launch)
+
+
+def shapes(*sizes):
+    return {name: torch.empty(size, dtype=torch.bfloat16) for name, size in zip("qkv", sizes)}
+
+
+def trace_with_symbols(monkeypatch, arch, hints, actual, symbols=None, **settings):
+    """What traced.attention_forward gives and records, where sizes in which `hints` and `actual` differ are symbols."""
+    driver = SimpleNamespace(get_current_target=lambda: TARGETS[arch], get_current_device=lambda: 0)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
+    for module in (traced, forward_launch):
+        monkeypatch.setattr(module, "device_arch", lambda _: (arch, 132))
+    monkeypatch.setattr("torch.utils._triton.has_triton_tensor_descriptor_host_tma", lambda: arch == "sm90")
+    symbols = symbols or Symbols(hints, actual)
+    recorded = []
+    tracer = SimpleNamespace(
+        hint=_torch_private.hint,
+        triton_writes=_torch_private.triton_writes,
+        record_triton=lambda kernel, grid, arguments, blocks: recorded.append((kernel.fn, grid, arguments, blocks)),
+    )
+    optional = dict.fromkeys((*OPTIONAL_TENSORS, *CACHE_TENSORS))
+    scalars = {"softmax_scale": 0.1, "logits_soft_cap": None, "band_lower": None, "band_upper": None, "dropout_p": 0.0}
+    with symbols.mode:
+        result = traced.attention_forward(
+            tracer, "", **symbols.fakes, **optional, **scalars, empty_rows="zero", out_layout="bhsd", **settings
+        )
+    assert not symbols.env.guards
+    return result, recorded
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_lengths_that_are_symbols(monkeypatch, arch):
+    hints, actual = (shapes((b, 8, n, 64), (b, 2, n, 64), (b, 2, n, 64)) for b, n in ((3, 77), (2, 50)))
+    (out, lse), [(kernel, grid, arguments, blocks)] = trace_with_symbols(monkeypatch, arch, hints, actual)
+    assert kernel.__name__ == "attention_forward_kernel" and lse.shape == out.shape[:3]
+    assert isinstance(grid, torch.SymInt) and isinstance(arguments["q_len"], torch.SymInt)
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    assert not any(isinstance(arguments[name], torch.SymInt) for name in constants)
+    # Strides are products with whole widths, whatever the lengths.
+    assert set(blocks) == ({"q", "k", "v"} if arch == "sm90" else set())
+
+
+def test_numbers_of_heads_that_are_symbols_stay_a_call(monkeypatch):
+    hints, actual = (shapes((2, h, 50, 64), (2, h, 50, 64), (2, h, 50, 64)) for h in (6, 4))
+    assert trace_with_symbols(monkeypatch, "gfx942", hints, actual) == (NotImplemented, [])
+
+
+def test_lengths_that_depend_on_data_stay_a_call(monkeypatch):
+    hints, actual = (shapes((2, 4, n, 64), (2, 4, n, 64), (2, 4, n, 64)) for n in (60, 50))
+    symbols = Symbols(hints, actual)
+    unbacked = symbols.env.create_unbacked_symint()
+    with symbols.mode:
+        symbols.fakes["k"] = torch.empty((2, 4, unbacked, 64), dtype=torch.bfloat16)
+    assert trace_with_symbols(monkeypatch, "gfx942", hints, actual, symbols) == (NotImplemented, [])
+
+
+def test_on_hopper_a_long_call_with_symbols_stays_a_call(monkeypatch):
+    """So that its kernel in Gluon may take it."""
+    hints, actual = (shapes(*[(1, 32, n, 128)] * 3) for n in (8192, 50))
+    assert trace_with_symbols(monkeypatch, "sm90", hints, actual) == (NotImplemented, [])
+    assert trace_with_symbols(monkeypatch, "gfx942", hints, actual)[1]
