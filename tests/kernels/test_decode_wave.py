@@ -1,4 +1,4 @@
-"""Hopper's decode where all programs run at once: which calls are such, and that keys are asked for before queries.
+"""Hopper's decode: which calls take which form, and that keys are asked for before queries are there.
 
 Results need the GPU: tests/gpu/test_decode.py.
 """
@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from test_forward_hopper import machine_code
 
 from rocm_attn_compile.kernels.triton import aot_launches
-from rocm_attn_compile.kernels.triton.launch import Launch, device_arch
+from rocm_attn_compile.kernels.triton.launch import Descriptor, Launch
 
 DECODE = {
     "arch": "sm90", "dtype": torch.bfloat16, "head_dim": 128, "q_len": 1, "kv_len": 8192, "causal": False,
@@ -29,42 +29,56 @@ def launch(**features: Any) -> Launch:
     return aot_launches.launches(**{**DECODE, **features})["attention_forward_kernel"]
 
 
+LONG = {"kv_len": 2**17}  # so many scores as pay for descriptors
+
+
 @pytest.mark.parametrize(
     "features",
     [
         {}, {"num_splits": 1}, {"q_len": 4, "kv_end": True}, {"num_heads": 32, "q_len": 3, "num_splits": 1},
-        {"soft_cap": 30.0},
+        {"soft_cap": 30.0}, {"head_dim": 64}, {"head_dim": 256}, {"num_splits": 4}, {"batch": 4},
     ],
     ids=str,
 )  # fmt: skip
-def test_one_wave(features: dict[str, Any]) -> None:
-    found = launch(**features)
-    assert found.grid <= device_arch(torch.device("meta"))[1]
-    assert found.arguments["MERGED"] and found.arguments["LATE_QUERIES"]
-    assert found.arguments["ONE_TILE"] == (features.get("q_len") != 3)  # 16 heads of 3 queries are two tiles
+@pytest.mark.parametrize("sizes", [{}, LONG], ids=["short", "long"])
+def test_plain_heads(features: dict[str, Any], sizes: dict[str, Any]) -> None:
+    found = launch(**features, **sizes).arguments
+    assert found["MERGED"] and found["LATE_QUERIES"] and found["TMA"] == bool(sizes)
+    assert found["ONE_TILE"] == (features.get("q_len") != 3)  # 16 heads of 3 queries are two tiles
+    assert found["INTERLEAVED"] == (found["num_splits"] > 1)
+    assert isinstance(found["k"], Descriptor) == isinstance(found["v"], Descriptor) == bool(sizes)
+    assert isinstance(found["q"], torch.Tensor)
+
+
+def test_one_wave_has_tiles_of_its_own() -> None:
+    """The meta device has room for four programs."""
+    assert [launch(num_splits=splits).arguments["BLOCK_N"] for splits in (2, 3)] == [64, 128]
 
 
 @pytest.mark.parametrize(
     "features",
     [
-        {"num_splits": 4}, {"batch": 4}, {"head_dim": 64}, {"head_dim": 96}, {"head_dim": 256},
-        {"dtype": torch.float32}, {"page": 16, "kv_end": True}, {"q_len": 512}, {"arch": "gfx942"}, {"arch": "sm80"},
+        {"head_dim": 96}, {"dtype": torch.float32}, {"page": 16, "kv_end": True}, {"q_len": 512},
+        {"arch": "gfx942"}, {"arch": "sm80"},
     ],
     ids=str,
 )  # fmt: skip
-def test_others_are_as_they_were(features: dict[str, Any]) -> None:
+@pytest.mark.parametrize("sizes", [{}, LONG], ids=["short", "long"])
+def test_others_are_as_they_were(features: dict[str, Any], sizes: dict[str, Any]) -> None:
     """What was not measured, or not faster."""
-    found = launch(**features)
-    assert not found.arguments["LATE_QUERIES"] and not found.arguments["ONE_TILE"]
+    found = launch(**{**features, **sizes}).arguments
+    assert not found["LATE_QUERIES"] and not found["ONE_TILE"]
+    assert not found["INTERLEAVED"] or features.get("head_dim") == 96
+    assert not found["TMA"] or features.get("q_len") == 512
 
 
 @pytest.mark.parametrize("features", [{}, {"num_splits": 1}, {"kv_end": True, "key_mask": True}], ids=str)
-def test_keys_are_asked_for_before_queries(features: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes", [{}, LONG, {"head_dim": 64, **LONG}], ids=["short", "long", "64"])
+def test_keys_are_asked_for_before_queries(features: dict[str, Any], sizes: dict[str, Any], tmp_path: Path) -> None:
     """The first asynchronous copy of keys precedes whatever waits for the queries, and nothing spills."""
-    told, code = machine_code(launch(**features), tmp_path)
+    told, code = machine_code(launch(**features, **sizes), tmp_path)
     assert "0 bytes spill stores" in told, told
-    copies, stores, loads = (
-        [match.start() for match in re.finditer(pattern, code)] for pattern in (r"LDGSTS", r"STS\.128", r"LDG\.E\.128")
+    copies, stores = (
+        [match.start() for match in re.finditer(pattern, code)] for pattern in (r"LDGSTS|UTMALDG", r"STS\.(?:64|128)")
     )
-    assert len(loads) == 2, "the queries"
-    assert copies[0] < min(stores) and sum(at < loads[0] for at in copies) >= 8, "keys of the first block"
+    assert copies[0] < min(stores)
