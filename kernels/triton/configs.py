@@ -230,17 +230,19 @@ _HOPPER: dict[str, Table] = {
         (256, 4): C(16, 16, 4, 2),
     },
     "decode_tma": {
-        (64, 2): C(16, 128, 4, 2, merged=True),
+        (64, 2): C(16, 256, 8, 2, merged=True),
         (128, 2): C(16, 128, 4, 3, merged=True),
         (256, 2): C(16, 64, 4, 3, merged=True),
     },
-    "decode_tma_wave": {(64, 2): C(16, 128, 4, 4, merged=True)},
+    "decode_tma_wave": {(64, 2): C(16, 256, 4, 3, merged=True)},
+    "decode_tma_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2, merged=True)},
+    "decode_tma_two": {(64, 2): None, (128, 2): C(16, 128, 4, 2, merged=True)},
     # Where the address of a load waits for the block table, Triton gives it half of the stages.
     "decode_pages": {(64, 2): C(16, 128, 2, 2), (128, 2): C(16, 128, 4, 5), (256, 2): C(16, 64, 4, 5)},
     "decode_float8_pages": {(64, 2): C(16, 128, 4, 5), (128, 2): C(16, 128, 4, 3), (256, 2): C(16, 64, 4, 3)},
     "decode_float8": {(64, 2): C(16, 128, 4, 3), (128, 2): C(16, 128, 4, 3), (256, 2): C(16, 64, 4, 3)},
     # All programs run at once: what counts is how soon they ask for keys, and how soon they end behind the last.
-    "decode_wave": {(64, 2): C(16, 128, 4, 3, merged=True), (128, 2): C(16, 64, 4, 4, merged=True)},
+    "decode_wave": {(64, 2): C(16, 128, 4, 4, merged=True), (128, 2): C(16, 64, 4, 4, merged=True)},
     "decode_one": {(64, 2): None, (128, 2): C(16, 128, 4, 1)},
     "decode_pages_one": {(64, 2): None, (128, 2): C(16, 128, 4, 1)},
     "decode_float8_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
