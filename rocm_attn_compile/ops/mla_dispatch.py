@@ -182,15 +182,15 @@ def prefill_form(
 
 
 def is_absorbed_for_any_cache(tensors: tuple) -> bool:
-    """Whether a step of decoding takes the absorbed form from two keys up to a million, if only these are a symbol.
+    """Whether a step of decoding takes the absorbed form from 64 keys up to a million, if only these are a symbol.
 
-    By both ends of that range, without a band, which leaves fewer keys to a query: a window makes absorbing cheaper.
+    By both ends of that range, below which neither takes long, and without a band: a window makes absorbing cheaper.
     """
     q_nope, _, _, _, w_uk, w_uv = tensors[:6]
     sizes = [q_nope.shape[1], q_nope.shape[2], *(x.shape[-1] for x in (q_nope, w_uk)), w_uv.shape[1]]
     if not all(isinstance(size, int) for size in sizes):
         return False
-    return all(_is_absorbed(tensors, {}, kv_len) for kv_len in (2, 2**20))
+    return all(_is_absorbed(tensors, {}, kv_len) for kv_len in (64, 2**20))
 
 
 def _is_absorbed(tensors: tuple, settings: dict[str, Any], kv_len: int | None = None) -> bool:
