@@ -351,7 +351,7 @@ def forward_plan(
         tuning.tma is not False
         and (is_plain or not decode)
         and cache == NO_CACHE
-        and scores >= min_tma_scores(tuning)
+        and scores >= min_tma_scores(tuning, decode)
         and is_aligned
         and all(takes_tma(where, itemsize) for where in layouts[:3])
         and takes_tma_rope(rope, itemsize)

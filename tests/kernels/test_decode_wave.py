@@ -17,10 +17,10 @@ pytest.importorskip("triton")
 from test_forward_hopper import machine_code
 
 from rocm_attn_compile.kernels.triton import aot_launches
-from rocm_attn_compile.kernels.triton.launch import Descriptor, Launch
+from rocm_attn_compile.kernels.triton.launch import Descriptor, Launch, Tuning
 
 DECODE = {
-    "arch": "sm90", "dtype": torch.bfloat16, "head_dim": 128, "q_len": 1, "kv_len": 8192, "causal": False,
+    "arch": "sm90", "dtype": torch.bfloat16, "head_dim": 128, "q_len": 1, "kv_len": 800, "causal": False,
     "backward": False, "batch": 1, "num_heads": 8, "num_kv_heads": 2, "num_splits": 2,
 }  # fmt: skip
 
@@ -29,14 +29,14 @@ def launch(**features: Any) -> Launch:
     return aot_launches.launches(**{**DECODE, **features})["attention_forward_kernel"]
 
 
-LONG = {"kv_len": 2**17}  # so many scores as pay for descriptors
+LONG = {"kv_len": 8192}  # so many scores that a CUDA graph reads through descriptors
 
 
 @pytest.mark.parametrize(
     "features",
     [
-        {}, {"num_splits": 1}, {"q_len": 4, "kv_end": True}, {"num_heads": 32, "q_len": 3, "num_splits": 1},
-        {"soft_cap": 30.0}, {"head_dim": 64}, {"head_dim": 256}, {"num_splits": 4}, {"batch": 4},
+        {}, {"num_splits": 1}, {"q_len": 4, "kv_end": True}, {"num_heads": 22, "q_len": 3, "num_splits": 1},
+        {"soft_cap": 30.0}, {"head_dim": 64}, {"head_dim": 256}, {"num_splits": 3}, {"batch": 3},
     ],
     ids=str,
 )  # fmt: skip
@@ -44,15 +44,43 @@ LONG = {"kv_len": 2**17}  # so many scores as pay for descriptors
 def test_plain_heads(features: dict[str, Any], sizes: dict[str, Any]) -> None:
     found = launch(**features, **sizes).arguments
     assert found["MERGED"] and found["LATE_QUERIES"] and found["TMA"] == bool(sizes)
-    assert found["ONE_TILE"] == (features.get("q_len") != 3)  # 16 heads of 3 queries are two tiles
+    assert found["ONE_TILE"] == (features.get("q_len") != 3)  # 11 heads of 3 queries are two tiles
     assert found["INTERLEAVED"] == (found["num_splits"] > 1)
     assert isinstance(found["k"], Descriptor) == isinstance(found["v"], Descriptor) == bool(sizes)
     assert isinstance(found["q"], torch.Tensor)
 
 
-def test_one_wave_has_tiles_of_its_own() -> None:
-    """The meta device has room for four programs."""
-    assert [launch(num_splits=splits).arguments["BLOCK_N"] for splits in (2, 3)] == [64, 128]
+def test_descriptors_by_who_launches() -> None:
+    """Inductor makes them in microseconds, a CUDA graph has them, and Triton's own launcher takes too long."""
+    ways = {
+        "graph": Tuning(arch="sm90"),
+        "Inductor for a graph": Tuning(arch="sm90", traced=True, replayed=True),
+        "Inductor": Tuning(arch="sm90", traced=True),
+        "Triton": Tuning(arch="sm90", opaque=True),
+    }
+    found = {
+        scores: [name for name, way in ways.items() if launch(tuning=way, kv_len=2**scores // 8).arguments["TMA"]]
+        for scores in (15, 16, 19, 20, 27, 28)
+    }
+    graphs = list(ways)[:2]
+    assert found == {15: [], 16: graphs, 19: graphs, 20: list(ways)[:3], 27: list(ways)[:3], 28: list(ways)}
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "sizes", "tile"),
+    [
+        (128, {"num_splits": 2}, (64, 4)), (128, {"kv_len": 6000}, (128, 3)),
+        (128, {**LONG, "num_splits": 2}, (128, 3)), (128, {**LONG, "num_splits": 8}, (128, 2)), (128, {**LONG, "num_splits": 7}, (128, 3)),
+        (64, {"num_splits": 2}, (128, 4)), (64, {**LONG, "num_splits": 2}, (128, 4)), (64, {"kv_len": 6000}, (128, 2)),
+        (64, {**LONG, "num_splits": 7}, (256, 3)), (64, {**LONG, "num_splits": 8}, (128, 2)),
+        (256, {**LONG, "num_splits": 8}, (64, 3)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tiles(head_dim: int, sizes: dict[str, Any], tile: tuple[int, int]) -> None:
+    """Keys and stages by what a program reads. The meta device has room for four programs."""
+    found = launch(head_dim=head_dim, **{"num_splits": 3, **sizes})
+    assert (found.arguments["BLOCK_N"], found.options["num_stages"]) == tile
 
 
 @pytest.mark.parametrize(
