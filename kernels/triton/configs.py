@@ -354,12 +354,12 @@ TABLES: dict[str, dict[str, Table]] = {
 
 Directions: forward, decode, backward_kv, backward_q, backward_bias, weights. Where tensor descriptors exist and the
 tensors' strides and size allow them, also forward_tma, decode_tma, backward_q_tma and backward_kv_tma, or instead of
-the last backward_k_tma and backward_v_tma: two launches. A suffix "_bias" or "_cap" is for calls with a bias or mask tensor or a
-soft cap, which need more registers, as "_alibi" for ALiBi (on Hopper not "forward"), "_first" and "_alibi_first" for
-forward calls that may take first_max, "_pages", "_float8" and "_float8_pages" for those that read a KV cache as it
-lies. Where such a table has no row, the one without the last suffix counts. "_wave" is for decode from plain tensors by
-no more programs than there are multiprocessors, else "_one", "_two" and "_few" for splits of up to 128, 256 and 1024
-keys.
+the last backward_k_tma and backward_v_tma: two launches. A suffix "_bias" or "_cap" is for calls with a bias or mask
+tensor or a soft cap, which need more registers, as "_alibi" for ALiBi (on Hopper not "forward"), "_first" and
+"_alibi_first" for forward calls that may take first_max, "_pages", "_float8" and "_float8_pages" for those that read a
+KV cache as it lies. Where such a table has no row, the one without the last suffix counts. "_wave" is for decode from
+plain tensors by no more programs than there are multiprocessors, else "_one", "_two" and "_few" for splits of up to
+128, 256 and 1024 keys.
 """
 
 

@@ -70,7 +70,8 @@ def test_descriptors_by_who_launches() -> None:
     ("head_dim", "sizes", "tile"),
     [
         (128, {"num_splits": 2}, (64, 4)), (128, {"kv_len": 6000}, (128, 3)),
-        (128, {**LONG, "num_splits": 2}, (128, 3)), (128, {**LONG, "num_splits": 8}, (128, 2)), (128, {**LONG, "num_splits": 7}, (128, 3)),
+        (128, {**LONG, "num_splits": 2}, (128, 3)),
+        (128, {**LONG, "num_splits": 8}, (128, 2)), (128, {**LONG, "num_splits": 7}, (128, 3)),
         (64, {"num_splits": 2}, (128, 4)), (64, {**LONG, "num_splits": 2}, (128, 4)), (64, {"kv_len": 6000}, (128, 2)),
         (64, {**LONG, "num_splits": 7}, (256, 3)), (64, {**LONG, "num_splits": 8}, (128, 2)),
         (256, {**LONG, "num_splits": 8}, (64, 3)),
