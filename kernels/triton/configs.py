@@ -205,6 +205,8 @@ _RDNA: dict[str, Table] = {
     },
 }
 
+_HOPPER_SHORT: Table = {(128, 2): C(16, 128, 4, 2, merged=True)}
+
 # Measured on an H200, see docs/kernels.md.
 _HOPPER: dict[str, Table] = {
     "forward_tma": {
@@ -223,18 +225,28 @@ _HOPPER: dict[str, Table] = {
         (256, 4): C(32, 32, 4, 2),
     },
     "decode": {
-        (64, 2): C(16, 128, 2, 2),
-        (128, 2): C(16, 128, 4, 3),
-        (256, 2): C(16, 64, 4, 3),
+        (64, 2): C(16, 128, 4, 2, merged=True),
+        (128, 2): C(16, 128, 4, 3, merged=True),
+        (256, 2): C(16, 64, 4, 3, merged=True),
         (128, 4): C(16, 32, 4, 2),
         (256, 4): C(16, 16, 4, 2),
     },
+    "decode_tma": {
+        (64, 2): C(16, 256, 4, 3, merged=True),
+        (128, 2): C(16, 128, 4, 3, merged=True),
+        (256, 2): C(16, 64, 4, 3, merged=True),
+    },
+    "decode_tma_wave": {(64, 2): C(16, 128, 4, 4, merged=True)},
+    # Short programs end and start all the time: several on a multiprocessor, so that some are reading.
+    "decode_tma_few": _HOPPER_SHORT,
+    "decode_tma_two": _HOPPER_SHORT,
+    "decode_tma_one": _HOPPER_SHORT,
     # Where the address of a load waits for the block table, Triton gives it half of the stages.
-    "decode_pages": {(64, 2): None, (128, 2): C(16, 128, 4, 5), (256, 2): C(16, 64, 4, 5)},
+    "decode_pages": {(64, 2): C(16, 128, 2, 2), (128, 2): C(16, 128, 4, 5), (256, 2): C(16, 64, 4, 5)},
     "decode_float8_pages": {(64, 2): C(16, 128, 4, 5), (128, 2): C(16, 128, 4, 3), (256, 2): C(16, 64, 4, 3)},
     "decode_float8": {(64, 2): C(16, 128, 4, 3), (128, 2): C(16, 128, 4, 3), (256, 2): C(16, 64, 4, 3)},
     # All programs run at once: what counts is how soon they ask for keys, and how soon they end behind the last.
-    "decode_wave": {(64, 2): None, (128, 2): C(16, 64, 4, 4, merged=True)},
+    "decode_wave": {(64, 2): C(16, 128, 4, 4, merged=True), (128, 2): C(16, 64, 4, 4, merged=True)},
     "decode_one": {(64, 2): None, (128, 2): C(16, 128, 4, 1)},
     "decode_pages_one": {(64, 2): None, (128, 2): C(16, 128, 4, 1)},
     "decode_float8_one": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
@@ -341,12 +353,13 @@ TABLES: dict[str, dict[str, Table]] = {
 """Family -> direction -> table.
 
 Directions: forward, decode, backward_kv, backward_q, backward_bias, weights. Where tensor descriptors exist and the
-tensors' strides and size allow them, also forward_tma, backward_q_tma and backward_kv_tma, or instead of the last
-backward_k_tma and backward_v_tma: two launches. A suffix "_bias" or "_cap" is for calls with a bias or mask tensor or a
-soft cap, which need more registers, as "_alibi" for ALiBi (on Hopper not "forward"), "_first" and "_alibi_first" for
-forward calls that may take first_max, "_pages", "_float8" and "_float8_pages" for those that read a KV cache as it
-lies. Where such a table has no row, the one without the last suffix counts. "_wave" is for decode from plain tensors by
-no more programs than there are multiprocessors, else "_one" and "_two" for splits of up to 128 and 256 keys.
+tensors' strides and size allow them, also forward_tma, decode_tma, backward_q_tma and backward_kv_tma, or instead of
+the last backward_k_tma and backward_v_tma: two launches. A suffix "_bias" or "_cap" is for calls with a bias or mask
+tensor or a soft cap, which need more registers, as "_alibi" for ALiBi (on Hopper not "forward"), "_first" and
+"_alibi_first" for forward calls that may take first_max, "_pages", "_float8" and "_float8_pages" for those that read a
+KV cache as it lies. Where such a table has no row, the one without the last suffix counts. "_wave" is for decode from
+plain tensors by no more programs than there are multiprocessors, else "_one", "_two" and "_few" for splits of up to
+128, 256 and 1024 keys.
 """
 
 
@@ -500,7 +513,7 @@ def programs_per_unit(arch: str, in_place: bool = False) -> int:
 def decode_feature(kv_len: int, num_splits: int) -> str:
     """The suffix of the tables for short splits."""
     keys = -(-kv_len // num_splits)
-    return "one" if keys <= 128 else "two" if keys <= 256 else ""
+    return "one" if keys <= 128 else "two" if keys <= 256 else "few" if keys <= 1024 else ""
 
 
 def combine_warps(arch: str) -> int:

@@ -63,7 +63,7 @@ def choose(
     )
     is_free = not (tuning.config or tuning.pack or tuning.shift is not None or tuning.chosen)
     # Of few tiles little is on its way while another is used.
-    is_long = not configs.decode_feature(arguments["kv_len"], arguments["num_splits"])
+    is_long = configs.decode_feature(arguments["kv_len"], arguments["num_splits"]) in ("few", "")
     return TILES[sizes] if fits and ((is_free and is_long) or tuning.in_flight) else None
 
 

@@ -78,7 +78,7 @@ def attention_forward_kernel(
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
-    ONE_TILE: tl.constexpr, LATE_QUERIES: tl.constexpr,
+    ONE_TILE: tl.constexpr, LATE_QUERIES: tl.constexpr, INTERLEAVED: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, MERGED: tl.constexpr, SHIFT: tl.constexpr, PAGE: tl.constexpr,
     HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr, FLOAT8_ASM: tl.constexpr,
     HALF: tl.constexpr,
@@ -94,8 +94,8 @@ def attention_forward_kernel(
     Writes `out` and `lse`, or with SPLIT what its share of the keys gives, not normalised: `acc` into `partial`,
     float32 `(B * H * M, num_splits, E)`, and `m`, `l` into `partial_stats`, float32 `(B * H * M, num_splits, 2)`.
 
-    With TMA (never with PACK > 1) q, k, v, q_rest, k_rest are tensor descriptors, see tiles.py; q_rest and k_rest
-    differ from q and k in the width of their block only. Without TMA they are not used.
+    With TMA q, k, v, q_rest, k_rest are tensor descriptors, see tiles.py; q_rest and k_rest differ from q and k in the
+    width of their block only. Without TMA they are not used. With LATE_QUERIES, and always with PACK > 1, q is none.
 
     With PAGE > 0 (never with TMA or ROPE) the keys are in a paged cache, see pages.py; stride_kb and stride_vb are
     those of its blocks. k and v may be of a narrower dtype than q, and have a factor per key/value head, or one for
@@ -103,8 +103,10 @@ def attention_forward_kernel(
     products, see float8.py.
 
     With ONE_TILE the rows of each key/value head lie in one tile, so that the program's number need not be divided to
-    find them. With LATE_QUERIES (never with TMA, ROPE, HALF or a second piece) queries are brought into place at each
-    block of keys; else no key is asked for before they are there.
+    find them. With LATE_QUERIES (never with ROPE, HALF or a second piece) queries are brought into place at each
+    block of keys; else no key is asked for before they are there. With INTERLEAVED (only with SPLIT and MERGED, and a
+    running maximum) the programs of a tile take its blocks of keys in turn, so that what runs side by side reads what
+    lies side by side; else each takes blocks that follow each other.
 
     With RANGED (never with PACK > 1 or SPLIT) the ranges of key blocks are read from `ranges`, see mask_ranges: blocks
     in which padding or ids leave nothing are not visited, nor masks read in those that they leave whole.
@@ -174,7 +176,7 @@ def attention_forward_kernel(
         stride_rest_d = 1
         rest_head = kv_head * 0
     q_rest_tile = 0
-    if TMA:
+    if TMA and not LATE_QUERIES:
         q_tile = load_head_tile(
             q, batch, head, q_first, 0, 1, q_len, 0, HEAD_DIM, BLOCK_M, BLOCK_D, True, WIDE, True
         )  # fmt: skip
@@ -184,11 +186,12 @@ def attention_forward_kernel(
             )  # fmt: skip
     else:
         q += batch * stride_qb + head_long * stride_qh + q_first_long * stride_qm
-        k += kv_head * stride_kh
-        v += kv_head * stride_vh
-        if PAGE == 0:
-            k += batch * stride_kb
-            v += batch * stride_vb
+        if not TMA:
+            k += kv_head * stride_kh
+            v += kv_head * stride_vh
+            if PAGE == 0:
+                k += batch * stride_kb
+                v += batch * stride_vb
         if ROPE > 0:
             k_rest += batch * stride_kpb
             q_rest += batch * stride_qpb + head_long * stride_qph + q_first_long * stride_qpm
@@ -245,7 +248,11 @@ def attention_forward_kernel(
             q_first, q_last, kv_len, starts, ends, band_lower, band_upper, BLOCK_N, HAS_LOWER, HAS_UPPER, HAS_START,
             HAS_END,
         )  # fmt: skip
-    if SPLIT:
+    if INTERLEAVED:
+        first_block = begin + split
+        end = tl.cdiv(end - first_block, num_splits)
+        begin = 0
+    elif SPLIT:
         share = tl.cdiv(end - begin, num_splits)
         begin = tl.minimum(begin + split * share, end)
         end = tl.minimum(begin + share, end)
@@ -313,6 +320,8 @@ def attention_forward_kernel(
             # Prefetched tiles take registers on AMD, which has no MERGED: there the second attempt does without.
             for i in tl.range(first, last, num_stages=1 if attempt == 1 and not MERGED else None):
                 block = i
+                if INTERLEAVED:
+                    block = first_block + i * num_splits
                 if phase == 1:
                     block = tl.where(i < full_begin, i, i + (full_end - full_begin))
                 start_n = block * BLOCK_N

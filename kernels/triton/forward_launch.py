@@ -217,11 +217,9 @@ def forward_descriptors(
 ) -> dict[str, Any]:
     """The tensor descriptors that take the place of q, k, v, of their second pieces, and of the bias."""
     rows, keys = plan["BLOCK_M"], plan["BLOCK_N"]
-    found = {
-        "q": descriptor(q, rows, plan["BLOCK_D"]),
-        "k": descriptor(k, keys, plan["BLOCK_D"]),
-        "v": descriptor(v, keys, plan["BLOCK_E"]),
-    }
+    found = {"k": descriptor(k, keys, plan["BLOCK_D"]), "v": descriptor(v, keys, plan["BLOCK_E"])}
+    if not plan.get("LATE_QUERIES"):
+        found["q"] = descriptor(q, rows, plan["BLOCK_D"])
     if plan["BLOCK_REST"]:
         q_rest, k_rest = (rope[0], rope[1].unsqueeze(1)) if rope else (q, k)
         found["q_rest"] = descriptor(q_rest, rows, plan["BLOCK_REST"])
@@ -347,11 +345,13 @@ def forward_plan(
     scores = hint(batch) * num_heads * likely(q_len, hint) * likely_keys
     head_block = configs.head_size(blocks, v_head_dim)
     special = cache.feature or feature(arguments, dtype, arch)
+    # Heads in one piece, of whose rows several numbers are loaded at once.
+    is_plain = cache == NO_CACHE and not blocks[1] and all(known(arguments[x] == 1) for x in ("stride_kd", "stride_ve"))
     can_tma = (
         tuning.tma is not False
-        and not decode
+        and (is_plain or not decode)
         and cache == NO_CACHE
-        and scores >= min_tma_scores(tuning)
+        and scores >= min_tma_scores(tuning, decode)
         and is_aligned
         and all(takes_tma(where, itemsize) for where in layouts[:3])
         and takes_tma_rope(rope, itemsize)
@@ -368,13 +368,11 @@ def forward_plan(
     num_splits = tuning.num_splits or (splits() if scalars[-1] == 0.0 else 1)
     splits_at_most = num_splits if is_number(num_splits) else MAX_SPLITS
     likely_splits = num_splits if is_number(num_splits) else choose_splits(hint(tiles), likely_keys, programs, decode)
-    # Heads in one piece, of whose rows several numbers are loaded at once.
-    is_plain = cache == NO_CACHE and not blocks[1] and all(known(arguments[x] == 1) for x in ("stride_kd", "stride_ve"))
     if decode:
         special = "_".join(filter(None, (cache.feature, configs.decode_feature(likely_keys, likely_splits))))
         if is_plain and hint(tiles) * likely_splits <= num_units:
             special = "wave"
-        config, _ = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
+        config, tma = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
     is_cache = cache != NO_CACHE
     shift = RUNNING_MAX if decode or is_cache else score_shift(arguments, dtype, special, config.first_max)
     if tuning.shift is not None:
@@ -396,10 +394,11 @@ def forward_plan(
         PACK=pack,
         SPLIT=splits_at_most > 1,
         ONE_TILE=decode and config.merged and is_plain and known(tiles == heads),
-        LATE_QUERIES=decode and config.merged and is_plain,
+        LATE_QUERIES=decode and is_plain and (config.merged or tma),
+        INTERLEAVED=decode and config.merged and splits_at_most > 1,
         TMA=tma,
         MERGED=config.merged,
-        BIAS=bias_kind(layouts[3], bias_itemsize, tma and bias_is_aligned, pack),
+        BIAS=bias_kind(layouts[3], bias_itemsize, tma and not decode and bias_is_aligned, pack),
         SHIFT=shift,
         RANGED=pack == 1 and splits_at_most == 1 and cache == NO_CACHE and is_ranged(arguments, scores, tuning),
         FLOAT8_ASM=in_place,

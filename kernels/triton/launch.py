@@ -123,6 +123,7 @@ class Tuning:
             kernel wherever it can.
         ranged: Whether padding and ids are read beforehand, see mask_ranges_launch.is_ranged; None: where it pays.
         traced: The tensors have no data: what is aligned is told by their offsets in their storages.
+        replayed: With `traced`: CUDA graphs will replay the call. Without, they will unless it is `opaque`.
         opaque: Triton's own launcher will run the call, not a CUDA graph and not Inductor.
         chosen: Without `config`: configurations that take the place of the tables', see autotune.py. One that needs
             tensor descriptors counts where these can be had.
@@ -139,6 +140,7 @@ class Tuning:
     in_flight: bool = False
     ranged: bool | None = None
     traced: bool = False
+    replayed: bool = False
     opaque: bool = False
     chosen: Chosen = ()
     hint: Hint = int
@@ -187,15 +189,18 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32" if precision == "tf32" else "ieee"
 
 
-MIN_TMA_SCORES, MIN_TMA_SCORES_OPAQUE = 2**20, 2**28
+MIN_TMA_SCORES, MIN_TMA_SCORES_OPAQUE, MIN_TMA_SCORES_REPLAYED = 2**20, 2**28, 2**16
 """Below this many scores (B * H * M * N) a call is short, and making descriptors on the host would cost more than it
 saves on the device. Inductor's launcher makes them in a few microseconds, Triton's own, in an opaque call, in hundreds.
+A CUDA graph has them: a step of decoding is then faster even if it is short, but not if it is shorter still.
 """
 
 
-def min_tma_scores(tuning: Tuning) -> int:
+def min_tma_scores(tuning: Tuning, decode: bool = False) -> int:
     """From how many scores on a call reads through descriptors."""
-    return MIN_TMA_SCORES_OPAQUE if tuning.opaque else MIN_TMA_SCORES
+    if tuning.opaque:
+        return MIN_TMA_SCORES_OPAQUE
+    return MIN_TMA_SCORES_REPLAYED if decode and (tuning.replayed or not tuning.traced) else MIN_TMA_SCORES
 
 
 PACK_ROWS = 64

@@ -58,7 +58,8 @@ def attention_forward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:
     hint = hint_of(arguments, tracer, _fixed(**arguments))
     if hint is None or is_long_on_hopper(hint, **arguments):
         return NotImplemented
-    launches, out, lse = forward_launches(**arguments, tuning=_tuning(tuned, hint))
+    tuning = _tuning(tuned, hint, tracer.uses_cuda_graphs())
+    launches, out, lse = forward_launches(**arguments, tuning=tuning)
     return (out, lse) if trace(launches, arguments, tracer) else NotImplemented
 
 
@@ -87,8 +88,8 @@ def attention_backward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _tuning(text: str, hint: Hint = int) -> Tuning:
-    return Tuning(traced=True, chosen=tuned_text.decode(text), hint=hint)
+def _tuning(text: str, hint: Hint = int, replayed: bool = False) -> Tuning:
+    return Tuning(traced=True, replayed=replayed, chosen=tuned_text.decode(text), hint=hint)
 
 
 def _fixed(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None = None, **_: Any) -> tuple[Any, ...]:

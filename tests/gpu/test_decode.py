@@ -9,6 +9,7 @@ import kernel_oracle
 import pytest
 import torch
 
+from rocm_attn_compile.kernels.triton.configs import KernelConfig
 from rocm_attn_compile.kernels.triton.forward_launch import forward_launches
 from rocm_attn_compile.kernels.triton.launch import Tuning
 
@@ -47,17 +48,26 @@ CASES = {
 }
 
 
+NOT_PLAIN = ("keys as columns", "in two pieces")
+DESCRIPTORS = KernelConfig(16, 64, 4, 3, merged=True)
+
+
+@pytest.mark.parametrize("config", [None, DESCRIPTORS], ids=["", "descriptors"])
 @pytest.mark.parametrize("splits", [None, 1, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_decode(name, splits):
+def test_decode(name, splits, config):
+    if config and name in NOT_PLAIN:
+        pytest.skip("descriptors are for plain heads")
     case = {**SIZES, **CASES[name]}
     tensors, scalars = kernel_oracle.make_inputs(case, "cuda")
+    tuning = Tuning(num_splits=splits, config=config, tma=bool(config))
 
     def plan():
         launches, out, lse = forward_launches(
-            **tensors, **scalars, out_layout=case.get("out_layout", "bhsd"), tuning=Tuning(num_splits=splits)
+            **tensors, **scalars, out_layout=case.get("out_layout", "bhsd"), tuning=tuning
         )
-        assert launches[0].arguments["LATE_QUERIES"] == (case["D"] == 128 and name != "keys as columns")
+        arguments = launches[0].arguments
+        assert (arguments["LATE_QUERIES"], arguments["TMA"]) == (name not in NOT_PLAIN, bool(config))
         return launches, out, lse
 
     kernel_oracle.check_twice(plan, tensors, scalars)

@@ -10,6 +10,7 @@ import torch
 
 FULL = (True, True, True, True)
 WIDE_TILE = (16, 64, 1, 1)  # of configs.KernelConfig: several pages in a tile
+ONE_LOOP = (16, 16, 1, 1, 0, 0, True)  # the same: Hopper's decode
 
 # What the default run leaves out: variations whose code paths another case already takes.
 SLOW = (
@@ -27,7 +28,7 @@ SLOW = (
 
 def is_slow(case: dict[str, Any]) -> bool:
     """Whether the interpreter tests leave the case to `pytest -m slow`."""
-    return case["name"] in SLOW or case["name"].endswith(("pack1-split3", "pack4-split7"))
+    return case["name"] in SLOW or case["name"].endswith(("pack1-split3", "pack4-split7", "tma-split1"))
 
 
 def case(name: str, **fields: Any) -> dict[str, Any]:
@@ -437,9 +438,11 @@ def hopper_forward_cases() -> list[dict[str, Any]]:
 def decode_cases() -> list[dict[str, Any]]:
     """Forward only: query heads packed into one tile and the keys split between programs."""
     cases = []
-    for pack, splits in ((1, 3), (2, 1), (4, 3), (4, 7)):
-        tag = f"pack{pack}-split{splits}"
-        tuning = {"pack": pack, "num_splits": splits}
+    ways = [(f"pack{pack}-split{splits}", {"pack": pack, "num_splits": splits})
+            for pack, splits in ((1, 3), (2, 1), (4, 3), (4, 7))]  # fmt: skip
+    ways.append(("one-loop-split3", {"num_splits": 3, "config": ONE_LOOP}))
+    ways += [(f"tma-split{splits}", {"num_splits": splits, "config": ONE_LOOP, "tma": True}) for splits in (1, 3)]
+    for tag, tuning in ways:
         shared = {"B": 1, "H": 8, "K": 2, "N": 90, "tuning": tuning}
         cases += [
             case(f"decode-{tag}", M=1, **shared),

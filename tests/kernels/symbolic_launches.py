@@ -6,6 +6,7 @@ That is what a compiled program does: it is planned once, with the sizes of the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from rocm_attn_compile.kernels.triton.launch import Launch, Tuning
+from rocm_attn_compile.kernels.triton.launch import Descriptor, Launch, Tuning
 
 
 class Symbols:
@@ -53,11 +54,17 @@ class Symbols:
         return number.node.hint if isinstance(number, torch.SymInt) else number
 
     def value(self, planned: Any) -> Any:
-        """A number, tensor or tuple of a plan, at the actual sizes. Tensors that the plan allocated are full of NaN."""
+        """A number, tensor, descriptor or tuple of a plan, at the actual sizes.
+
+        Tensors that the plan allocated are full of NaN.
+        """
         if isinstance(planned, tuple):
             return tuple(map(self.value, planned))
         if isinstance(planned, torch.SymInt):
             return int(planned.node.expr.xreplace(self._values))
+        if isinstance(planned, Descriptor):
+            base, shape, strides = map(self.value, (planned.base, planned.shape, planned.strides))
+            return replace(planned, base=base, shape=shape, strides=strides)
         if not isinstance(planned, Tensor):
             return planned
         if id(planned) not in self._tensors:

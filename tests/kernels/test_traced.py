@@ -150,10 +150,12 @@ def test_split_decode(launches_for):
     assert found["attention_combine_kernel"] == WRITTEN["attention_combine_kernel"]
 
 
-def test_decode_in_one_wave(launches_for):
-    sizes = {"batch": 1, "num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "q_len": 1, "kv_len": 4096}
+@pytest.mark.parametrize("kv_len", [4096, 8192])
+def test_decode_on_hopper(launches_for, kv_len, monkeypatch):
+    monkeypatch.setattr("torch.utils._triton.has_triton_tensor_descriptor_host_tma", lambda: True)  # it asks the GPU
+    sizes = {"batch": 1, "num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "q_len": 1, "kv_len": kv_len}
     launches = list(launches_for("sm90", backward=False, causal=False, num_splits=2, **sizes))
-    assert launches[0].arguments["LATE_QUERIES"]
+    assert launches[0].arguments["LATE_QUERIES"] and launches[0].arguments["TMA"] == (kv_len == 8192)
     found = {launch.kernel.__name__: read(launch) for launch in launches}
     assert found["attention_forward_kernel"] == {"partial", "partial_stats"}
     assert found["attention_combine_kernel"] == WRITTEN["attention_combine_kernel"]
@@ -248,6 +250,7 @@ def trace_with_symbols(monkeypatch, arch, hints, actual, symbols=None, **setting
     recorded = []
     tracer = SimpleNamespace(
         hint=_torch_private.hint,
+        uses_cuda_graphs=_torch_private.uses_cuda_graphs,
         triton_writes=_torch_private.triton_writes,
         record_triton=lambda kernel, grid, arguments, blocks: recorded.append((kernel.fn, grid, arguments, blocks)),
     )
