@@ -15,14 +15,13 @@ Letters as in common.py. The scale is positive.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from .cap_series import factored_series, series_holds
+from .cap_series import series_holds
 from .common import (
     CAP_SERIES,
     EMPTY_NAN,
@@ -35,7 +34,8 @@ from .common import (
     SMALLEST_SUM,
     kv_block_range,
 )
-from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, row_limits, signal
+from .forward_hopper_capped import attend_capped
+from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, opaque_zero, row_limits, signal, thread_sums
 from .mask_ranges import load_range
 
 ROWS = gl.constexpr(64)
@@ -218,8 +218,8 @@ def finish_scores(
     BLOCK_N: gl.constexpr, SHIFT: gl.constexpr, SOFT_CAP: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
     HAS_IDS: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """Soft cap, but for the polynomial's, and masks, which are read only in blocks that they cut."""
-    if SOFT_CAP != NO_CAP and SHIFT != CAP_SERIES:
+    """Soft cap and masks, which are read only in blocks that they cut."""
+    if SOFT_CAP != NO_CAP:
         s = gl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [s * inner], dtype=gl.float32, is_pure=True, pack=1
         )
@@ -233,33 +233,6 @@ def finish_scores(
             keep &= gl.load(kv_ids + at * stride_kid_n)[None, :] == q_id[:, None]
         s = gl.where(keep, s, NEVER)
     return s
-
-
-@gluon.jit
-def exponent(s, m, scale_log2, series, SHIFT: gl.constexpr):
-    """The base-2 exponent of the weights. The polynomial of -inf is -inf; see cap_series.factored_series."""
-    if SHIFT == CAP_SERIES:
-        square = s * s + series[0]
-        x = s * (square * square + series[1])
-    else:
-        x = s * scale_log2 - finite(m)[:, None]
-    return x
-
-
-@gluon.jit
-def thread_sums(p, BLOCK_N: gl.constexpr):
-    """The sums of each row's numbers in one thread, (ROWS, 4): adding up the threads can wait until the tile's end."""
-    return gl.sum(gl.sum(p.reshape([ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def scale_queries(q_smem, factor):
-    """Multiply a group's queries where they lie."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    q_tile = q_smem.load(layout)
-    q_smem.store((q_tile.to(gl.float32) * factor).to(q_smem.dtype))
-    fence_async_shared()
-    barrier()
 
 
 @gluon.jit
@@ -285,11 +258,6 @@ def attend_tile(
     stage = step % STAGES
     phase = step // STAGES & 1
     mbarrier.wait(q_full.index(GROUP), tiles & 1)
-    series = (0.0, 0.0)
-    if SHIFT == CAP_SERIES:
-        factor, constant, linear = factored_series(scale_log2, inner)
-        series = (constant, linear)
-        scale_queries(q_smem.index(GROUP), factor)
     mbarrier.wait(k_full.index(stage), phase)
     s = start_scores(q_smem.index(GROUP), k_smem.index(stage), q_rest_smem.index(GROUP), k_rest_smem.index(stage),
                      nothing, BLOCK_REST)  # fmt: skip
@@ -301,8 +269,8 @@ def attend_tile(
                       stride_kid_n, kv_len, BLOCK_N, SHIFT, SOFT_CAP, HAS_KEY_MASK, HAS_IDS, scores)  # fmt: skip
     if SHIFT == RUNNING_MAX:
         m_i = gl.max(s, 1) * scale_log2
-    p = gl.exp2(exponent(s, m_i, scale_log2, series, SHIFT))
-    l_i = thread_sums(p, BLOCK_N)
+    p = gl.exp2(s * scale_log2 - finite(m_i)[:, None])
+    l_i = thread_sums(p)
     weights = gl.convert_layout(p.to(dtype), weight)
     mbarrier.wait(v_full.index(stage), phase)
     for block in range(begin + 1, end):
@@ -326,8 +294,8 @@ def attend_tile(
             alpha = gl.exp2(m_i - finite(m_new))
             m_i = m_new
             l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout), assert_trivial=True)[:, None]
-        p = gl.exp2(exponent(s, m_i, scale_log2, series, SHIFT))
-        l_i += thread_sums(p, BLOCK_N)
+        p = gl.exp2(s * scale_log2 - finite(m_i)[:, None])
+        l_i += thread_sums(p)
         # ptxas moves a wait for a product up to the start of its block of instructions. So that the exponentials
         # stay before it, that block starts here, with the wait for the copy of v.
         mbarrier.wait(v_full.index(stage), phase)
@@ -406,6 +374,13 @@ def attend(
                         inner, key_mask_row, q_id, kv_ids_row, stride_key_n, stride_kid_n, kv_len, GROUP, BLOCK_REST,
                         BLOCK_E, BLOCK_N, STAGES, AGAIN, SOFT_CAP, HAS_KEY_MASK, HAS_IDS,
                     )  # fmt: skip
+                elif SHIFT == CAP_SERIES:
+                    acc, l_i, step, turns = attend_capped(
+                        q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn, begin, full_begin,
+                        full_end, end, lower, upper, step, tiles, turns, scale_log2, inner, GROUP, BLOCK_E, BLOCK_N,
+                        STAGES,
+                    )  # fmt: skip
+                    m_i = gl.full([ROWS], 0.0, gl.float32, layout=by_row)
                 else:
                     acc, m_i, l_i, step, turns = attend_tile(
                         q_smem, k_smem, v_smem, q_rest_smem, k_rest_smem, q_full, q_free, k_full, k_free, v_full,
@@ -449,7 +424,8 @@ def attend(
             share = gl.where(empty, float("nan"), share)
         acc = acc * gl.convert_layout(share, out_row)[:, None]
         row = q_first + gl.arange(0, ROWS, layout=out_row)
-        column = gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, result))
+        # Not made before all tiles, and held in 15 registers since: see opaque_zero. 16: still known to be aligned.
+        column = gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, result)) + 16 * opaque_zero()
         start = out + batch_long * stride_ob + head_long * stride_oh
         pointers = start + (row.to(gl.int64) * stride_om)[:, None] + column[None, :]
         ok = (row < q_len)[:, None] & (column < V_HEAD_DIM)[None, :]

@@ -14,6 +14,12 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
+def thread_sums(p):
+    """The sums of each row's numbers in one thread, (rows, 4): adding up the threads can wait until the tile's end."""
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
 def row_limits(
     q_pos, kv_len, kv_start, kv_end, stride_start_m, stride_end_m, band_lower, band_upper, HAS_START: gl.constexpr,
     HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr,
