@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/soft_cap.py
 
-Issue 5 asks for less than 10 %. CUDA graphs over two sets of inputs, medians of 15 rounds in which all take turns. A part
-of every result is compared with float64 first.
+Issue 5 asks for less than 10 %. CUDA graphs over two sets of inputs, medians of 15 rounds in which all take turns. A
+part of every result is compared with float64 first.
 """
 
 from __future__ import annotations
