@@ -338,9 +338,10 @@ def forward_plan(
     arguments["RAW"] = arguments["RAW"] and not arguments["HAS_K_SCALE"] and not half
     group = num_heads // kv_heads
     # Queries whose number is a symbol are those of prompts.
-    pack = tuning.pack or (group if is_number(q_len) and q_len * group <= PACK_ROWS else 1)
+    # One query of many heads fills several tiles, which read the keys once each, as heads of their own would.
+    pack = tuning.pack or (group if is_number(q_len) and (q_len * group <= PACK_ROWS or q_len == 1) else 1)
     rows = q_len * pack
-    decode = is_number(q_len) and rows <= PACK_ROWS
+    decode = is_number(q_len) and (rows <= PACK_ROWS or q_len == 1)
     likely_keys = likely(kv_len, hint)
     scores = hint(batch) * num_heads * likely(q_len, hint) * likely_keys
     head_block = configs.head_size(blocks, v_head_dim)

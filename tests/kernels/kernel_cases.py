@@ -459,5 +459,8 @@ def decode_cases() -> list[dict[str, Any]]:
                 case(f"decode-empty-{mode}-{tag}", M=6, mask=FULL, empty=("mask_rows",), empty_rows=mode, **shared)
             )
     cases += cache_cases()
+    many = {"B": 2, "H": 71, "K": 1, "M": 1, "N": 90}
+    cases.append(case("decode-many-heads", **many, limits=(True, False), sinks=True))
+    cases.append(case("decode-many-heads-split", **many, dtype=torch.bfloat16, tuning={"num_splits": 3}))
     cases.append(case("decode-pack-dropout", H=8, K=2, M=3, dropout_p=0.4, tuning={"pack": 4}))
     return cases

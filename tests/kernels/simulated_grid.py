@@ -119,6 +119,12 @@ CUT = (
         ci=("gfx950", "gfx1201"),
     ),
     Row(
+        "decode: one query of 71 heads in several tiles",
+        {**DECODE, "dtype": BF16, "H": 71, "K": 1, "limits": (True, False), "N": 300},
+        backward=False,
+        ci=("gfx942",),
+    ),
+    Row(
         "decode: bf16, 128, pages of 16, causal, sinks",
         {**DECODE, **CACHE, "dtype": BF16, "D": 128, "E": 128, "M": 3, "page": 16, "band_upper": 590, "sinks": True},
         backward=False,

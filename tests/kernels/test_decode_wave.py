@@ -111,3 +111,13 @@ def test_keys_are_asked_for_before_queries(features: dict[str, Any], sizes: dict
         [match.start() for match in re.finditer(pattern, code)] for pattern in (r"LDGSTS|UTMALDG", r"STS\.(?:64|128)")
     )
     assert copies[0] < min(stores)
+
+
+def test_one_query_of_many_heads_lies_in_a_few_tiles() -> None:
+    """71 heads of one key/value head, as Falcon 7B has them: three tiles, not 71 programs that read the same keys."""
+    for arch in ("sm90", "gfx942"):
+        sizes = {"batch": 1, "num_heads": 71, "num_kv_heads": 1, "q_len": 1, "kv_len": 4096, "num_splits": 2}
+        launches = aot_launches.launches(arch, torch.bfloat16, 64, causal=False, backward=False, **sizes)
+        main = launches["attention_forward_kernel"]
+        assert (main.arguments["PACK"], main.arguments["BLOCK_M"], main.grid) == (71, 32, 3 * 2)
+        assert not main.arguments["ONE_TILE"] and main.direction == "decode"
