@@ -20,6 +20,7 @@ from rocm_attn_compile.ops.dispatch import DEFAULT, REFERENCE
 from rocm_attn_compile.ops.impl import parse
 from rocm_attn_compile.ops.schemas import (
     LIBRARY,
+    are_never_empty,
     attention,
     attention_backward,
     is_static,
@@ -40,7 +41,7 @@ def _body(rules: dict[str, Rule], op: Any, args: tuple, kwargs: dict[str, Any]) 
     if rule is None or not impl.inline or name == REFERENCE:
         return None
     # What is wrong with the arguments is left to the op to say.
-    if arguments["empty_rows"] not in EMPTY_ROWS or not all(t.numel() for t in tensors_of(arguments)):
+    if arguments["empty_rows"] not in EMPTY_ROWS or not are_never_empty(tensors_of(arguments)):
         return None
     return rule(name, impl.tuned, arguments)
 

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops import gpu_inline
 from rocm_attn_compile.ops.impl import parse
 from rocm_attn_compile.ops.mla_dispatch import DEFAULT, absorbed_form, cheaper_form, is_absorbed_for_any_cache
 from rocm_attn_compile.ops.mla_schemas import mla, mla_decode, mla_prefill, mla_prefill_backward
-from rocm_attn_compile.ops.schemas import LIBRARY, is_static, named_arguments, tensors_of
+from rocm_attn_compile.ops.schemas import LIBRARY, are_never_empty, is_static, named_arguments, tensors_of
 
 _NUM_TENSORS = 10
 
@@ -43,7 +45,8 @@ def _kernels(op: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any] 
     if not impl.inline or tensors[0].device.type != "cuda":
         return None
     caches = [arguments.get(name) for name in ("kv_c", "k_pe")]
-    if not all(t.numel() for t in tensors) or any(t is not None and t.stride(-1) != 1 for t in caches):
+    has_rows = all(cache is None or statically_known_true(cache.stride(-1) == 1) for cache in caches)
+    if not has_rows or not are_never_empty(tensors):
         return None
     return gpu_inline.latent(impl.backend or DEFAULT, op._schema.name.partition("::")[2], arguments)
 

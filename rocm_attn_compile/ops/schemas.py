@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.ops.checks import (
@@ -263,6 +264,11 @@ def named_arguments(op: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
 def tensors_of(arguments: dict[str, Any]) -> list[Tensor]:
     """The tensors among a call's arguments by name."""
     return [argument for argument in arguments.values() if isinstance(argument, Tensor)]
+
+
+def are_never_empty(tensors: list[Tensor]) -> bool:
+    """Whether each has an element whatever the symbols in its sizes are. Asks nothing that would make PyTorch guard."""
+    return all(statically_known_true(tensor.numel() > 0) for tensor in tensors)
 
 
 def is_static(arguments: dict[str, Any]) -> bool:

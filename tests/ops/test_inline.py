@@ -100,6 +100,23 @@ def test_empty_rows(name, mode):
     assert traced.is_backward_inlined == (right and (is_unfused or mode != "mean_added"))
 
 
+def test_a_length_that_depends_on_data_stays_a_call():
+    """And is asked nothing: PyTorch cannot say whether there is a key at all."""
+
+    def attention(q, k, v, chosen):
+        kept = chosen.nonzero()[:, 0]
+        k, v = k[:, :, kept], v[:, :, kept]
+        return ops.attention(q, k, v, softmax_scale=0.3, empty_rows="zero", impl="TRITON_ATTN@0+inline")[0]
+
+    traced = Traced()
+    backend = aot_autograd(fw_compiler=lambda gm, _: (setattr(traced, "forward", count_calls(gm)), gm.forward)[1])
+    q, k, v, chosen = torch.randn(2, 4, 5, 16), *torch.randn(2, 2, 4, 9, 16), torch.arange(9) % 2 == 0
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
+        got = torch.compile(attention, backend=backend, fullgraph=True)(q, k, v, chosen)
+    assert not traced.is_forward_inlined
+    torch.testing.assert_close(got, attention(q, k, v, chosen))
+
+
 def test_groups_whose_copies_cost_more_than_a_call_stay_one(monkeypatch):
     """The fused kernel has heads share k and v by a stride of 0, which Inductor writes out in memory."""
     call = seeded(lambda: make(H=4, K=2, M=9, band_upper=0, empty_rows="impossible")).to(torch.float32)
