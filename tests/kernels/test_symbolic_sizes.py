@@ -147,3 +147,12 @@ def test_a_latent_cache_that_grows(worker: Any, planned: int, kv_len: int, split
     case = mla_cases.case("growing", N=kv_len)
     kernels = latent(worker, case, {**case, "N": planned})
     assert kernels == {"mla_decode_kernel": splits, "attention_combine_kernel": splits}
+
+
+@pytest.mark.parametrize("name", ["prompt", "decode"])
+def test_amds_tiles_and_order_of_programs(worker: Any, name: str) -> None:
+    """On MI300 programs take all heads in turn, whose number is a symbol if that of sequences is."""
+    sizes = {"prompt": {"M": 150, "N": 171, "band_upper": 21}, "decode": {"M": 1, "N": 600}}[name]
+    case = cases_module.case(name, B=3, H=4, K=2, D=64, E=64, **sizes, tuning={"arch": "gfx942"})
+    kernels = check(worker, case, {**case, "B": 2, "M": case["M"] if name == "decode" else 300, "N": 400})
+    assert ("attention_combine_kernel" in kernels) == (name == "decode")
