@@ -15,7 +15,6 @@ import torch
 
 pytest.importorskip("triton")
 
-import interpreter_worker as worker_module
 
 from rocm_attn_compile.kernels.triton import aot, aot_launches, autotune, configs, tuned
 from rocm_attn_compile.kernels.triton.candidates import SHARED_BYTES, Problem, candidates, fits, shared_bytes
@@ -27,13 +26,6 @@ from rocm_attn_compile.ops.schemas import OPTIONAL_TENSORS
 SHIPPED = "16.16.1.1.0.0.0.0.p"
 WIDE = "16.32.1.1.0.0.0.0.p"
 DIRECTIONS = ["decode", "backward_kv", "backward_q"]
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Any]:
-    process = worker_module.InterpreterWorker()
-    yield process
-    process.close()
 
 
 def call(kv_len: int = 37) -> dict[str, Any]:

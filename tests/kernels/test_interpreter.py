@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,17 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-import interpreter_worker as worker_module
 import kernel_cases as cases_module
 import kernel_oracle as oracle_module
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Any]:
-    """One interpreter process for the file."""
-    process = worker_module.InterpreterWorker()
-    yield process
-    process.close()
 
 
 def parameters(cases: list[dict[str, Any]]) -> list[Any]:

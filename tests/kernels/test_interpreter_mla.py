@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,17 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-import interpreter_worker as worker_module
 import mla_cases as cases
 import mla_oracle as oracle
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Any]:
-    """One interpreter process for the file."""
-    process = worker_module.InterpreterWorker()
-    yield process
-    process.close()
 
 
 def parameters(values: dict[str, Any]) -> list[Any]:

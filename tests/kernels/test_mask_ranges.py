@@ -8,16 +8,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from interpreter_worker import InterpreterWorker
 
 BLOCK_M, BLOCK_N, Q_LEN, KV_LEN = 32, 16, 300, 200
-
-
-@pytest.fixture(scope="module")
-def worker():
-    found = InterpreterWorker()
-    yield found
-    found.close()
 
 
 def edges_of(generator: torch.Generator) -> tuple[Tensor, Tensor]:

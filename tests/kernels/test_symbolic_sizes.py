@@ -5,7 +5,6 @@ Run by Triton's interpreter against float64, as test_interpreter.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,19 +12,10 @@ import torch
 
 pytest.importorskip("triton")
 
-import interpreter_worker as worker_module
 import kernel_cases as cases_module
 import kernel_oracle as oracle_module
 import mla_cases
 import mla_oracle
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Any]:
-    """One interpreter process for the file."""
-    process = worker_module.InterpreterWorker()
-    yield process
-    process.close()
 
 
 def other_sizes(case: dict[str, Any], longer: bool) -> dict[str, Any]:

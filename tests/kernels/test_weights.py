@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,18 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-import interpreter_worker as worker_module
 import kernel_cases as cases_module
 import kernel_oracle as oracle_module
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Any]:
-    """One interpreter process for the file."""
-    process = worker_module.InterpreterWorker()
-    yield process
-    process.close()
-
 
 NAMES = [
     "plain", "one-query", "one-key", "causal-top-left", "causal-bottom-right", "causal-more-queries",
