@@ -232,7 +232,7 @@ def backward_launches(
             **dict(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out.stride())),
         )
     ]
-    # Hopper's own kernels know no symbols, see traced.is_long_on_hopper.
+    # Hopper's own kernels know no symbols, see traced.leave_to_hopper.
     in_one = can_tma and tuning.config is None and all(computed[:3]) and hint is int
     if in_one and not rope and not refusal(arch, itemsize, blocks, arguments, tuning.in_flight):
         launches += hopper_launches(grad_out, q, k, v, arguments, tensors, num_units)

@@ -170,7 +170,7 @@ def forward_launches(
         aligned(q, k, v, *(rope or ()), traced=traced), tuning, *bias_storage(attn_bias, traced),
         (layout(rope[0]), layout(rope[1])) if rope else (None, None), cache,
     )  # fmt: skip
-    # Hopper's own kernels know no symbols, see traced.is_long_on_hopper.
+    # Hopper's own kernels know no symbols, see traced.leave_to_hopper.
     is_static = tuning.hint is int
     tile = is_static and forward_hopper_launch.choose(arch, q.dtype, plan.arguments, tuning)
     if tile:

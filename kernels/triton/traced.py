@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -53,32 +54,52 @@ class Tracer(Protocol):
 _LAUNCHER_OPTIONS = ("num_warps", "num_stages")
 
 
+class StaysOpaque(Exception):
+    """Why a call cannot be written out, or had better not."""
+
+
+def written_out(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which gives NotImplemented, and says why in the log, where it raises StaysOpaque."""
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except StaysOpaque as why:
+            log.info("%s stays one opaque call: %s", function.__name__, why)
+            return NotImplemented
+
+    return traced
+
+
+@written_out
 def attention_forward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:
-    """As attention.attention_forward, all arguments by name, on traced tensors of fixed sizes; or NotImplemented."""
+    """As attention.attention_forward, all arguments by name, on traced tensors; or NotImplemented."""
     hint = hint_of(arguments, tracer, _fixed(**arguments))
-    if hint is None or is_long_on_hopper(hint, **arguments):
-        return NotImplemented
+    leave_to_hopper(hint, **arguments)
     tuning = _tuning(tuned, hint, tracer.uses_cuda_graphs())
     launches, out, lse = forward_launches(**arguments, tuning=tuning)
-    return (out, lse) if trace(launches, arguments, tracer) else NotImplemented
+    trace(launches, arguments, tracer)
+    return out, lse
 
 
+@written_out
 def attention_with_weights(
     tracer: Tracer, tensors: dict[str, Any], settings: dict[str, Any], weights_empty_rows: str, weights_dtype: Any
 ) -> Any:
     """As attention.attention_with_weights, on traced tensors of fixed sizes; or NotImplemented."""
     launches, out, weights = weights_launches(tensors, settings, weights_empty_rows, weights_dtype, _tuning(""))
-    return (out, weights) if trace(launches, tensors, tracer) else NotImplemented
+    trace(launches, tensors, tracer)
+    return out, weights
 
 
+@written_out
 def attention_backward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:
-    """As attention.attention_backward, all arguments by name, on traced tensors of fixed sizes; or NotImplemented."""
+    """As attention.attention_backward, all arguments by name, on traced tensors; or NotImplemented."""
     hint = hint_of(arguments, tracer, _fixed(**arguments))
-    if hint is None or is_long_on_hopper(hint, **arguments):
-        return NotImplemented
+    leave_to_hopper(hint, **arguments)
     launches, tensors = backward_launches(**arguments, tuning=_tuning(tuned, hint))
-    if not trace(launches, arguments, tracer):
-        return NotImplemented
+    trace(launches, arguments, tracer)
     sinks = arguments["sinks"]
     if sinks is not None and arguments["output_mask"][4]:
         dsinks = sink_gradient(sinks, arguments["lse"], tensors["delta"], tensors["correction"])
@@ -97,20 +118,24 @@ def _fixed(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None = None, *
     return (q.shape[1], q.shape[3], k.shape[1], v.shape[3], 0 if block_table is None else k.shape[2])
 
 
-def is_long_on_hopper(hint: Hint, q: Tensor, k: Tensor, **_: Any) -> bool:
-    """Whether a call with symbols stays opaque, so that Hopper's own kernels, in Gluon, may take it at each call.
+def leave_to_hopper(hint: Hint, q: Tensor, k: Tensor, **_: Any) -> None:
+    """Raise where a call has symbols and is long, so that Hopper's own kernels may take it, decided at each call.
 
     One that is shorter while it is compiled is written out, for longer ones, too.
     """
     if hint is int or not configs.has_hopper_kernels(device_arch(q.device)[0]):
-        return False
-    return hint(q.shape[0]) * q.shape[1] * hint(q.shape[2]) * hint(k.shape[2]) >= forward_hopper_launch.MIN_SCORES
+        return
+    scores = hint(q.shape[0]) * q.shape[1] * hint(q.shape[2]) * hint(k.shape[2])
+    if scores >= forward_hopper_launch.MIN_SCORES:
+        raise StaysOpaque(f"with {scores} scores in the call at hand kernels in Gluon may take it; lengths are symbols")
 
 
-def hint_of(arguments: dict[str, Any], tracer: Tracer, fixed: tuple[Any, ...]) -> Hint | None:
-    """`Tuning.hint` for a call with these arguments; None where a plan would need numbers that are not there.
+def hint_of(arguments: dict[str, Any], tracer: Tracer, fixed: tuple[Any, ...]) -> Hint:
+    """`Tuning.hint` for a call with these arguments.
 
-    That is where one of `fixed` is a symbol, or where a symbol has no value before data are read.
+    Raises:
+        StaysOpaque: A plan would need numbers that are not there: one of `fixed` is a symbol, or a symbol has no value
+            before data are read.
     """
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     numbers = [number for tensor in tensors for number in (*tensor.shape, *tensor.stride(), tensor.storage_offset())]
@@ -118,33 +143,37 @@ def hint_of(arguments: dict[str, Any], tracer: Tracer, fixed: tuple[Any, ...]) -
     if is_number(*numbers):
         return int
     if not is_number(*fixed):
-        return None
+        raise StaysOpaque(f"kernels are compiled by numbers of heads and widths, and one of {fixed} is a symbol")
     try:
         for number in numbers:
             tracer.hint(number)
-    except ValueError:
-        return None
+    except ValueError as error:
+        raise StaysOpaque(str(error)) from error
     return tracer.hint
 
 
-def trace(launches: list[Launch], arguments: dict[str, Any], tracer: Tracer) -> bool:
-    """Trace the launches of a call with these arguments; False, and nothing traced, where that cannot be right."""
-    if not all(_is_plain(value) for launch in launches for value in launch.arguments.values()):
-        return False
-    # Inductor cannot launch a kernel in Gluon.
+def trace(launches: list[Launch], arguments: dict[str, Any], tracer: Tracer) -> None:
+    """Trace the launches of a call with these arguments.
+
+    Raises:
+        StaysOpaque: That cannot be right; nothing is traced.
+    """
     if any(launch.kernel.is_gluon() for launch in launches if hasattr(launch.kernel, "is_gluon")):
-        return False
-    # Of float8.py's assembly PyTorch would say that it may write anything.
+        raise StaysOpaque("Inductor cannot launch a kernel in Gluon, which is faster")
+    for launch in launches:
+        for name, value in launch.arguments.items():
+            if not _is_plain(value):
+                raise StaysOpaque(f"Inductor makes tensor descriptors of a tensor's own strides only, not as {name}'s")
     if any(launch.arguments.get("FLOAT8_ASM") for launch in launches):
-        return False
+        raise StaysOpaque("of the assembly that converts float8 PyTorch says that it may write anything")
     given = {id(value) for value in arguments.values() if isinstance(value, Tensor)}
     kernels = [_with_options(launch.kernel, tuple(sorted(launch.options.items()))) for launch in launches]
-    if not all(_is_understood(kernel, launch, given, tracer) for kernel, launch in zip(kernels, launches)):
-        return False
+    for kernel, launch in zip(kernels, launches):
+        if not _is_understood(kernel, launch, given, tracer):
+            raise StaysOpaque(f"PyTorch misreads what {launch.kernel.__name__} writes")
     for kernel, launch in zip(kernels, launches):
         tensors = {k: base_of(v) for k, v in launch.arguments.items()}
         tracer.record_triton(kernel, launch.grid, tensors, _blocks(launch))
-    return True
 
 
 def _blocks(launch: Launch) -> dict[str, tuple[int, ...]]:

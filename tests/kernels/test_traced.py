@@ -123,7 +123,8 @@ def test_a_kernel_in_gluon_is_not_traced(launches_for):
     sizes = {"batch": 1, "num_heads": 32, "num_kv_heads": 32, "q_len": 8192, "kv_len": 8192, "backward": False}
     launches = list(launches_for("sm90", 192, v_head_dim=128, **sizes))
     assert [launch.kernel.__name__ for launch in launches] == ["attention_forward_hopper_kernel"]
-    assert not traced.trace(launches, {}, SimpleNamespace())
+    with pytest.raises(traced.StaysOpaque, match="Gluon"):
+        traced.trace(launches, {}, SimpleNamespace())
 
 
 def test_every_feature(launches_for):
@@ -169,7 +170,8 @@ def test_caches(launches_for, arch, float8):
         cache.update(kv_dtype=torch.float8_e4m3fn, scale=True)
     launches = list(launches_for(arch, q_len=1, kv_len=512, **cache))
     if float8 and arch == "sm90":  # assembly, of which PyTorch says that it writes everything
-        assert not traced.trace(launches, {}, SimpleNamespace())
+        with pytest.raises(traced.StaysOpaque, match="float8"):
+            traced.trace(launches, {}, SimpleNamespace())
         return
     found = {launch.kernel.__name__: read(launch) for launch in launches}
     assert found["attention_forward_kernel"] == {"partial", "partial_stats"}
@@ -276,22 +278,28 @@ def test_lengths_that_are_symbols(monkeypatch, arch):
     assert set(blocks) == ({"q", "k", "v"} if arch == "sm90" else set())
 
 
-def test_numbers_of_heads_that_are_symbols_stay_a_call(monkeypatch):
+def test_numbers_of_heads_that_are_symbols_stay_a_call(monkeypatch, caplog):
     hints, actual = (shapes((2, h, 50, 64), (2, h, 50, 64), (2, h, 50, 64)) for h in (6, 4))
-    assert trace_with_symbols(monkeypatch, "gfx942", hints, actual) == (NotImplemented, [])
+    with caplog.at_level("INFO"):
+        assert trace_with_symbols(monkeypatch, "gfx942", hints, actual) == (NotImplemented, [])
+    assert "attention_forward stays one opaque call: kernels are compiled by numbers of heads" in caplog.text
 
 
-def test_lengths_that_depend_on_data_stay_a_call(monkeypatch):
+def test_lengths_that_depend_on_data_stay_a_call(monkeypatch, caplog):
     hints, actual = (shapes((2, 4, n, 64), (2, 4, n, 64), (2, 4, n, 64)) for n in (60, 50))
     symbols = Symbols(hints, actual)
     unbacked = symbols.env.create_unbacked_symint()
     with symbols.mode:
         symbols.fakes["k"] = torch.empty((2, 4, unbacked, 64), dtype=torch.bfloat16)
-    assert trace_with_symbols(monkeypatch, "gfx942", hints, actual, symbols) == (NotImplemented, [])
+    with caplog.at_level("INFO"):
+        assert trace_with_symbols(monkeypatch, "gfx942", hints, actual, symbols) == (NotImplemented, [])
+    assert "depends on data" in caplog.text
 
 
-def test_on_hopper_a_long_call_with_symbols_stays_a_call(monkeypatch):
+def test_on_hopper_a_long_call_with_symbols_stays_a_call(monkeypatch, caplog):
     """So that its kernel in Gluon may take it."""
     hints, actual = (shapes(*[(1, 32, n, 128)] * 3) for n in (8192, 50))
-    assert trace_with_symbols(monkeypatch, "sm90", hints, actual) == (NotImplemented, [])
+    with caplog.at_level("INFO"):
+        assert trace_with_symbols(monkeypatch, "sm90", hints, actual) == (NotImplemented, [])
+    assert "kernels in Gluon may take it" in caplog.text
     assert trace_with_symbols(monkeypatch, "gfx942", hints, actual)[1]
