@@ -186,8 +186,9 @@ def is_absorbed_for_any_cache(tensors: tuple) -> bool:
 
     By both ends of that range, below which neither takes long, and without a band: a window makes absorbing cheaper.
     """
-    q_nope, _, _, _, w_uk, w_uv = tensors[:6]
-    sizes = [q_nope.shape[1], q_nope.shape[2], *(x.shape[-1] for x in (q_nope, w_uk)), w_uv.shape[1]]
+    q_nope, q_pe, _, _, w_uk, w_uv = tensors[:6]
+    widths = [tensor.shape[-1] for tensor in (q_nope, q_pe, w_uk) if tensor is not None]
+    sizes = [*q_nope.shape[1:3], *widths, w_uv.shape[1]]
     if not all(isinstance(size, int) for size in sizes):
         return False
     return all(_is_absorbed(tensors, {}, kv_len) for kv_len in (64, 2**20))

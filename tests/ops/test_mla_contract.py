@@ -235,6 +235,27 @@ def test_compiled_with_any_length():
     assert len(graphs) == 2
 
 
+@pytest.mark.parametrize("q_len", [1, 400])
+def test_a_step_on_a_cache_of_any_length_is_absorbed_while_compiling(q_len):
+    """Of DeepSeek's sizes; a prompt's form depends on how much is cached before it, and is chosen when it runs."""
+    traced = []
+
+    def compiler(graph_module, _inputs):
+        traced.append([str(node.target) for node in graph_module.graph.nodes if "rocm_attn" in str(node.target)])
+        return graph_module.forward
+
+    sizes = {"H": 2, "P": 128, "R": 64, "C": 512, "E": 128}
+    model = lambda *t: ops.mla(*t, softmax_scale=0.07, impl="TRITON_MLA@1+inline")[0]  # noqa: E731
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
+    for kv_len in (50, 71):
+        call = seeded(lambda: latent(M=q_len, N=kv_len, softmax_scale=0.07, **sizes))  # noqa: B023
+        for cache in (call.kv_c, call.k_pe):
+            torch._dynamo.mark_dynamic(cache, 1)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*call.whole), attend(call)[0])
+    assert traced == [["rocm_attn.mla_decode.default"] if q_len == 1 else ["rocm_attn.mla.default"]]
+
+
 def test_without_the_private_names_first_gradients_still_work():
     out = run_fresh(
         """
