@@ -13,11 +13,12 @@ Speed is tuned per architecture in a later step; these are safe, sensible values
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import triton
+
+from .sizes import Hint
 
 
 @dataclass(frozen=True)
@@ -433,9 +434,7 @@ HEADS_BYTES, LONG_HEADS_BYTES = 32 * 2**20, 8 * 2**20
 """How much of Hopper's 50 MB L2 cache all heads, or those that run at once, may take; see heads_at_once."""
 
 
-def heads_at_once(
-    arch: str, uneven: bool, heads: Any, head_bytes: int, is_long: bool = False, hint: Callable[[Any], int] = int
-) -> Any:
+def heads_at_once(arch: str, uneven: bool, heads: Any, head_bytes: int, is_long: bool = False, hint: Hint = int) -> Any:
     """How many key/value heads the programs are dealt out to in turn, before the next ones start.
 
     1 lets the programs of one head follow each other and share its tensors in the cache. That is best on one L2 cache,

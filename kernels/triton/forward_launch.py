@@ -132,9 +132,10 @@ def forward_launches(
     Returns:
         The launches in order, `out` and `lse`.
     """
+    tuning = tuning or Tuning()
+    traced = tuning.traced
     arch, num_units = device_arch(q.device)
-    if tuning is not None and tuning.arch is not None:
-        arch = tuning.arch
+    arch = tuning.arch or arch
     cache = NO_CACHE
     if is_cache(q, k, block_table, k_scale, v_scale):
         check_cache(q, k, v, kv_end, block_table, k_scale, v_scale, dropout_p, empty_rows, out_layout, arch)
@@ -160,8 +161,6 @@ def forward_launches(
 
     if dropout_p > 0.0 and dropout_seed is None:
         raise ValueError("dropout_p > 0 needs dropout_seed, an int64 tensor of one element on the same device")
-    tuning = tuning or Tuning()
-    traced = tuning.traced
     plan = remembering(forward_plan, tuning.hint)(
         (layout(q), layout(k), layout(v), layout(attn_bias), layout(attn_mask), layout(key_mask), layout(kv_start),
          layout(kv_end), layout(q_ids), layout(kv_ids), layout(alibi_slopes)),

@@ -212,11 +212,12 @@ def takes_tma(where: Layout, itemsize: int) -> bool:
     if where is None:
         return False
     shape, strides = where
-    outer = all(known(size == 1) or _is_whole(stride, itemsize) for size, stride in zip(shape, strides[:3]))
+    outer = all(known(size == 1) or is_whole(stride, itemsize) for size, stride in zip(shape, strides[:3]))
     return outer and known(strides[3] == 1) and known(shape[3] * itemsize >= 32)
 
 
-def _is_whole(stride: int, itemsize: int) -> bool:
+def is_whole(stride: int, itemsize: int) -> bool:
+    """Whether a stride is of whole 16 bytes, and not 0."""
     return known(stride > 0) and known(stride * itemsize % 16 == 0)
 
 
@@ -288,7 +289,7 @@ def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Descriptor:
     shape = tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride()))
     itemsize = tensor.element_size()
     strides = [
-        stride if known(size > 1) or _is_whole(stride, itemsize) else 16 // itemsize
+        stride if known(size > 1) or is_whole(stride, itemsize) else 16 // itemsize
         for size, stride in zip(shape[:3], tensor.stride()[:3])
     ]
     return Descriptor(tensor, shape, (*strides, 1), (1, 1, rows, columns))

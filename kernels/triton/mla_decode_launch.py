@@ -140,11 +140,10 @@ def mla_decode_launches(
         q_pe = k_pe = None
     q_latent, q_pe = rows_adjacent(q_latent), rows_adjacent(q_pe)
     assert q_latent is not None
-    arch, num_units = device_arch(q_latent.device)
-    if tuning is not None and tuning.arch is not None:
-        arch = tuning.arch
-    given = [tensor for tensor in (kv_c, k_pe) if tensor is not None]
     tuning = tuning or Tuning()
+    arch, num_units = device_arch(q_latent.device)
+    arch = tuning.arch or arch
+    given = [tensor for tensor in (kv_c, k_pe) if tensor is not None]
     plan = remembering(mla_decode_plan, tuning.hint)(
         (layout(q_latent), layout(q_pe), layout(kv_c), layout(k_pe), layout(block_table), layout(key_mask),
          layout(kv_start), layout(kv_end)),

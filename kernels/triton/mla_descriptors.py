@@ -7,16 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .launch import Descriptor, Layout, aligned
+from .launch import Descriptor, Layout, aligned, is_whole
 from .sizes import known
 
 
-def is_whole(sizes: Iterable[int], strides: Iterable[int], itemsize: int) -> bool:
+def are_whole(sizes: Iterable[int], strides: Iterable[int], itemsize: int) -> bool:
     """Whether the tensor memory accelerator can address outer dimensions: strides of whole 16 bytes."""
-    return all(
-        known(size == 1) or (known(stride > 0) and known(stride * itemsize % 16 == 0))
-        for size, stride in zip(sizes, strides)
-    )
+    return all(known(size == 1) or is_whole(stride, itemsize) for size, stride in zip(sizes, strides))
 
 
 def takes_tma(where: Layout, itemsize: int) -> bool:
@@ -24,7 +21,7 @@ def takes_tma(where: Layout, itemsize: int) -> bool:
     if where is None:
         return True
     shape, strides = where
-    return is_whole(shape[:2], strides[:2], itemsize) and shape[2] * itemsize >= 32
+    return are_whole(shape[:2], strides[:2], itemsize) and shape[2] * itemsize >= 32
 
 
 def token_descriptor(cache: Tensor, tokens: int, columns: int, swizzle: int = 0) -> Descriptor:
@@ -32,7 +29,7 @@ def token_descriptor(cache: Tensor, tokens: int, columns: int, swizzle: int = 0)
     # The stride of a dimension of size 1 says nothing, but must be valid.
     outer = zip(cache.shape[:2], cache.stride()[:2])
     itemsize = cache.element_size()
-    strides = [stride if known(size > 1) or is_whole((2,), (stride,), itemsize) else 16 for size, stride in outer]
+    strides = [stride if known(size > 1) or is_whole(stride, itemsize) else 16 for size, stride in outer]
     return Descriptor(cache, tuple(cache.shape), (*strides, 1), (1, tokens, columns), swizzle)
 
 
@@ -61,7 +58,7 @@ def takes_query_boxes(queries: Tensor | None, rows: int) -> bool:
     one_position = q_len == 1 or heads % rows == 0
     # Rows of float32, as shares are stored, are whole 16 bytes, too.
     is_plain = aligned(queries) and queries.stride(3) == 1 and width * itemsize >= 32 and width % 4 == 0
-    return one_position and is_plain and is_whole(queries.shape[:3], queries.stride()[:3], itemsize)
+    return one_position and is_plain and are_whole(queries.shape[:3], queries.stride()[:3], itemsize)
 
 
 def query_boxes(q: Tensor, q_pe: Tensor | None, rows: int, columns: int, pe_columns: int) -> dict[str, Any]:

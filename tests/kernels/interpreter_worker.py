@@ -131,7 +131,7 @@ def symbolic_backward(hints: dict[str, Any], ranged: bool | None, is_free: bool,
     """The five gradients, planned as in `symbolic_forward`; unwanted ones have no elements."""
     from symbolic_launches import Symbols
 
-    from rocm_attn_compile.kernels.triton.backward_launch import backward_launches
+    from rocm_attn_compile.kernels.triton.backward_launch import backward_launches, sink_gradient
 
     symbols = Symbols(hints, {name: arguments.pop(name) for name in hints})
 
@@ -143,8 +143,6 @@ def symbolic_backward(hints: dict[str, Any], ranged: bool | None, is_free: bool,
     sinks = symbols.value(symbols.fakes["sinks"])
     if sinks is None:
         return *gradients, delta.new_empty((0,))
-    from rocm_attn_compile.kernels.triton.backward_launch import sink_gradient
-
     return *gradients, sink_gradient(sinks, symbols.value(symbols.fakes["lse"]), delta, correction)
 
 
