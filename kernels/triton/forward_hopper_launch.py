@@ -10,8 +10,7 @@ import triton
 from . import configs
 from .cap_series import series_fits
 from .common import CAP_FAST, CAP_SERIES, FIRST_MAX, NO_CAP, NO_MAX, RUNNING_MAX
-from .empty_rows import empty_rows_launch
-from .launch import EMPTY_ROWS, Launch, Rope, Tuning, swizzled
+from .launch import Launch, Rope, Tuning, swizzled
 from .mask_ranges_launch import ranges_launch
 
 MIN_SCORES, MIN_KEYS = 2**29, 2**10
@@ -45,7 +44,6 @@ FASTER: frozenset[Blocks] = frozenset({(128, 0, 128), (128, 64, 128), (256, 0, 2
 CAP_BY_SERIES: frozenset[Blocks] = frozenset({(128, 0, 128)})
 """Where a soft cap begins with the polynomial of cap_series.py: with heads of 256 it was slower than tanh.approx."""
 
-_MEANS = (EMPTY_ROWS["mean"], EMPTY_ROWS["mean_added"])
 _ABSENT = ("HAS_BIAS", "HAS_ATTN_MASK", "HAS_DROPOUT", "HAS_ALIBI", "SPLIT", "PAGE")
 _SHARED = (
     "stride_ob", "stride_oh", "stride_om", "stride_start_b", "stride_start_m", "stride_end_b", "stride_end_m",
@@ -116,7 +114,7 @@ def _longest_row(arguments: dict[str, Any]) -> int:
 def launches(
     tile: Tile, num_units: int, arguments: dict[str, Any], tensors: dict[str, Any], rope: Rope
 ) -> list[Launch]:
-    """The launches: of the ranges where masks need them, of the kernel, and of the mean that empty rows may have.
+    """The launches: of the ranges where masks need them, and of the kernel, to which empty rows are 0 or NaN.
 
     Args:
         tile: From `choose`.
@@ -129,12 +127,10 @@ def launches(
     from .forward_hopper import BLOCK_M, ROWS, attention_forward_hopper_kernel
 
     given = {name: arguments[name] for name in _SHARED} | tensors | {"ranges": None}
-    before, after = [], []
+    before = []
     if arguments["RANGED"]:
         before.append(ranges_launch({**arguments, **tensors}, BLOCK_M.value, tile.block_n))
         given["ranges"] = before[0].arguments["ranges"]
-    if arguments["EMPTY_ROWS"] in _MEANS:
-        after.append(empty_rows_launch(arguments, tensors))
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     q_rest, k_rest = (rope[0], rope[1].unsqueeze(1)) if rope else (q, k)
     rest = arguments["BLOCK_REST"]
@@ -158,4 +154,4 @@ def launches(
         {name: given[name] for name in names},
         {"num_warps": 4, "num_stages": 1},
     )
-    return [*before, main, *after]
+    return [*before, main]

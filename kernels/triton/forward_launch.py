@@ -14,6 +14,7 @@ from .bias import BIAS_TILES
 from .cache_launch import COMBINE_NAMES, FP8, NO_CACHE, CacheLayout, cache_layout, check_cache, is_cache
 from .cap_series import series_fits
 from .combine import attention_combine_kernel
+from .empty_rows import MEANS, mean_launches, means_apart
 from .forward import attention_forward_kernel
 from .launch import (
     EMPTY_ROWS,
@@ -172,10 +173,13 @@ def forward_launches(
     # Hopper's own kernels know no symbols, see traced.leave_to_hopper.
     is_static = tuning.hint is int
     tile = is_static and forward_hopper_launch.choose(arch, q.dtype, plan.arguments, tuning)
+    after = []
+    if plan.means_apart or (tile and plan.arguments["EMPTY_ROWS"] in MEANS):
+        after = mean_launches(plan.arguments, {"v": v, "out": out, "lse": lse}, tuning.hint)
     if tile:
         tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "kv_start": kv_start, "kv_end": kv_end,
                    "key_mask": key_mask, "q_ids": q_ids, "kv_ids": kv_ids, "sinks": sinks}  # fmt: skip
-        return forward_hopper_launch.launches(tile, num_units, plan.arguments, tensors, rope), out, lse
+        return [*forward_hopper_launch.launches(tile, num_units, plan.arguments, tensors, rope), *after], out, lse
     tensors = {
         "q": q, "k": k, "v": v, "q_rest": None, "k_rest": None, "out": out, "lse": lse, "partial": None,
         "partial_stats": None, "attn_bias": attn_bias, "attn_mask": attn_mask, "key_mask": key_mask,
@@ -190,6 +194,8 @@ def forward_launches(
         tensors["partial"] = torch.empty((shares, v_head_dim), dtype=torch.float32, device=q.device)
         tensors["partial_stats"] = torch.empty((shares, 2), dtype=torch.float32, device=q.device)
     arguments = {**plan.arguments, **tensors}
+    if plan.means_apart:
+        arguments["EMPTY_ROWS"] = EMPTY_ROWS["zero"]
     if plan.arguments["TMA"]:
         arguments.update(forward_descriptors(q, k, v, attn_bias, plan.arguments, rope))
     launches = []
@@ -208,7 +214,7 @@ def forward_launches(
         launches.append(
             Launch(attention_combine_kernel, lse.numel(), {**plan.combine, **combined}, plan.combine_options)
         )
-    return launches, out, lse
+    return [*launches, *after], out, lse
 
 
 def forward_descriptors(
@@ -276,6 +282,7 @@ class ForwardPlan(NamedTuple):
     combine_options: dict[str, int]
     direction: str
     config: configs.KernelConfig
+    means_apart: bool
 
     @property
     def is_split(self) -> bool:
@@ -418,7 +425,13 @@ def forward_plan(
             "HAS_BIAS", "HAS_SINKS", "EMPTY_ROWS", *COMBINE_NAMES,
         )
     }  # fmt: skip
+    is_apart = (
+        pack == 1 and splits_at_most == 1 and not is_cache
+        and means_apart(arguments, arguments["EMPTY_ROWS"], scores, tuning)
+    )  # fmt: skip
     combine.update(WAITS=False, COLUMN_BLOCKS=1, BLOCK_S=triton.next_power_of_2(splits_at_most), CHUNK=16, BLOCK_N=16)
     options = config.options(arch.startswith("gfx"))
     combine_options = {"num_warps": configs.combine_warps(arch), "num_stages": 1}
-    return ForwardPlan(arguments, options, tiles * num_splits, num_splits, combine, combine_options, direction, config)
+    return ForwardPlan(
+        arguments, options, tiles * num_splits, num_splits, combine, combine_options, direction, config, is_apart
+    )

@@ -23,6 +23,11 @@ _ARGUMENTS = (
 )  # fmt: skip
 
 
+def is_long(scores: int, tuning: Tuning) -> bool:
+    """Whether a call of so many scores pays for one more launch; `tuning.ranged` overrides."""
+    return scores >= MIN_SCORES if tuning.ranged is None else tuning.ranged
+
+
 def is_ranged(arguments: dict[str, Any], scores: int, tuning: Tuning, by_key: bool = False) -> bool:
     """Whether a kernel reads its ranges from a table.
 
@@ -36,7 +41,7 @@ def is_ranged(arguments: dict[str, Any], scores: int, tuning: Tuning, by_key: bo
     if by_key and (arguments["HAS_START"] or arguments["HAS_END"]):
         return True
     masks = arguments["HAS_KEY_MASK"] or arguments["HAS_IDS"]
-    return masks and (scores >= MIN_SCORES if tuning.ranged is None else tuning.ranged)
+    return masks and is_long(scores, tuning)
 
 
 def ranges_launch(arguments: dict[str, Any], block_m: int, block_n: int, by_key: bool = False) -> Launch:

@@ -136,6 +136,8 @@ def ranged_cases() -> list[dict[str, Any]]:
             case(f"ranged-empty-{mode}", **base, key_mask=True, empty=("key_mask",), empty_rows=mode, band_upper=9)
             for mode in ("nan", "nan_added", "zero", "mean", "mean_added")
         ),
+        case("ranged-limits-mean", **base, limits=(True, True), empty=("limits",), empty_rows="mean_added", H=4),
+        case("ranged-ids-mean", **base, ids=True, empty=("ids",), empty_rows="mean", out_layout="bshd", E=20),
     ]  # fmt: skip
 
 

@@ -206,7 +206,7 @@ RANGED = (
     Row("ranges: key mask, 128, bf16", {"dtype": BF16, "D": 128, "E": 128, "key_mask": True, "band_upper": 9},
         ci=("gfx942",), ranged=True),
     Row("ranges: ids, empty rows give a mean", {"ids": True, "empty": ("ids",), "empty_rows": "mean_added", "N": 250},
-        ci=("gfx942", "gfx1100"), ranged=True),
+        ci=ARCHS, ranged=True),
     Row("ranges: key mask, ids, limits", {"key_mask": True, "ids": True, "limits": (True, True), "empty_rows": "zero"},
         ranged=True),
 )  # fmt: skip

@@ -116,11 +116,11 @@ def test_chosen_where_it_is_faster() -> None:
 
 
 def test_padding_and_ids_come_with_a_table_of_ranges() -> None:
-    """And a mean for empty rows with a launch of its own."""
+    """And a mean for empty rows with launches of its own."""
     masks = {"key_mask": True, "q_ids": True, "kv_ids": True, "empty_rows": "mean_added"}
     launches = aot_launches.launches("sm90", HALF, 128, 128, **LONG, **masks)
-    assert list(launches) == ["mask_ranges_kernel", KERNEL, "empty_rows_kernel"]
-    table, main, _ = launches.values()
+    assert list(launches) == ["mask_ranges_kernel", KERNEL, "values_sum_kernel", "empty_rows_kernel"]
+    table, main, *_ = launches.values()
     assert main.arguments["ranges"] is table.arguments["ranges"]
     blocks = main.arguments["BLOCK_N"], 128
     assert (table.arguments["BLOCK_N"], table.arguments["BLOCK_M"]) == blocks

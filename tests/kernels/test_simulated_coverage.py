@@ -23,15 +23,20 @@ import simulated_grid as grid
 from gcnsim.triton_launch import simulated_device
 from test_simulated import weights_of
 
-from rocm_attn_compile.kernels.triton import configs, forward_launch, mla_configs, mla_decode_launch
+from rocm_attn_compile.kernels.triton import (
+    configs,
+    forward_launch,
+    mask_ranges_launch,
+    mla_configs,
+    mla_decode_launch,
+)
 from rocm_attn_compile.kernels.triton.attention import attention_backward, attention_forward
 from rocm_attn_compile.kernels.triton.launch import Launch
 from rocm_attn_compile.kernels.triton.mla import mla_decode, mla_prefill, mla_prefill_backward
 
 KERNELS = Path(configs.__file__).parent
 ONLY_HOPPER = {
-    "backward_finish_kernel", "backward_large_dq_kernel", "empty_rows_kernel", "key_ranges_kernel",
-    "mla_combine_kernel",
+    "backward_finish_kernel", "backward_large_dq_kernel", "key_ranges_kernel", "mla_combine_kernel",
 }  # fmt: skip
 """Launched before or after a kernel in Gluon for Hopper only; tests/gpu runs both."""
 
@@ -83,12 +88,16 @@ def reached(rows: Any, arch: str) -> tuple[set[str], set[int]]:
             if row.weights:
                 weights_of(tensors, scalars)
                 continue
-            out, lse = attention_forward(**tensors, **scalars)
-            if row.backward:
-                attention_backward(
-                    torch.zeros_like(out), **tensors, out=out, lse=lse, **scalars,
-                    output_mask=[True] * len(oracle.GRADIENTS),
-                )  # fmt: skip
+            with mock.patch.object(
+                mask_ranges_launch, "MIN_SCORES", 0 if row.ranged else mask_ranges_launch.MIN_SCORES
+            ):
+                out, lse = attention_forward(**tensors, **scalars)
+                if row.backward:
+                    attention_backward(
+                        torch.zeros_like(out), **tensors, out=out, lse=lse, **scalars,
+                        output_mask=[True] * len(oracle.GRADIENTS),
+                    )  # fmt: skip
+            forward_launch.forward_plan.cache_clear()
     forward_launch.forward_plan.cache_clear()
     return kernels, chosen
 

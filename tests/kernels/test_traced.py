@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from rocm_attn_compile import _torch_private
 from rocm_attn_compile.kernels import triton as kernels
 from rocm_attn_compile.kernels.triton import aot_launches, aot_mla, forward_launch, traced
-from rocm_attn_compile.kernels.triton.launch import base_of, descriptor
+from rocm_attn_compile.kernels.triton.launch import EMPTY_ROWS, base_of, descriptor
 from rocm_attn_compile.ops.kv_cache import CACHE_TENSORS
 from rocm_attn_compile.ops.schemas import OPTIONAL_TENSORS
 
@@ -37,6 +37,8 @@ WRITTEN = {
     "attention_combine_kernel": {"out", "lse"},
     "backward_rows_kernel": {"shift", "delta"},
     "mask_ranges_kernel": {"ranges"},
+    "values_sum_kernel": {"sums"},
+    "empty_rows_kernel": {"out"},
     "backward_dkdv_kernel": {"grad_k", "grad_v"},
     "backward_dq_kernel": {"grad_q"},
     "backward_bias_kernel": {"grad_bias"},
@@ -140,6 +142,25 @@ def test_long_calls_with_padding_read_a_table_of_ranges(launches_for):
     for launch in launches:
         if launch.kernel.__name__ in ("attention_forward_kernel", "backward_dkdv_kernel", "backward_dq_kernel"):
             assert launch.arguments["RANGED"] and launch.arguments["ranges"] is not None
+
+
+def test_means_of_rows_without_keys_are_left_to_kernels_of_their_own_in_long_calls(launches_for):
+    def names(**fields):
+        launches = list(launches_for("gfx942", **{"backward": False, "kv_start": True, "empty_rows": "mean", **fields}))
+        mains = [launch for launch in launches if launch.kernel.__name__ == "attention_forward_kernel"]
+        found = {launch.kernel.__name__: read(launch) for launch in launches}
+        assert found == {name: WRITTEN[name] for name in found}
+        return list(found), [main.arguments["EMPTY_ROWS"] for main in mains]
+
+    long = {"q_len": 4096, "kv_len": 4096}
+    apart = ["attention_forward_kernel", "values_sum_kernel", "empty_rows_kernel"]
+    assert names(**long) == (apart, [EMPTY_ROWS["zero"]])
+    assert names(**long, empty_rows="mean_added") == (apart, [EMPTY_ROWS["zero"]])
+    # Short calls; rows that have a mean in no mode but these; masks that may differ from head to head.
+    assert names() == (apart[:1], [EMPTY_ROWS["mean"]])
+    assert names(**long, empty_rows="nan") == (apart[:1], [EMPTY_ROWS["nan"]])
+    for others in ({"attn_mask": True}, {"attn_bias": True}, {"dropout_p": 0.1}):
+        assert names(**long, **others) == (apart[:1], [EMPTY_ROWS["mean"]])
 
 
 def test_split_decode(launches_for):
