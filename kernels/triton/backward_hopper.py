@@ -21,13 +21,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from .backward_hopper_parts import BLOCK_N, HALF, add_in_turn, copy_in, next_of_walk, pack, store_keys
 from .common import CAP_FAST
-from .hopper_parts import LOG2E, NEVER, NEVER_CAPPED, barrier, keep_pairs, opaque_zero, signal
+from .hopper_parts import LOG2E, NEVER, NEVER_CAPPED, barrier, keep_pairs, opaque_zero, signal, store_boxes
 from .mask_ranges import load_range, q_block_range
 
 
@@ -72,13 +73,14 @@ def stage_dq(dq_smem, dq, taken, step, SIDE: gl.constexpr):
 
 @gluon.jit
 def sum_keys(
-    grad_k, grad_v, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem, v_smem, g_smem, ds_smem, dq_smem,
-    row_smem, kv_full, full, ds_full, done, taken, stride_dkn, stride_dkd, stride_dvn, stride_dve, stride_key_n,
-    stride_start_m, stride_end_m, stride_qid_m, stride_kid_n, group, q_len, kv_len, softmax_scale, scale_log2,
-    inner_scale, band_lower, band_upper, n_first, begin, end, split, steps, full_begin, full_end, SIDE: gl.constexpr,
-    BLOCK_M: gl.constexpr, WIDTH: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
-    HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_IDS: gl.constexpr,
-    HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr,
+    grad_k, grad_v, k_boxes, v_boxes, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem, v_smem, g_smem,
+    ds_smem, dq_smem, row_smem, kv_full, full, ds_full, done, taken, stride_dkn, stride_dkd, stride_dvn, stride_dve,
+    stride_key_n, stride_start_m, stride_end_m, stride_qid_m, stride_kid_n, group, q_len, kv_len, softmax_scale,
+    scale_log2, inner_scale, band_lower, band_upper, batch, kv_head, n_first, begin, end, split, steps, full_begin,
+    full_end, SIDE: gl.constexpr, BLOCK_M: gl.constexpr, WIDTH: gl.constexpr, HEAD_DIM: gl.constexpr,
+    V_HEAD_DIM: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr,
+    HAS_IDS: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr,
+    BOXES: gl.constexpr,
 ):  # fmt: skip
     """One of the two warp groups.
 
@@ -154,8 +156,15 @@ def sum_keys(
         signal(done.index(steps % 2))
 
     n_first += SIDE * HALF
-    store_keys(grad_k, dk * softmax_scale, n_first, kv_len, stride_dkn, stride_dkd, HEAD_DIM, result, WIDTH)
-    store_keys(grad_v, dv, n_first, kv_len, stride_dvn, stride_dve, V_HEAD_DIM, result, WIDTH)
+    if BOXES:
+        # The group's own values have been read.
+        room = v_smem.index(SIDE)
+        store_boxes(v_boxes, batch, kv_head, n_first, dv, room, WIDTH, WIDTH)
+        store_boxes(k_boxes, batch, kv_head, n_first, dk * softmax_scale, room, WIDTH, WIDTH)
+        tma.store_wait(0)
+    else:
+        store_keys(grad_k, dk * softmax_scale, n_first, kv_len, stride_dkn, stride_dkd, HEAD_DIM, result, WIDTH)
+        store_keys(grad_v, dv, n_first, kv_len, stride_dvn, stride_dve, V_HEAD_DIM, result, WIDTH)
 
 
 _SIZES = ["batch_size", "num_heads", "gqa_group_size", "q_len", "kv_len", "heads_at_once", "band_lower", "band_upper"]
@@ -163,15 +172,14 @@ _SIZES = ["batch_size", "num_heads", "gqa_group_size", "q_len", "kv_len", "heads
 
 @gluon.jit(do_not_specialize=_SIZES)
 def backward_hopper_kernel(
-    q, k, v, grad_out, grad_k, grad_v, shift, delta, partial, turns, ticket, key_mask, kv_start, kv_end, q_ids, kv_ids,
-    ranges, key_ranges,
-    stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dve,
-    stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m, stride_qid_b, stride_qid_m,
-    stride_kid_b, stride_kid_n,
-    batch_size, num_heads, gqa_group_size, q_len, kv_len, heads_at_once, softmax_scale, logits_soft_cap,
-    band_lower, band_upper, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
-    HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_IDS: gl.constexpr, HAS_LOWER: gl.constexpr,
-    HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr, WIDTH: gl.constexpr,
+    q, k, v, grad_out, grad_k, grad_v, k_boxes, v_boxes, shift, delta, partial, turns, ticket, key_mask, kv_start,
+    kv_end, q_ids, kv_ids, ranges, key_ranges, stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh,
+    stride_dvn, stride_dve, stride_key_b, stride_key_n, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
+    stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n, batch_size, num_heads, gqa_group_size, q_len, kv_len,
+    heads_at_once, softmax_scale, logits_soft_cap, band_lower, band_upper, HEAD_DIM: gl.constexpr,
+    V_HEAD_DIM: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr,
+    HAS_IDS: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr,
+    WIDTH: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     """Write `grad_k` `(B, K, N, D)` and `grad_v` `(B, K, N, E)`, and add up dq in `partial`.
 
@@ -179,6 +187,7 @@ def backward_hopper_kernel(
     descriptors of BLOCK_M x WIDTH, k and v of 64 x WIDTH, shift and delta of 1 x BLOCK_M of `(B * H, M)`.
 
     Args:
+        k_boxes, v_boxes: With BOXES descriptors of `grad_k` and `grad_v`, of 64 x WIDTH.
         partial: Descriptor of PART x 256 of float32 `(B * H * blocks of queries * 32, 256)`, uninitialised: two tiles
             of 64 x 64 for each block, halves of its columns or rows. Blocks that see no key are not written.
         turns: int32 `(B, H, blocks of queries)`, zeros; more than 0 where `partial` has been written.
@@ -264,20 +273,20 @@ def backward_hopper_kernel(
     gl.warp_specialize(
         [
             (sum_keys, (
-                grad_k, grad_v, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem, v_smem, g_smem, ds_smem,
-                dq_smem, row_smem, kv_full.index(0), full, ds_full, done, taken, stride_dkn, stride_dkd, stride_dvn,
-                stride_dve, stride_key_n, stride_start_m, stride_end_m, stride_qid_m, stride_kid_n, gqa_group_size,
-                q_len, kv_len, softmax_scale, scale_log2, inner_scale, band_lower, band_upper, n_first, begin, end,
-                split, steps, full_begin, full_end, 0, BLOCK_M, WIDTH, HEAD_DIM, V_HEAD_DIM, HAS_KEY_MASK, HAS_START,
-                HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, SOFT_CAP,
+                grad_k, grad_v, k_boxes, v_boxes, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem, v_smem,
+                g_smem, ds_smem, dq_smem, row_smem, kv_full.index(0), full, ds_full, done, taken, stride_dkn,
+                stride_dkd, stride_dvn, stride_dve, stride_key_n, stride_start_m, stride_end_m, stride_qid_m,
+                stride_kid_n, gqa_group_size, q_len, kv_len, softmax_scale, scale_log2, inner_scale, band_lower,
+                band_upper, batch, kv_head, n_first, begin, end, split, steps, full_begin, full_end, 0, BLOCK_M, WIDTH,
+                HEAD_DIM, V_HEAD_DIM, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, SOFT_CAP, BOXES,
             )),
             (sum_keys, (
-                grad_k, grad_v, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem, v_smem, g_smem, ds_smem,
-                dq_smem, row_smem, kv_full.index(0), full, ds_full, done, taken, stride_dkn, stride_dkd, stride_dvn,
-                stride_dve, stride_key_n, stride_start_m, stride_end_m, stride_qid_m, stride_kid_n, gqa_group_size,
-                q_len, kv_len, softmax_scale, scale_log2, inner_scale, band_lower, band_upper, n_first, begin, end,
-                split, steps, full_begin, full_end, 1, BLOCK_M, WIDTH, HEAD_DIM, V_HEAD_DIM, HAS_KEY_MASK, HAS_START,
-                HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, SOFT_CAP,
+                grad_k, grad_v, k_boxes, v_boxes, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem, v_smem,
+                g_smem, ds_smem, dq_smem, row_smem, kv_full.index(0), full, ds_full, done, taken, stride_dkn,
+                stride_dkd, stride_dvn, stride_dve, stride_key_n, stride_start_m, stride_end_m, stride_qid_m,
+                stride_kid_n, gqa_group_size, q_len, kv_len, softmax_scale, scale_log2, inner_scale, band_lower,
+                band_upper, batch, kv_head, n_first, begin, end, split, steps, full_begin, full_end, 1, BLOCK_M, WIDTH,
+                HEAD_DIM, V_HEAD_DIM, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, SOFT_CAP, BOXES,
             )),
             (copy_in, (
                 q, k, v, grad_out, shift, delta, q_smem, k_smem, v_smem, g_smem, row_smem, kv_full.index(0), full,

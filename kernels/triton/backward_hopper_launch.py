@@ -11,7 +11,7 @@ from torch import Tensor
 from . import configs
 from .backward_finish import backward_finish_kernel
 from .common import CAP_FAST, NO_CAP
-from .launch import NO_SWIZZLE, Descriptor, Launch, swizzled
+from .launch import NO_SWIZZLE, Descriptor, Launch, layout, swizzled, takes_tma
 from .mask_ranges_launch import key_ranges_launch, ranges_launch
 
 BLOCK_N, PART = 128, 16
@@ -100,6 +100,7 @@ def hopper_launches(
         "grad_out": swizzled(grad_out, block_m, width),
         "grad_k": dk,
         "grad_v": dv,
+        **gradient_boxes({"k_boxes": (dk, width), "v_boxes": (dv, width)}, BLOCK_N // 2),
         "shift": row_statistics(tensors["shift"], block_m),
         "delta": row_statistics(tensors["delta"], block_m),
         "partial": of_rows(partial, PART, partial.shape[1], NO_SWIZZLE),
@@ -131,6 +132,19 @@ def tables_of_ranges(arguments: dict[str, Any], block_m: int, block_n: int) -> t
     of_rows = ranges_launch({**arguments, "batch_size": arguments["q"].shape[0]}, block_m, block_n)
     of_keys = key_ranges_launch(of_rows)
     return [of_rows, of_keys], {name: of_keys.arguments[name] for name in ("ranges", "key_ranges")}
+
+
+def gradient_boxes(gradients: dict[str, tuple[Tensor | None, int]], rows: int) -> dict[str, Any]:
+    """Descriptors of `rows` x columns by which a kernel stores gradients, and BOXES, whether it does: all or none.
+
+    Args:
+        gradients: Argument's name -> gradient, if there is one, and columns.
+    """
+    fits = all(grad is None or takes_tma(layout(grad), grad.element_size()) for grad, _ in gradients.values())
+    found = {
+        name: swizzled(grad, rows, n) if fits and grad is not None else None for name, (grad, n) in gradients.items()
+    }
+    return {**found, "BOXES": fits}
 
 
 def row_statistics(tensor: Tensor, rows: int) -> Descriptor:

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward_hopper_parts import next_step, store_keys
 from .common import CAP_FAST
-from .hopper_parts import LOG2E, NEVER, NEVER_CAPPED, barrier, keep_pairs, signal
+from .hopper_parts import LOG2E, NEVER, NEVER_CAPPED, barrier, keep_pairs, signal, store_boxes
 from .mask_ranges import load_range
 
 KEYS = gl.constexpr(64)
@@ -88,14 +88,14 @@ def begin_sum(part, n_first, kv_len, width, layout: gl.constexpr, BLOCK: gl.cons
 
 @gluon.jit
 def weigh(
-    grad_v, part, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem, q_rest_smem, k_rest_smem, g_smem, x_smem,
-    row_smem, kv_full, q_full, q_free, g_full, g_free, x_full, x_free, stride_dvn, stride_dve, stride_key_n,
+    grad_v, v_boxes, part, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem, q_rest_smem, k_rest_smem, g_smem,
+    x_smem, row_smem, kv_full, q_full, q_free, g_full, g_free, x_full, x_free, stride_dvn, stride_dve, stride_key_n,
     stride_start_m, stride_end_m, stride_qid_m, stride_kid_n, group, q_len, kv_len, scale_log2, inner_scale, band_lower,
-    band_upper, n_first, end, steps, full_begin, full_end, V_HEAD_DIM: gl.constexpr, BLOCK_REST: gl.constexpr,
-    BLOCK_E: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, WIDTH: gl.constexpr,
-    IS_FIRST: gl.constexpr, IS_LAST: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr,
-    HAS_END: gl.constexpr, HAS_IDS: gl.constexpr, HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr,
-    SOFT_CAP: gl.constexpr,
+    band_upper, batch, kv_head, n_first, end, steps, full_begin, full_end, V_HEAD_DIM: gl.constexpr,
+    BLOCK_REST: gl.constexpr, BLOCK_E: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    WIDTH: gl.constexpr, IS_FIRST: gl.constexpr, IS_LAST: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
+    HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_IDS: gl.constexpr, HAS_LOWER: gl.constexpr,
+    HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     """The group of scores, weights and dv."""
     dtype: gl.constexpr = q_smem.dtype
@@ -147,7 +147,11 @@ def weigh(
         signal(g_free.index(stage))
         head, block = next_step(head, block, group)
     s = warpgroup_mma_wait(0, deps=[s])
-    if IS_LAST:
+    if IS_LAST and BOXES:
+        # Nobody else reads the keys, which are as large.
+        store_boxes(v_boxes, batch, kv_head, n_first, dv, k_smem, BLOCK_E, BLOCK_E)
+        tma.store_wait(0)
+    elif IS_LAST:
         store_keys(grad_v, dv, n_first, kv_len, stride_dvn, stride_dve, V_HEAD_DIM, result, BLOCK_E)
     else:
         store_keys(part, dv, n_first, kv_len, WIDTH, 1, BLOCK_E, result, BLOCK_E)
@@ -155,11 +159,12 @@ def weigh(
 
 @gluon.jit
 def differentiate(
-    grad_k, grad_k_rest, part, q_smem, q_rest_smem, v_smem, g_smem, x_smem, row_smem, kv_full, q_full, q_free, g_full,
-    g_free, x_full, x_done, stride_dkn, stride_dkd, stride_dkpn, stride_dkpd, kv_len, softmax_scale, n_first, steps,
+    grad_k, grad_k_rest, k_boxes, k_rest_boxes, part, q_smem, q_rest_smem, v_smem, g_smem, x_smem, row_smem, kv_full,
+    q_full, q_free, g_full, g_free, x_full, x_done, stride_dkn, stride_dkd, stride_dkpn, stride_dkpd, kv_len,
+    softmax_scale, batch, kv_head, n_first, steps,
     HEAD_DIM: gl.constexpr, REST_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_REST: gl.constexpr,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, WIDTH: gl.constexpr, IS_FIRST: gl.constexpr,
-    IS_LAST: gl.constexpr,
+    IS_LAST: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     """The group of ds and dk."""
     dtype: gl.constexpr = q_smem.dtype
@@ -205,7 +210,15 @@ def differentiate(
             dk = warpgroup_mma_wait(1, deps=[dk])
         signal(q_free.index(stage))
     dp = warpgroup_mma_wait(0, deps=[dp])
-    if IS_LAST:
+    if IS_LAST and BOXES:
+        # Nobody else reads the values, which are as large as a piece of the keys.
+        store_boxes(k_boxes, batch, kv_head, n_first, dk * softmax_scale, v_smem, BLOCK_D, BLOCK_D)
+        if BLOCK_REST > 0:
+            BITS: gl.constexpr = k_rest_boxes.dtype.primitive_bitwidth
+            room = v_smem._reinterpret(k_rest_boxes.dtype, [KEYS, BLOCK_REST], gl.NVMMASharedLayout(128, BITS, rank=2))
+            store_boxes(k_rest_boxes, batch, kv_head, n_first, dk_rest * softmax_scale, room, BLOCK_REST, BLOCK_REST)
+        tma.store_wait(0)
+    elif IS_LAST:
         store_keys(grad_k, dk * softmax_scale, n_first, kv_len, stride_dkn, stride_dkd, HEAD_DIM, result, BLOCK_D)
         if BLOCK_REST > 0:
             store_keys(grad_k_rest, dk_rest * softmax_scale, n_first, kv_len, stride_dkpn, stride_dkpd, REST_DIM, rest,
@@ -282,7 +295,8 @@ _SIZES = [
 
 @gluon.jit(do_not_specialize=_SIZES)
 def backward_large_kernel(
-    q, k, q_rest, k_rest, v, grad_out, grad_k, grad_k_rest, grad_v, part, shift, delta, ds,
+    q, k, q_rest, k_rest, v, grad_out, grad_k, grad_k_rest, grad_v, k_boxes, k_rest_boxes, v_boxes, part, shift, delta,
+    ds,
     key_mask, kv_start, kv_end, q_ids, kv_ids, key_ranges,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dkpb, stride_dkph, stride_dkpn, stride_dkpd,
     stride_dvb, stride_dvh, stride_dvn, stride_dve, stride_key_b, stride_key_n, stride_start_b, stride_start_m,
@@ -292,7 +306,7 @@ def backward_large_kernel(
     ROPE: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_REST: gl.constexpr, BLOCK_E: gl.constexpr, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, IS_FIRST: gl.constexpr, IS_LAST: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_IDS: gl.constexpr,
-    HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr,
+    HAS_LOWER: gl.constexpr, HAS_UPPER: gl.constexpr, SOFT_CAP: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     """Write `grad_k` `(B, K, N, D)`, `grad_v` `(B, K, N, E)` and ds of `head_count` key/value heads from `first_head`.
 
@@ -301,6 +315,7 @@ def backward_large_kernel(
     and `grad_k_rest`, are tensors of their own; without it `grad_k_rest` starts inside of `grad_k`.
 
     Args:
+        k_boxes, k_rest_boxes, v_boxes: With BOXES descriptors of the gradients, of 64 keys and a whole piece.
         part: Used where the queries of a head are not all in one launch: float32 sums `(heads, N, BLOCK_D + BLOCK_REST
             + BLOCK_E)` that the launch before has left, and this one leaves for the next.
         ds: Descriptor of 64 x BLOCK_M of `(tiles * 64, 128)`: for each query head from the first one's group on, and
@@ -405,18 +420,19 @@ def backward_large_kernel(
     gl.warp_specialize(
         [
             (weigh, (
-                grad_v, part + BLOCK_D + BLOCK_REST, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem,
+                grad_v, v_boxes, part + BLOCK_D + BLOCK_REST, key_mask, kv_start, kv_end, q_ids, kv_ids, q_smem, k_smem,
                 q_rest_smem, k_rest_smem, g_smem, x_smem, row_smem, kv_full.index(0), q_full, q_free, g_full, g_free,
                 x_full, x_free, stride_dvn, stride_dve, stride_key_n, stride_start_m, stride_end_m, stride_qid_m,
-                stride_kid_n, gqa_group_size, q_len, kv_len, scale_log2, inner_scale, band_lower, band_upper, n_first,
-                end, steps, full_begin, full_end, V_HEAD_DIM, BLOCK_REST, BLOCK_E, BLOCK_M, STAGES, SLOTS, WIDTH,
-                IS_FIRST, IS_LAST, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER, SOFT_CAP,
+                stride_kid_n, gqa_group_size, q_len, kv_len, scale_log2, inner_scale, band_lower, band_upper, batch,
+                kv_head, n_first, end, steps, full_begin, full_end, V_HEAD_DIM, BLOCK_REST, BLOCK_E, BLOCK_M, STAGES,
+                SLOTS, WIDTH, IS_FIRST, IS_LAST, HAS_KEY_MASK, HAS_START, HAS_END, HAS_IDS, HAS_LOWER, HAS_UPPER,
+                SOFT_CAP, BOXES,
             )),
             (differentiate, (
-                grad_k, grad_k_rest, part, q_smem, q_rest_smem, v_smem, g_smem, x_smem, row_smem, kv_full.index(0),
-                q_full, q_free, g_full, g_free, x_full, x_done, stride_dkn, stride_dkd, stride_dkpn, stride_dkpd,
-                kv_len, softmax_scale, n_first, steps, HEAD_DIM, REST_DIM, BLOCK_D, BLOCK_REST, BLOCK_M, STAGES, SLOTS,
-                WIDTH, IS_FIRST, IS_LAST,
+                grad_k, grad_k_rest, k_boxes, k_rest_boxes, part, q_smem, q_rest_smem, v_smem, g_smem, x_smem, row_smem,
+                kv_full.index(0), q_full, q_free, g_full, g_free, x_full, x_done, stride_dkn, stride_dkd, stride_dkpn,
+                stride_dkpd, kv_len, softmax_scale, batch, kv_head, n_first, steps, HEAD_DIM, REST_DIM, BLOCK_D,
+                BLOCK_REST, BLOCK_M, STAGES, SLOTS, WIDTH, IS_FIRST, IS_LAST, BOXES,
             )),
             (copy_in, (
                 q, k, q_rest, k_rest, v, grad_out, shift, delta, q_smem, k_smem, q_rest_smem, k_rest_smem, v_smem,

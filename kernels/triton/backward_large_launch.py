@@ -11,7 +11,14 @@ import triton
 from torch import Tensor
 
 from . import configs
-from .backward_hopper_launch import MIN_SCORES, mask_refusal, of_rows, row_statistics, tables_of_ranges
+from .backward_hopper_launch import (
+    MIN_SCORES,
+    gradient_boxes,
+    mask_refusal,
+    of_rows,
+    row_statistics,
+    tables_of_ranges,
+)
 from .backward_large_dq import backward_large_dq_kernel
 from .launch import Launch, Rope, descriptor, swizzled
 
@@ -158,6 +165,10 @@ def large_launches(
         "shift": row_statistics(tensors["shift"], tile.block_m),
         "delta": row_statistics(tensors["delta"], tile.block_m),
         "ds": of_rows(ds, KEYS, tile.block_m, 128),
+        **gradient_boxes(
+            {"k_boxes": (dk, first), "k_rest_boxes": (dk_rest if rest else None, rest), "v_boxes": (dv, blocks[2])},
+            KEYS,
+        ),
         "heads_at_once": configs.backward_heads_at_once(at_once, kv_blocks, num_units),
         "BLOCK_M": tile.block_m, "STAGES": tile.stages, "SLOTS": tile.slots,
     }  # fmt: skip

@@ -35,7 +35,18 @@ from .common import (
     kv_block_range,
 )
 from .forward_hopper_capped import attend_capped
-from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, opaque_zero, row_limits, signal, thread_sums
+from .hopper_parts import (
+    LN2,
+    LOG2E,
+    NEVER,
+    barrier,
+    finite,
+    opaque_zero,
+    row_limits,
+    signal,
+    store_boxes,
+    thread_sums,
+)
 from .mask_ranges import load_range
 
 ROWS = gl.constexpr(64)
@@ -314,16 +325,16 @@ def attend_tile(
 
 @gluon.jit
 def attend(
-    out, lse, kv_start, kv_end, key_mask, q_ids, kv_ids, ranges, sinks, q_smem, k_smem, v_smem, q_rest_smem,
-    k_rest_smem, tile_smem, failed_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn, tile_full, tile_done,
-    stride_ob, stride_oh, stride_om, stride_start_b, stride_start_m, stride_end_b, stride_end_m, stride_key_b,
-    stride_key_n, stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n, num_heads, gqa_group_size, q_len, kv_len,
-    scale_log2, inner, band_lower, band_upper,
+    out, out_boxes, lse, kv_start, kv_end, key_mask, q_ids, kv_ids, ranges, sinks, q_smem, k_smem, v_smem, q_rest_smem,
+    k_rest_smem, out_smem, tile_smem, failed_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn, tile_full,
+    tile_done, stride_ob, stride_oh, stride_om, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
+    stride_key_b, stride_key_n, stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n, num_heads, gqa_group_size,
+    q_len, kv_len, scale_log2, inner, band_lower, band_upper,
     GROUP: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_REST: gl.constexpr, BLOCK_E: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHIFT: gl.constexpr,
     SOFT_CAP: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr,
     HAS_UPPER: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_IDS: gl.constexpr, RANGED: gl.constexpr,
-    HAS_SINKS: gl.constexpr, EMPTY_ROWS: gl.constexpr,
+    HAS_SINKS: gl.constexpr, EMPTY_ROWS: gl.constexpr, BOX_E: gl.constexpr,
 ):  # fmt: skip
     """One warp group; GROUP says which rows of a tile are its own."""
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -423,20 +434,26 @@ def attend(
         if EMPTY_ROWS == EMPTY_NAN or EMPTY_ROWS == EMPTY_NAN_ADDED:
             share = gl.where(empty, float("nan"), share)
         acc = acc * gl.convert_layout(share, out_row)[:, None]
-        row = q_first + gl.arange(0, ROWS, layout=out_row)
-        # Not made before all tiles, and held in 15 registers since: see opaque_zero. 16: still known to be aligned.
-        column = gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, result)) + 16 * opaque_zero()
-        start = out + batch_long * stride_ob + head_long * stride_oh
-        pointers = start + (row.to(gl.int64) * stride_om)[:, None] + column[None, :]
-        ok = (row < q_len)[:, None] & (column < V_HEAD_DIM)[None, :]
-        gl.store(pointers, acc.to(out.dtype.element_ty), mask=ok)
+        if BOX_E > 0:
+            # On its way while the next tile is computed.
+            store_boxes(out_boxes, batch, head, q_first, acc, out_smem.index(GROUP), BLOCK_E, BOX_E)
+        else:
+            row = q_first + gl.arange(0, ROWS, layout=out_row)
+            # Not made before all tiles, and held in 15 registers since: see opaque_zero. 16: still known to be aligned.
+            column = gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, result)) + 16 * opaque_zero()
+            start = out + batch_long * stride_ob + head_long * stride_oh
+            pointers = start + (row.to(gl.int64) * stride_om)[:, None] + column[None, :]
+            ok = (row < q_len)[:, None] & (column < V_HEAD_DIM)[None, :]
+            gl.store(pointers, acc.to(out.dtype.element_ty), mask=ok)
         count += 1
         what = receive(tile_smem, tile_full, count)
+    if BOX_E > 0:
+        tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["q_len", "kv_len", "num_tiles", "band_lower", "band_upper"])
 def attention_forward_hopper_kernel(
-    q, k, v, q_rest, k_rest, out, lse, kv_start, kv_end, key_mask, q_ids, kv_ids, ranges, sinks, counters,
+    q, k, v, q_rest, k_rest, out, out_boxes, lse, kv_start, kv_end, key_mask, q_ids, kv_ids, ranges, sinks, counters,
     stride_ob, stride_oh, stride_om, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
     stride_key_b, stride_key_n, stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,
     num_heads, gqa_group_size, q_len, kv_len, num_tiles, softmax_scale, logits_soft_cap,
@@ -445,14 +462,15 @@ def attention_forward_hopper_kernel(
     ROPE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHIFT: gl.constexpr,
     SOFT_CAP: gl.constexpr, HAS_START: gl.constexpr, HAS_END: gl.constexpr, HAS_LOWER: gl.constexpr,
     HAS_UPPER: gl.constexpr, HAS_KEY_MASK: gl.constexpr, HAS_IDS: gl.constexpr, RANGED: gl.constexpr,
-    HAS_SINKS: gl.constexpr, EMPTY_ROWS: gl.constexpr,
+    HAS_SINKS: gl.constexpr, EMPTY_ROWS: gl.constexpr, BOX_E: gl.constexpr,
 ):  # fmt: skip
     """As attention_forward_kernel with TMA, and with RANGED where there is padding or are ids.
 
     Without bias, mask tensors, dropout, ALiBi, splits and caches.
 
-    q, k, v, q_rest, k_rest are tensor descriptors of ROWS queries or BLOCK_N keys. Programs, no more than tiles, take
-    tiles by counting: each its own, then the next of all. `counters`, int32 `(2,)`, are 0 before and afterwards.
+    q, k, v, q_rest, k_rest are tensor descriptors of ROWS queries or BLOCK_N keys, and out_boxes one of `out`, of ROWS
+    rows and BOX_E columns, all or half of them; with BOX_E = 0 there is none. Programs, no more than tiles, take tiles
+    by counting: each its own, then the next of all. `counters`, int32 `(2,)`, are 0 before and afterwards.
     """
     dtype: gl.constexpr = q.dtype
     WIDTH_R: gl.constexpr = BLOCK_REST if BLOCK_REST > 0 else 16
@@ -467,6 +485,9 @@ def attention_forward_hopper_kernel(
     if BLOCK_REST > 0:
         q_rest_smem = gl.allocate_shared_memory(dtype, [2, ROWS, WIDTH_R], shared_r)
         k_rest_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, WIDTH_R], shared_r)
+    out_smem = q_smem
+    if BOX_E > 0:
+        out_smem = gl.allocate_shared_memory(dtype, [2, ROWS, BOX_E], shared_e)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -500,22 +521,24 @@ def attention_forward_hopper_kernel(
     gl.warp_specialize(
         [
             (attend, (
-                out, lse, kv_start, kv_end, key_mask, q_ids, kv_ids, ranges, sinks, q_smem, k_smem, v_smem, q_rest_smem,
-                k_rest_smem, tile_smem, failed_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn, tile_full,
-                tile_done, stride_ob, stride_oh, stride_om, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
+                out, out_boxes, lse, kv_start, kv_end, key_mask, q_ids, kv_ids, ranges, sinks, q_smem, k_smem, v_smem,
+                q_rest_smem, k_rest_smem, out_smem, tile_smem, failed_smem, q_full, q_free, k_full, k_free, v_full,
+                v_free, turn, tile_full, tile_done, stride_ob, stride_oh, stride_om, stride_start_b, stride_start_m,
+                stride_end_b, stride_end_m,
                 stride_key_b, stride_key_n, stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n, num_heads,
                 gqa_group_size, q_len, kv_len, scale_log2, inner, band_lower, band_upper,
                 0, V_HEAD_DIM, BLOCK_REST, BLOCK_E, BLOCK_N, STAGES, SHIFT, SOFT_CAP, HAS_START,
-                HAS_END, HAS_LOWER, HAS_UPPER, HAS_KEY_MASK, HAS_IDS, RANGED, HAS_SINKS, EMPTY_ROWS,
+                HAS_END, HAS_LOWER, HAS_UPPER, HAS_KEY_MASK, HAS_IDS, RANGED, HAS_SINKS, EMPTY_ROWS, BOX_E,
             )),
             (attend, (
-                out, lse, kv_start, kv_end, key_mask, q_ids, kv_ids, ranges, sinks, q_smem, k_smem, v_smem, q_rest_smem,
-                k_rest_smem, tile_smem, failed_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn, tile_full,
-                tile_done, stride_ob, stride_oh, stride_om, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
+                out, out_boxes, lse, kv_start, kv_end, key_mask, q_ids, kv_ids, ranges, sinks, q_smem, k_smem, v_smem,
+                q_rest_smem, k_rest_smem, out_smem, tile_smem, failed_smem, q_full, q_free, k_full, k_free, v_full,
+                v_free, turn, tile_full, tile_done, stride_ob, stride_oh, stride_om, stride_start_b, stride_start_m,
+                stride_end_b, stride_end_m,
                 stride_key_b, stride_key_n, stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n, num_heads,
                 gqa_group_size, q_len, kv_len, scale_log2, inner, band_lower, band_upper,
                 1, V_HEAD_DIM, BLOCK_REST, BLOCK_E, BLOCK_N, STAGES, SHIFT, SOFT_CAP, HAS_START,
-                HAS_END, HAS_LOWER, HAS_UPPER, HAS_KEY_MASK, HAS_IDS, RANGED, HAS_SINKS, EMPTY_ROWS,
+                HAS_END, HAS_LOWER, HAS_UPPER, HAS_KEY_MASK, HAS_IDS, RANGED, HAS_SINKS, EMPTY_ROWS, BOX_E,
             )),
             (copy_tiles, (
                 q, k, v, q_rest, k_rest, kv_start, kv_end, ranges, counters, q_smem, k_smem, v_smem, q_rest_smem,

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .cap_series import factored_series
-from .hopper_parts import NEVER, barrier, signal, thread_sums
+from .hopper_parts import NEVER, barrier, halves, signal, thread_sums
 
 ROWS = gl.constexpr(64)
 """As in forward_hopper.py."""
@@ -32,14 +32,6 @@ def scale_queries(q_smem, factor):
     q_smem.store((q_tile.to(gl.float32) * factor).to(q_smem.dtype))
     fence_async_shared()
     barrier()
-
-
-@gluon.jit
-def halves(x, N: gl.constexpr):
-    """The left and the right half of a tile's N columns; nothing moves."""
-    half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N // 2, 16])
-    left, right = x.reshape([ROWS, 2, N // 2]).permute((0, 2, 1)).split()
-    return gl.convert_layout(left, half, assert_trivial=True), gl.convert_layout(right, half, assert_trivial=True)
 
 
 @gluon.jit

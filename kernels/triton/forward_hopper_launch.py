@@ -10,7 +10,7 @@ import triton
 from . import configs
 from .cap_series import series_fits
 from .common import CAP_FAST, CAP_SERIES, FIRST_MAX, NO_CAP, NO_MAX, RUNNING_MAX
-from .launch import Launch, Rope, Tuning, swizzled
+from .launch import Launch, Rope, Tuning, layout, swizzled, takes_tma
 from .mask_ranges_launch import ranges_launch
 
 MIN_SCORES, MIN_KEYS = 2**29, 2**10
@@ -20,23 +20,24 @@ outside; half of a causal mask's are none, but they count."""
 
 
 class Tile(NamedTuple):
-    """Keys of a block, and how many blocks of keys and of values lie in shared memory."""
+    """Keys of a block, how many blocks of keys and of values lie in shared memory, and columns of a stored result."""
 
     block_n: int
     stages: int
+    box_e: int
 
 
 Blocks = tuple[int, int, int]
 """BLOCK_D, BLOCK_REST, BLOCK_E, see configs.head_blocks."""
 
 TILES: dict[Blocks, Tile] = {
-    (64, 0, 64): Tile(128, 4),
-    (128, 0, 128): Tile(128, 2),
-    (128, 64, 128): Tile(128, 2),
-    (256, 0, 256): Tile(64, 2),
+    (64, 0, 64): Tile(128, 4, 64),
+    (128, 0, 128): Tile(128, 2, 128),
+    (128, 64, 128): Tile(128, 2, 64),
+    (256, 0, 256): Tile(64, 2, 128),
 }
-"""What fits: 227 KiB of shared memory hold 128 queries and all stages, a thread's 240 registers 64 x block_n scores,
-half as many weights, and the result."""
+"""What fits: 227 KiB of shared memory hold 128 queries, all stages and 128 x box_e of a result,
+a thread's 240 registers 64 x block_n scores, half as many weights, and the result."""
 
 FASTER: frozenset[Blocks] = frozenset({(128, 0, 128), (128, 64, 128), (256, 0, 256)})
 """Where the kernel was faster than forward.py's on an H200, see docs/kernels.md."""
@@ -55,6 +56,10 @@ _SHARED = (
 """Arguments that mean the same in both kernels."""
 
 
+def _blocks(arguments: dict[str, Any]) -> Blocks:
+    return arguments["BLOCK_D"], arguments["BLOCK_REST"], arguments["BLOCK_E"]
+
+
 def choose(arch: str, dtype: torch.dtype, arguments: dict[str, Any], tuning: Tuning) -> Tile | None:
     """The tile if the kernel takes the call, else None.
 
@@ -64,7 +69,7 @@ def choose(arch: str, dtype: torch.dtype, arguments: dict[str, Any], tuning: Tun
         arguments: Those of attention_forward_kernel, as planned.
         tuning: `in_flight` asks for the kernel wherever it can run; other choices than the tables' are for forward.py.
     """
-    blocks = arguments["BLOCK_D"], arguments["BLOCK_REST"], arguments["BLOCK_E"]
+    blocks = _blocks(arguments)
     tile = TILES.get(blocks)
     fits = (
         tile is not None
@@ -94,9 +99,11 @@ def _shift(arguments: dict[str, Any], dtype: torch.dtype) -> int:
     """SHIFT, where forward.py has no registers for another copy of its loop."""
     shift, cap = int(arguments["SHIFT"]), arguments["SOFT_CAP"]
     masks = arguments["HAS_KEY_MASK"] or arguments["HAS_IDS"]
-    blocks = arguments["BLOCK_D"], arguments["BLOCK_REST"], arguments["BLOCK_E"]
+    blocks = _blocks(arguments)
     if shift == RUNNING_MAX.value and masks and cap == NO_CAP.value and dtype == torch.bfloat16:
         return FIRST_MAX.value
+    if shift == CAP_SERIES.value and blocks not in CAP_BY_SERIES:
+        return NO_MAX.value
     # With other masks a row may have no key, and its tile would be computed twice.
     fits = shift == NO_MAX.value and cap == CAP_FAST.value and blocks in CAP_BY_SERIES and not masks
     if fits and series_fits(arguments["softmax_scale"], arguments["logits_soft_cap"], arguments["kv_len"]):
@@ -133,12 +140,16 @@ def launches(
         given["ranges"] = before[0].arguments["ranges"]
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     q_rest, k_rest = (rope[0], rope[1].unsqueeze(1)) if rope else (q, k)
-    rest = arguments["BLOCK_REST"]
+    rest, columns = arguments["BLOCK_REST"], arguments["BLOCK_E"]
+    out = tensors["out"]
+    box_e = tile.box_e if takes_tma(layout(out), out.element_size()) else 0
     num_tiles = arguments["batch_size"] * arguments["num_heads"] * triton.cdiv(arguments["q_len"], BLOCK_M.value)
     given.update(
         q=swizzled(q, ROWS.value, arguments["BLOCK_D"]),
         k=swizzled(k, tile.block_n, arguments["BLOCK_D"]),
-        v=swizzled(v, tile.block_n, arguments["BLOCK_E"]),
+        v=swizzled(v, tile.block_n, columns),
+        out_boxes=swizzled(out, ROWS.value, box_e) if box_e else None,
+        BOX_E=box_e,
         q_rest=swizzled(q_rest, ROWS.value, rest) if rest else None,
         k_rest=swizzled(k_rest, tile.block_n, rest) if rest else None,
         counters=torch.zeros(2, dtype=torch.int32, device=q.device),
