@@ -63,13 +63,12 @@ def plot(results: Results, name: str, decode: bool, direction: str, dark: bool) 
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = name  # the same file from the same data
     from matplotlib import pyplot
 
     prefix = "decode" if decode else "table"
     chosen = [(case, rows) for (case, d), rows in results.items() if case.startswith(prefix) and d == direction]
     peers = [peer for peer in PEERS[:4] if any(speed(rows, peer) for _, rows in chosen)]
-    with pyplot.style.context("dark_background" if dark else "default"):
+    with pyplot.style.context(["dark_background" if dark else "default", {"svg.hashsalt": name}]):  # reproducible files
         figure, axes = pyplot.subplots(figsize=(10, 4))
         for index, peer in enumerate(peers):
             at = [i + (index - (len(peers) - 1) / 2) * 0.8 / len(peers) for i in range(len(chosen))]
