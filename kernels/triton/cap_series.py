@@ -36,24 +36,22 @@ LEAST_FACTOR, LARGEST_FACTOR = 2.0**-20, 2.0**20
 
 
 @triton.jit
-def capped_exponent(x, scale_log2, inner):
-    """`scale_log2 * tanh(inner * x)` by the polynomial. `x` is a float32 tile, the others are scalars."""
-    square = inner * inner
-    first = scale_log2 * inner
-    third = first * square
-    fifth = third * square
-    power = x * x
-    return x * ((power * (fifth * FIFTH) + third * THIRD) * power + first * FIRST)
-
-
-@triton.jit
 def factored_series(scale_log2, inner):
-    """`(factor, p, q)`: the same polynomial of x is y ((y y + p)^2 + q) with y = factor x, an operation less."""
+    """`(factor, p, q)`: `scale_log2 * tanh(inner * x)` by the polynomial is y ((y y + p)^2 + q) with y = factor x.
+
+    That is an operation less than by Horner's rule, where the queries bring the factor.
+    """
     factor = inner * tl.exp2(0.2 * tl.log2(scale_log2 * FIFTH))
     linear = scale_log2 * inner / factor
     square = inner * inner / (factor * factor)
     p = linear * square * (0.5 * THIRD)
     return factor, p, linear * FIRST - p * p
+
+
+@triton.jit
+def scale_queries(q_tile, factor):
+    """The queries with factored_series' factor: rounded once more, a quarter of what rounding scores would be."""
+    return (q_tile.to(tl.float32) * factor).to(q_tile.dtype)
 
 
 @triton.jit

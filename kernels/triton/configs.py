@@ -89,7 +89,7 @@ _CDNA: dict[str, Table] = {
     "forward_float8": _CDNA_FLOAT8,
     "forward_float8_pages": _CDNA_FLOAT8,
     "forward_alibi": {(64, 2): C(128, 32, 4, 2, 2)},
-    "forward_cap": {(128, 2): C(128, 32, 4, 2, 2, first_max=True)},
+    "forward_cap": {(64, 2): C(128, 64, 4, 2, 2, first_max=True), (128, 2): C(128, 32, 4, 2, 2, first_max=True)},
     "decode": {
         (128, 2): C(16, 64, 4, 2),
         (256, 2): C(16, 32, 4, 1),
@@ -127,16 +127,21 @@ _CDNA: dict[str, Table] = {
     },
 }
 
+_CAP_OF_32_KEYS: Table = {(128, 2): C(128, 32, 4, 2, 2, first_max=True)}
+
 # gfx90a needs more registers for the narrower MFMA's operands.
 _GFX90A: dict[str, Table] = {
     **_CDNA,
+    "forward_cap": _CAP_OF_32_KEYS,
     "forward": {**_CDNA["forward"], (64, 2): C(128, 64, 4, 2, 2), (128, 2): C(128, 32, 4, 2, 2)},
     "backward_kv": {**_CDNA["backward_kv"], (128, 2): C(32, 64, 4, 1, 0, 16)},
 }
 
-# gfx950: matrix units twice as fast, so what else a block of keys costs weighs more: larger blocks.
+# gfx950: matrix units twice as fast, so what else a block of keys costs weighs more: larger blocks. (Under a cap they
+# take registers, and no instruction less.)
 _GFX950: dict[str, Table] = {
     **_CDNA,
+    "forward_cap": _CAP_OF_32_KEYS,
     "forward": {
         **_CDNA["forward"],
         (64, 2): C(128, 128, 4, 1, 2),

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .bias import BIAS_TILES, load_bias
-from .cap_series import capped_exponent, series_holds
+from .cap_series import factored_series, scale_queries, series_holds
 from .combine import finish_rows
 from .common import (
     CAP_SERIES,
@@ -271,6 +271,13 @@ def attention_forward_kernel(
     if HALF:
         q_tile, q_rest_tile, row_factor = queries_to_half(q_tile, q_rest_tile, BLOCK_REST > 0)
         softmax_scale = softmax_scale * row_factor[:, None]
+    if SHIFT == CAP_SERIES:
+        query_factor, constant, linear = factored_series(logits_soft_cap * LOG2E, softmax_scale / logits_soft_cap)
+        q_tile = scale_queries(q_tile, query_factor)
+        if BLOCK_REST > 0:
+            q_rest_tile = scale_queries(q_rest_tile, query_factor)
+        # Of the products, also where the polynomial does not hold.
+        softmax_scale = softmax_scale / query_factor
     WEIGHT_SHIFT: tl.constexpr = WEIGHT_BITS / LOG2E if HAS_BIAS else WEIGHT_BITS
     SCATTERED: tl.constexpr = PAGE > 0 and PAGE % BLOCK_N != 0
     scale_log2 = score_factor(softmax_scale, logits_soft_cap, SOFT_CAP) * LOG2E
@@ -364,7 +371,8 @@ def attention_forward_kernel(
                     SCATTERED, FLOAT8_ASM,
                 )  # fmt: skip
                 if SHIFT == CAP_SERIES and attempt == 0:
-                    s = capped_exponent(qk, logits_soft_cap * LOG2E, softmax_scale / logits_soft_cap)
+                    square = qk * qk + constant
+                    s = qk * (square * square + linear)
                 else:
                     s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
                 s = add_alibi(s, alibi, q_pos[:, None], kv_pos[None, :], start_n, q_len, kv_len, HAS_ALIBI)

@@ -340,6 +340,7 @@ def shift_cases() -> list[dict[str, Any]]:
         case("no-max-empty", soft_cap=30.0, mask=FULL, empty=("mask_rows",), empty_rows="mean_added", tuning=none),
         case("no-max-bf16", soft_cap=30.0, dtype=torch.bfloat16, scale=20.0, band_upper=16),
         case("cap-series", soft_cap=30.0, band_upper=16, limits=(True, True), sinks=True, **series),
+        case("cap-series-pieces", soft_cap=30.0, D=48, E=48, band_upper=16, **series),
         case("cap-series-loud", soft_cap=50.0, scale=20.0, N=90, limits=(True, True), **series),
         case("cap-series-split", soft_cap=30.0, N=90, H=2, dtype=torch.bfloat16,
              tuning={"pack": 1, "num_splits": 3, "shift": 3}),

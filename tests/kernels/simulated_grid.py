@@ -106,6 +106,12 @@ CUT = (
         backward=False,
     ),
     Row(
+        "bf16, 96 in two pieces: soft cap by a polynomial",
+        {"dtype": BF16, "D": 96, "E": 96, "soft_cap": 30.0, "band_upper": 9, "M": 77, "N": 90},
+        ci=("gfx942", "gfx950"),
+        backward=False,
+    ),
+    Row(
         "bf16, 64: no maximum under a soft cap",
         {"dtype": BF16, "soft_cap": 20.0, "scale": 1.0, "limits": (True, True)},
         ci=("gfx942",),
