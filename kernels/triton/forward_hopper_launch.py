@@ -102,7 +102,7 @@ def _shift(arguments: dict[str, Any], dtype: torch.dtype) -> int:
     blocks = _blocks(arguments)
     if shift == RUNNING_MAX.value and masks and cap == NO_CAP.value and dtype == torch.bfloat16:
         return FIRST_MAX.value
-    if shift == CAP_SERIES.value and blocks not in CAP_BY_SERIES:
+    if shift == CAP_SERIES.value and (masks or blocks not in CAP_BY_SERIES):
         return NO_MAX.value
     # With other masks a row may have no key, and its tile would be computed twice.
     fits = shift == NO_MAX.value and cap == CAP_FAST.value and blocks in CAP_BY_SERIES and not masks

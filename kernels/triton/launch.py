@@ -121,7 +121,8 @@ class Tuning:
         separate: With `config`: one launch for dk and one for dv.
         in_flight: With `config`: latent decode by the Hopper kernel in Gluon. Without: the backward by Hopper's one
             kernel wherever it can.
-        ranged: Whether padding and ids are read beforehand, see mask_ranges_launch.is_ranged; None: where it pays.
+        ranged: Whether padding and ids are read beforehand, see mask_ranges_launch.is_ranged, and means of empty rows
+            written afterwards, see empty_rows.means_apart; None: where it pays.
         traced: The tensors have no data: what is aligned is told by their offsets in their storages.
         replayed: With `traced`: CUDA graphs will replay the call. Without, they will unless it is `opaque`.
         opaque: Triton's own launcher will run the call, not a CUDA graph and not Inductor.

@@ -143,8 +143,9 @@ def test_what_was_not_faster_stays() -> None:
     series = replace(FORCED, shift=CAP_SERIES.value)
     for size in ((64, 64), (192, 128), (256, 256)):
         assert launch(*size, soft_cap=50.0, tuning=series).arguments["SHIFT"] == NO_MAX.value
-    found = aot_launches.launches("sm90", HALF, 128, 128, **LONG, soft_cap=50.0, key_mask=True)
-    assert found[KERNEL].arguments["SHIFT"] == NO_MAX.value
+    for tuning in ({}, {"tuning": replace(series, ranged=True)}):
+        found = aot_launches.launches("sm90", HALF, 128, 128, **LONG, soft_cap=50.0, key_mask=True, **tuning)
+        assert found[KERNEL].arguments["SHIFT"] == NO_MAX.value
 
 
 def test_other_gpus_have_no_such_kernel() -> None:
