@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, StaticCache
 
 import rocm_attn_compile
 from rocm_attn_compile.integrations.transformers import use_latent_cache
-from rocm_attn_compile.testing import Float64Everywhere, to_float64
+from rocm_attn_compile.testing import Float64Everywhere, cache_for, to_float64
 
 CHECKED_ROWS = 4
 CACHED = [("sdpa", "inductor"), ("sdpa", "rocm_attn"), ("latent", "inductor"), ("latent", "rocm_attn")]
@@ -62,7 +62,7 @@ def filled(model: Any, batch: int, length: int) -> StaticCache:
     """A static cache of `length` tokens of noise, the same for every model of a dtype."""
     cache = StaticCache(config=model.config, max_cache_len=length)
     with torch.no_grad():
-        model(torch.zeros(batch, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+        model(torch.zeros(batch, 1, dtype=torch.long, device=model.device), **cache_for(model, cache), use_cache=True)
     generator = torch.Generator(model.device).manual_seed(3)
     for layer in cache.layers:
         for tensor in (layer.keys, layer.values):
@@ -77,19 +77,20 @@ def rows_of(cache: StaticCache, like: StaticCache, rows: int) -> StaticCache:
     return cache
 
 
-def call(function: Any, tokens: Tensor, cache: StaticCache | None) -> Callable[[], Tensor]:
-    """One run: the logits of the last token."""
+def call(model: nn.Module, function: Any, tokens: Tensor, cache: StaticCache | None) -> Callable[[], Tensor]:
+    """One run of the model, or of `function` compiled of it: the logits of the last token."""
+    given = {"use_cache": False} if cache is None else {**cache_for(model, cache), "use_cache": True}
 
     def without_cache() -> Tensor:
         with torch.no_grad():
-            return function(tokens, use_cache=False, logits_to_keep=1).logits
+            return function(tokens, **given, logits_to_keep=1).logits
 
     def into_cache() -> Tensor:
         assert cache is not None
         with torch.no_grad():
             for layer in cache.layers:
                 layer.cumulative_length.fill_(layer.max_cache_len - tokens.shape[1])
-            return function(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return function(tokens, **given, logits_to_keep=1).logits
 
     return without_cache if cache is None else into_cache
 
@@ -131,7 +132,7 @@ def measure(model: nn.Module, exact_model: nn.Module, job: str, batch: int, opti
 
     def first_rows(own: Any) -> Tensor:
         part = None if cache is None else rows_of(filled(own, checked, length), cache, checked)
-        return call(own, tokens[:checked], part)().double()
+        return call(own, own, tokens[:checked], part)().double()
 
     eager = first_rows(variant(model, "sdpa"))
     with Float64Everywhere() if exact_model.dtype == torch.float64 else nullcontext():
@@ -144,7 +145,7 @@ def measure(model: nn.Module, exact_model: nn.Module, job: str, batch: int, opti
         torch._dynamo.reset()
         own = variant(model, attention)
         mode = "reduce-overhead" if options.graphs else None
-        run = call(torch.compile(own, backend=backend, dynamic=False, mode=mode), tokens, cache)
+        run = call(own, torch.compile(own, backend=backend, dynamic=False, mode=mode), tokens, cache)
         try:
             run()
             error = rms(run()[:checked].double() - exact) / max(allowed, 1e-30)

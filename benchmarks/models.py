@@ -39,7 +39,7 @@ from transformers import (
 )
 
 import rocm_attn_compile
-from rocm_attn_compile.testing import Float64Everywhere, accuracy, to_float64
+from rocm_attn_compile.testing import Float64Everywhere, accuracy, cache_for, to_float64
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def filled_cache(module: torch.nn.Module, prompt: int) -> StaticCache:
     torch.manual_seed(2)
     tokens = torch.randint(0, module.config.vocab_size, (1, prompt * 3 // 4), device=module.device)
     with torch.no_grad():
-        module(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        module(tokens, **cache_for(module, cache), use_cache=True, logits_to_keep=1)
     return cache
 
 
@@ -160,11 +160,13 @@ def caller(module: Any, function: Callable, job: str, arguments: dict[str, Any],
     counted = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "cumulative_length_int")]
     counts = [layer.cumulative_length_int for layer in counted]
 
+    given = {} if cache is None else cache_for(module, cache)
+
     def infer() -> Tensor:
         for layer, count in zip(counted, counts):
             layer.cumulative_length_int = count
         with torch.no_grad():
-            return function(**arguments, **({} if cache is None else {"past_key_values": cache})).logits
+            return function(**arguments, **given).logits
 
     return infer
 

@@ -10,7 +10,6 @@ Exit status 0 means: every attention was replaced, the compiled model is as accu
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 import os
 import platform
@@ -26,15 +25,12 @@ from demo_support import seconds, table, working
 from torch import Tensor
 
 import rocm_attn_compile
-from rocm_attn_compile.testing import Float64Everywhere, accuracy, peak_memory, to_float64
+from rocm_attn_compile.testing import Float64Everywhere, accuracy, cache_for, peak_memory, to_float64
 
 try:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 except ImportError:
     sys.exit("The demo needs transformers: pip install 'rocm-attn-compile[transformers]', or run make demo.")
-
-# The argument's name changes: transformers 5.24 warns that the old one goes in 5.40.
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 @dataclass
@@ -115,18 +111,19 @@ class Job:
         self.cache = StaticCache(config=config, max_cache_len=self.length + num_tokens)
         head_dim = config.hidden_size // config.num_attention_heads
         self.cache.early_initialization(1, config.num_key_value_heads, head_dim, dtype, self.device)
+        self.into_cache = {**cache_for(LlamaForCausalLM, self.cache), "use_cache": True}
 
     def read_prompt(self) -> Tensor:
         """Logits `(1, length, vocab)`; the cache then holds the prompt's keys and values."""
         self.cache.reset()
         positions = torch.arange(self.length, device=self.device)[None]
-        return self.model(self.prompt, **{CACHE: self.cache}, position_ids=positions, use_cache=True).logits
+        return self.model(self.prompt, position_ids=positions, **self.into_cache).logits
 
     def read_token(self, position: int, token: int = 0) -> Tensor:
         """Logits `(vocab,)` after one more token; `position` counts from the start of the prompt."""
         token_ids = torch.tensor([[token]], device=self.device)
         positions = torch.tensor([[position]], device=self.device)
-        output = self.model(token_ids, **{CACHE: self.cache}, position_ids=positions, use_cache=True)
+        output = self.model(token_ids, position_ids=positions, **self.into_cache)
         return output.logits[0, -1]
 
     def run(self, forced_tokens: list[int] | None = None) -> Result:

@@ -9,6 +9,7 @@ from rocm_attn_compile.testing.compare import (
     to_float64,
 )
 from rocm_attn_compile.testing.graphs import Compiled, compile_and_capture, count_attention_calls, count_calls
+from rocm_attn_compile.testing.huggingface import cache_for, cache_of
 from rocm_attn_compile.testing.memory import peak_memory
 from rocm_attn_compile.testing.rounding import RoundedAgain
 
@@ -20,6 +21,8 @@ __all__ = [
     "accuracy",
     "assert_as_accurate_as_eager",
     "assert_same_computation",
+    "cache_for",
+    "cache_of",
     "compile_and_capture",
     "count_attention_calls",
     "count_calls",

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 import rocm_attn_compile.ops as ops
 from rocm_attn_compile.integrations.transformers import use_latent_cache
 from rocm_attn_compile.kernels.triton.launch import device_arch
-from rocm_attn_compile.testing import assert_as_accurate_as_eager
+from rocm_attn_compile.testing import assert_as_accurate_as_eager, cache_for
 
 pytestmark = pytest.mark.gpu
 
@@ -158,10 +158,10 @@ def test_a_step_replayed(backend):
     for function in (model.forward, step):
         cache = hf.StaticCache(config=model.config, max_cache_len=90)
         with torch.no_grad():
-            token = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(tokens, **cache_for(model, cache), use_cache=True).logits[:, -1:].argmax(-1)
             made = [token]
             for _ in range(32):
-                token = function(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1).clone()
+                token = function(token, **cache_for(model, cache), use_cache=True).logits[:, -1:].argmax(-1).clone()
                 made.append(token)
         runs.append(torch.cat(made, 1))
     assert torch.equal(*runs)

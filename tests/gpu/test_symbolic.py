@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import rocm_attn_compile
 import rocm_attn_compile.ops as ops
 from rocm_attn_compile import _torch_private
-from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, to_float64
+from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, cache_for, to_float64
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("default_gpu")]
 
@@ -121,7 +121,7 @@ def generated(compiled, model, exact, sizes, steps):
             results = []
             for run, cache in zip((compiled, model, exact), caches):
                 with Float64Everywhere() if run is exact else nullcontext():
-                    results.append((run(tokens[:, first:last], past_key_values=cache).logits,))
+                    results.append((run(tokens[:, first:last], **cache_for(model, cache)).logits,))
             assert_as_accurate_as_eager(*results, factor=FACTOR)
 
 

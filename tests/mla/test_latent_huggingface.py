@@ -12,7 +12,7 @@ from families import SMALL, Family
 
 import rocm_attn_compile
 from rocm_attn_compile.pipeline import compile_graph
-from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, to_float64
+from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, cache_for, to_float64
 
 LATENT = {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "num_key_value_heads": 6}
 MOE = {
@@ -80,14 +80,14 @@ def test_a_step_on_the_stock_cache(family: Family, attention: str):
     later = {"input_ids": ids[:, :1], "attention_mask": torch.cat([keep, keep[:, -1:]], 1)}
 
     with torch.no_grad():
-        model(input_ids=ids, attention_mask=keep, past_key_values=cache)
+        model(input_ids=ids, attention_mask=keep, **cache_for(model, cache))
         wide = copy.deepcopy(cache)
         for layer in wide.layers:
             layer.keys, layer.values = layer.keys.double(), layer.values.double()
-        eager = model(**later, past_key_values=copy.deepcopy(cache)).logits
+        eager = model(**later, **cache_for(model, copy.deepcopy(cache))).logits
         with Float64Everywhere():
-            exact = exact_of(model)(**later, past_key_values=wide).logits
-        actual = rewritten(model)(**later, past_key_values=cache).logits
+            exact = exact_of(model)(**later, **cache_for(model, wide)).logits
+        actual = rewritten(model)(**later, **cache_for(model, cache)).logits
     sites = [site for report in rocm_attn_compile.reports() for site in report.sites]
     holds_latents = cache.layers[0].keys.shape[1] == 1
     wanted = ("mla", "TRITON_MLA", []) if holds_latents else ("attention", "TRITON_ATTN", ["latent_cache_expanded"])

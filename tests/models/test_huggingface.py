@@ -8,7 +8,7 @@ from families import FAMILIES, Family
 
 import rocm_attn_compile
 from rocm_attn_compile.pipeline import compile_graph
-from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, to_float64
+from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager, cache_for, to_float64
 
 
 def cases():
@@ -126,10 +126,10 @@ def test_static_cache_generates_the_same_tokens():
 
     def generate(run) -> torch.Tensor:
         cache = StaticCache(config=model.config, max_cache_len=64)
-        logits, tokens = run(ids, past_key_values=cache, use_cache=True).logits, []
+        logits, tokens = run(ids, **cache_for(model, cache), use_cache=True).logits, []
         for _ in range(20):
             tokens.append(logits[:, -1:].argmax(-1))
-            logits = run(tokens[-1], past_key_values=cache, use_cache=True).logits
+            logits = run(tokens[-1], **cache_for(model, cache), use_cache=True).logits
         return torch.cat(tokens, 1)
 
     with torch.no_grad():
@@ -153,10 +153,10 @@ def test_inductor_decodes_200_tokens_and_compiles_at_most_twice(kind, attention)
 
     def generate(run) -> torch.Tensor:
         cache = getattr(transformers, kind)(config=model.config, **options)
-        logits, tokens = model(ids, past_key_values=cache, use_cache=True).logits, []
+        logits, tokens = model(ids, **cache_for(model, cache), use_cache=True).logits, []
         for _ in range(200):
             tokens.append(logits[:, -1:].argmax(-1))
-            logits = run(tokens[-1], past_key_values=cache, use_cache=True).logits
+            logits = run(tokens[-1], **cache_for(model, cache), use_cache=True).logits
         return torch.cat(tokens, 1)
 
     with torch.no_grad():

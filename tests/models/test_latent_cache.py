@@ -16,7 +16,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 
 from rocm_attn_compile.integrations.transformers import NAME, SUPPORTED, use_latent_cache
 from rocm_attn_compile.ops import mla_dispatch
-from rocm_attn_compile.testing import assert_as_accurate_as_eager
+from rocm_attn_compile.testing import assert_as_accurate_as_eager, cache_for, cache_of
 
 pytestmark = pytest.mark.skipif(
     not hasattr(DeepseekV3Attention, "expand_kv"),
@@ -52,7 +52,7 @@ def test_generates_the_same_tokens(name, forms):
     layers = sum(hasattr(module, "kv_b_proj") for module in model.modules())
     result = model.generate(tokens, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(result.sequences, want)
-    assert isinstance(result.past_key_values, hf.StaticCache)
+    assert isinstance(cache_of(result), hf.StaticCache)
     assert len(forms) == layers * GREEDY["max_new_tokens"]
     assert set(forms[layers:]) == {"decode"}
 
@@ -77,7 +77,7 @@ def test_the_cache_has_the_promised_bytes():
     model = use_latent_cache(build("deepseek-v3"))
     tokens, mask = prompt()
     result = model.generate(tokens, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
-    layers = result.past_key_values.layers
+    layers = cache_of(result).layers
     length = tokens.shape[1] + GREEDY["max_new_tokens"]
     got = sum(tensor.untyped_storage().nbytes() for layer in layers for tensor in (layer.keys, layer.values))
     assert got == LAYERS * len(tokens) * layers[0].max_cache_len * (RANK + ROPE) * 4
@@ -94,10 +94,10 @@ def test_a_compiled_decode_step(backend):
     for step in (model.forward, torch.compile(model.forward, backend=counter, fullgraph=True)):
         cache = hf.StaticCache(config=model.config, max_cache_len=90)
         with torch.no_grad():
-            token = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(tokens, **cache_for(model, cache), use_cache=True).logits[:, -1:].argmax(-1)
             made = [token]
             for _ in range(64):
-                token = step(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+                token = step(token, **cache_for(model, cache), use_cache=True).logits[:, -1:].argmax(-1)
                 made.append(token.clone())
         runs.append(torch.cat(made, 1))
     assert torch.equal(*runs)
@@ -143,7 +143,9 @@ def test_a_prompt_in_chunks(forms):
         want = model(tokens, use_cache=False).logits
         use_latent_cache(model)
         for cache in (hf.StaticCache(config=model.config, max_cache_len=40), hf.DynamicCache(config=model.config)):
-            parts = [model(part, past_key_values=cache, use_cache=True).logits for part in tokens.split([5, 4, 2], 1)]
+            parts = [
+                model(part, **cache_for(model, cache), use_cache=True).logits for part in tokens.split([5, 4, 2], 1)
+            ]
             torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-4, rtol=1e-4)
     assert len(forms) == 2 * 3 * LAYERS
 
@@ -155,8 +157,8 @@ def test_autocast(forms):
     def logits(model, autocast=True):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             cache = hf.StaticCache(config=model.config, max_cache_len=20)
-            model(tokens[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, use_cache=True)
-            return model(tokens[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+            model(tokens[:, :-1], attention_mask=mask[:, :-1], **cache_for(model, cache), use_cache=True)
+            return model(tokens[:, -1:], attention_mask=mask, **cache_for(model, cache), use_cache=True).logits
 
     exact, eager = logits(model, autocast=False), logits(model)
     assert not forms
@@ -195,7 +197,7 @@ def test_a_prompt_of_one_token(forms):
         exact = model(token, use_cache=False).logits
         use_latent_cache(model)
         cache = hf.StaticCache(config=model.config, max_cache_len=20)
-        torch.testing.assert_close(model(token, past_key_values=cache, use_cache=True).logits, exact)
+        torch.testing.assert_close(model(token, **cache_for(model, cache), use_cache=True).logits, exact)
     assert torch.equal(model.generate(token, **GREEDY), want)
 
 
