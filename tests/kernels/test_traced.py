@@ -163,6 +163,17 @@ def test_means_of_rows_without_keys_are_left_to_kernels_of_their_own_in_long_cal
         assert names(**long, **others) == (apart[:1], [EMPTY_ROWS["mean"]])
 
 
+def test_as_many_programs_add_up_values_as_fill_a_device(launches_for):
+    def shares(batch, heads):
+        sizes = {"batch": batch, "num_heads": heads, "num_kv_heads": heads, "q_len": 4096, "kv_len": 4096}
+        launches = launches_for("gfx942", backward=False, key_mask=True, empty_rows="mean", **sizes)
+        (found,) = (launch for launch in launches if launch.kernel.__name__ == "values_sum_kernel")
+        assert found.grid == batch * heads * found.arguments["SHARES"]
+        return found.arguments["SHARES"]
+
+    assert [shares(*sizes) for sizes in ((1, 4), (1, 8), (2, 16), (3, 40), (16, 32), (40, 32))] == [64, 64, 16, 4, 1, 1]
+
+
 def test_split_decode(launches_for):
     found = {
         launch.kernel.__name__: read(launch)
