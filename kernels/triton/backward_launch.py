@@ -41,7 +41,7 @@ from .launch import (
     takes_tma_rope,
 )
 from .mask_ranges_launch import is_ranged, ranges_launch
-from .sizes import known, likely, remembering
+from .sizes import has_symbols, known, likely, remembering
 
 
 def of_rope(name: str, stride: str, gradient: Tensor | None, letters: str) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def backward_launches(
         )
     ]
     # Hopper's own kernels know no symbols, see traced.leave_to_hopper.
-    in_one = can_tma and tuning.config is None and all(computed[:3]) and hint is int
+    in_one = can_tma and tuning.config is None and all(computed[:3]) and not has_symbols(hint)
     if in_one and not rope and not refusal(arch, itemsize, blocks, arguments, tuning.in_flight):
         launches += hopper_launches(grad_out, q, k, v, arguments, tensors, num_units)
     elif in_one and not large_refusal(arch, itemsize, blocks, arguments, tuning.in_flight):

@@ -39,6 +39,7 @@ from .hopper_parts import (
     LN2,
     LOG2E,
     NEVER,
+    ROWS,
     barrier,
     finite,
     opaque_zero,
@@ -49,8 +50,6 @@ from .hopper_parts import (
 )
 from .mask_ranges import load_range
 
-ROWS = gl.constexpr(64)
-"""Rows of a warp group."""
 BLOCK_M = gl.constexpr(128)
 """Rows of a tile."""
 

@@ -18,10 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .cap_series import factored_series
-from .hopper_parts import NEVER, barrier, halves, signal, thread_sums
-
-ROWS = gl.constexpr(64)
-"""As in forward_hopper.py."""
+from .hopper_parts import NEVER, ROWS, barrier, halves, signal, thread_sums
 
 
 @gluon.jit

@@ -131,7 +131,8 @@ def launches(
         rope: The second pieces of queries and keys, if these lie elsewhere.
     """
     # Here, since Gluon is experimental, and only Hopper needs it.
-    from .forward_hopper import BLOCK_M, ROWS, attention_forward_hopper_kernel
+    from .forward_hopper import BLOCK_M, attention_forward_hopper_kernel
+    from .hopper_parts import ROWS
 
     given = {name: arguments[name] for name in _SHARED} | tensors | {"ranges": None}
     before = []

@@ -41,7 +41,7 @@ from .launch import (
     takes_tma_rope,
 )
 from .mask_ranges_launch import is_ranged, ranges_launch
-from .sizes import Hint, is_number, known, likely, remembering
+from .sizes import Hint, clamped, has_symbols, is_number, known, likely, remembering
 
 MAX_DECODE_M = 32
 """Tallest packed tile. Not 64, which on Hopper would take the warp-group matrix instructions for a few rows; see also
@@ -96,7 +96,7 @@ def splits_of_any_size(tiles: Any, q_len: Any, kv_len: Any, programs: int, decod
     if is_number(wanted) and wanted == 1:
         return 1
     longest = torch.sym_min(kv_len // _shortest_split(hint(tiles), programs), MAX_SPLITS)
-    return torch.sym_max(1, torch.sym_min(wanted, longest))
+    return clamped(wanted, 1, longest)
 
 
 def forward_launches(
@@ -171,7 +171,7 @@ def forward_launches(
         (layout(rope[0]), layout(rope[1])) if rope else (None, None), cache,
     )  # fmt: skip
     # Hopper's own kernels know no symbols, see traced.leave_to_hopper.
-    is_static = tuning.hint is int
+    is_static = not has_symbols(tuning.hint)
     tile = is_static and forward_hopper_launch.choose(arch, q.dtype, plan.arguments, tuning)
     after = []
     if plan.means_apart or (tile and plan.arguments["EMPTY_ROWS"] in MEANS):

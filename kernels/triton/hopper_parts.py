@@ -9,6 +9,8 @@ LN2 = gl.constexpr(0.6931471805599453)
 NEVER = gl.constexpr(float("-inf"))
 NEVER_CAPPED = gl.constexpr(-1e18)
 """Far below what tanh gives, and its square is still a number."""
+ROWS = gl.constexpr(64)
+"""Rows of a warp group's products."""
 # Its name differs between Triton 3.6 and 3.7.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
@@ -21,9 +23,9 @@ def thread_sums(p):
 
 @gluon.jit
 def halves(x, N: gl.constexpr):
-    """The left and the right half of the N columns of a warp group's result of 64 rows; nothing moves."""
+    """The left and the right half of the N columns of a warp group's result; nothing moves."""
     half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N // 2, 16])
-    left, right = x.reshape([64, 2, N // 2]).permute((0, 2, 1)).split()
+    left, right = x.reshape([ROWS, 2, N // 2]).permute((0, 2, 1)).split()
     return gl.convert_layout(left, half, assert_trivial=True), gl.convert_layout(right, half, assert_trivial=True)
 
 
@@ -38,7 +40,7 @@ def store_box(boxes, at, tile, room):
 
 @gluon.jit
 def store_boxes(boxes, batch, head, row, tile, room, BLOCK: gl.constexpr, COLUMNS: gl.constexpr):
-    """Store a warp group's result of 64 rows and BLOCK columns through a descriptor of boxes of COLUMNS columns.
+    """Store a warp group's result of BLOCK columns through a descriptor of boxes of ROWS x COLUMNS.
 
     A thread holds two numbers here and two there: as ordinary stores they take 4000 clock cycles for 128 columns, of
     which nothing else makes use. What is in `room` may still be on its way afterwards: see tma.store_wait.

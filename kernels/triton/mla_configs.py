@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .configs import KernelConfig, family, gluon_is_known, power_of_two
-from .sizes import is_number
+from .sizes import clamped, is_number
 
 C = KernelConfig
 
@@ -158,7 +158,7 @@ def choose_splits(arch: str, tiles: Any, kv_len: Any, num_units: int, block_n: i
     if is_number(splits) and splits <= 1:
         return 1
     longest = torch.sym_min(kv_len // max(MIN_SPLIT_KEYS, block_n), MAX_SPLITS)
-    return torch.sym_max(1, torch.sym_min(splits, longest))
+    return clamped(splits, 1, longest)
 
 
 COMBINED_COLUMNS, COMBINED_ELEMENTS = 128, 8192

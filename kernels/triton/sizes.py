@@ -18,6 +18,11 @@ Hint = Callable[[Any], int]
 """From a number to its value in the call at hand; `int` where there are no symbols."""
 
 
+def has_symbols(hint: Hint) -> bool:
+    """Whether sizes of the call at hand may be symbols."""
+    return hint is not int
+
+
 def known(condition: bool | torch.SymBool) -> bool:
     """Whether it holds whatever the symbols in it are. An ordinary condition is itself."""
     if not isinstance(condition, torch.SymBool):
@@ -41,6 +46,11 @@ def is_number(*values: Any) -> bool:
     return not any(isinstance(value, torch.SymInt) for value in values)
 
 
+def clamped(number: Any, least: Any, most: Any) -> Any:
+    """The number, or `least` or `most`, if it is outside of them; of symbols a symbol."""
+    return torch.sym_max(least, torch.sym_min(number, most))
+
+
 def remembering(function: Any, hint: Hint) -> Any:
     """A function decorated with functools.cache, or what it decorates: symbols cannot be looked up."""
-    return function if hint is int else function.__wrapped__
+    return function.__wrapped__ if has_symbols(hint) else function

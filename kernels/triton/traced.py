@@ -27,7 +27,7 @@ from . import tuned as tuned_text
 from .backward_launch import backward_launches, sink_gradient
 from .forward_launch import forward_launches
 from .launch import Descriptor, Launch, Tuning, base_of, device_arch
-from .sizes import Hint, is_number
+from .sizes import Hint, has_symbols, is_number
 from .weights_launch import weights_launches
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def leave_to_hopper(hint: Hint, q: Tensor, k: Tensor, **_: Any) -> None:
 
     One that is shorter while it is compiled is written out, for longer ones, too.
     """
-    if hint is int or not configs.has_hopper_kernels(device_arch(q.device)[0]):
+    if not has_symbols(hint) or not configs.has_hopper_kernels(device_arch(q.device)[0]):
         return
     scores = hint(q.shape[0]) * q.shape[1] * hint(q.shape[2]) * hint(k.shape[2])
     if scores >= forward_hopper_launch.MIN_SCORES:
