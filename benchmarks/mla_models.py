@@ -81,18 +81,13 @@ def call(model: nn.Module, function: Any, tokens: Tensor, cache: StaticCache | N
     """One run of the model, or of `function` compiled of it: the logits of the last token."""
     given = {"use_cache": False} if cache is None else {**cache_for(model, cache), "use_cache": True}
 
-    def without_cache() -> Tensor:
+    def run() -> Tensor:
         with torch.no_grad():
-            return function(tokens, **given, logits_to_keep=1).logits
-
-    def into_cache() -> Tensor:
-        assert cache is not None
-        with torch.no_grad():
-            for layer in cache.layers:
+            for layer in [] if cache is None else cache.layers:
                 layer.cumulative_length.fill_(layer.max_cache_len - tokens.shape[1])
             return function(tokens, **given, logits_to_keep=1).logits
 
-    return without_cache if cache is None else into_cache
+    return run
 
 
 def milliseconds(function: Callable[[], Any], device: str) -> float:

@@ -296,8 +296,7 @@ _SIZES = [
 @gluon.jit(do_not_specialize=_SIZES)
 def backward_large_kernel(
     q, k, q_rest, k_rest, v, grad_out, grad_k, grad_k_rest, grad_v, k_boxes, k_rest_boxes, v_boxes, part, shift, delta,
-    ds,
-    key_mask, kv_start, kv_end, q_ids, kv_ids, key_ranges,
+    ds, key_mask, kv_start, kv_end, q_ids, kv_ids, key_ranges,
     stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dkpb, stride_dkph, stride_dkpn, stride_dkpd,
     stride_dvb, stride_dvh, stride_dvn, stride_dve, stride_key_b, stride_key_n, stride_start_b, stride_start_m,
     stride_end_b, stride_end_m, stride_qid_b, stride_qid_m, stride_kid_b, stride_kid_n,

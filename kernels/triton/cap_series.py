@@ -49,6 +49,13 @@ def factored_series(scale_log2, inner):
 
 
 @triton.jit
+def series_exponent(y, p, q):
+    """The polynomial in the form of factored_series, of a float32 tile of products y."""
+    square = y * y + p
+    return y * (square * square + q)
+
+
+@triton.jit
 def scale_queries(q_tile, factor):
     """The queries with factored_series' factor: rounded once more, a quarter of what rounding scores would be."""
     return (q_tile.to(tl.float32) * factor).to(q_tile.dtype)

@@ -8,7 +8,7 @@ import torch
 
 from . import configs
 from .common import NO_CAP
-from .launch import EMPTY_ROWS, Launch, Tuning
+from .launch import MEANS, Launch, Tuning
 
 
 class Tile(NamedTuple):
@@ -28,7 +28,6 @@ the words of two tiles."""
 ROWS = 16
 """Rows of a tile, as decode_hopper.ROWS."""
 
-_MEANS = (EMPTY_ROWS["mean"], EMPTY_ROWS["mean_added"])
 _ABSENT = ("HAS_BIAS", "HAS_ATTN_MASK", "HAS_KEY_MASK", "HAS_IDS", "HAS_DROPOUT", "HAS_ALIBI", "BLOCK_REST", "ROPE")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -56,7 +55,7 @@ def choose(
         and arguments["PACK"] == arguments["gqa_group_size"]
         and arguments["PACK"] * arguments["q_len"] <= ROWS
         and arguments["SOFT_CAP"] == NO_CAP.value
-        and arguments["EMPTY_ROWS"] not in _MEANS
+        and arguments["EMPTY_ROWS"] not in MEANS
         and all(arguments[name] == 1 for name in unit)
         and all(arguments[name] % 16 == 0 for name in outer)
         and not any(arguments[name] for name in _ABSENT)

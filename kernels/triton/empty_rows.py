@@ -12,12 +12,11 @@ import triton
 import triton.language as tl
 
 from .configs import power_of_two
-from .launch import EMPTY_ROWS, Launch, Tuning
+from .launch import MEANS, Launch, Tuning
 from .mask_ranges_launch import is_long
 from .sizes import Hint
 from .tiles import load_tile
 
-MEANS = (EMPTY_ROWS["mean"], EMPTY_ROWS["mean_added"])
 SCANNED, BLOCK_M, BLOCK_N = 1024, 128, 64
 """Rows of which a program asks at once whether one is empty, rows that one writes, values that one adds up at once."""
 PROGRAMS, MOST_SHARES = 512, 64

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .bias import BIAS_TILES, load_bias
-from .cap_series import factored_series, scale_queries, series_holds
+from .cap_series import factored_series, scale_queries, series_exponent, series_holds
 from .combine import finish_rows
 from .common import (
     CAP_SERIES,
@@ -371,8 +371,7 @@ def attention_forward_kernel(
                     SCATTERED, FLOAT8_ASM,
                 )  # fmt: skip
                 if SHIFT == CAP_SERIES and attempt == 0:
-                    square = qk * qk + constant
-                    s = qk * (square * square + linear)
+                    s = series_exponent(qk, constant, linear)
                 else:
                     s, _slope = score_tile(qk, softmax_scale, logits_soft_cap, bias, RAW, SOFT_CAP, HAS_BIAS)
                 s = add_alibi(s, alibi, q_pos[:, None], kv_pos[None, :], start_n, q_len, kv_len, HAS_ALIBI)

@@ -17,16 +17,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .cap_series import factored_series
+from .cap_series import factored_series, scale_queries, series_exponent
 from .hopper_parts import NEVER, ROWS, barrier, halves, signal, thread_sums
 
 
 @gluon.jit
-def scale_queries(q_smem, factor):
+def scale_in_place(q_smem, factor):
     """Multiply a group's queries where they lie."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    q_tile = q_smem.load(layout)
-    q_smem.store((q_tile.to(gl.float32) * factor).to(q_smem.dtype))
+    q_smem.store(scale_queries(q_smem.load(layout), factor))
     fence_async_shared()
     barrier()
 
@@ -43,8 +42,7 @@ def masked(s, lower, upper, block, full_begin, full_end, BLOCK_N: gl.constexpr, 
 @gluon.jit
 def weights_of(s, constant, linear):
     """exp2 of the polynomial; see cap_series.factored_series."""
-    square = s * s + constant
-    return gl.exp2(s * (square * square + linear))
+    return gl.exp2(series_exponent(s, constant, linear))
 
 
 @gluon.jit
@@ -65,7 +63,7 @@ def attend_capped(
     phase = step // STAGES & 1
     mbarrier.wait(q_full.index(GROUP), tiles & 1)
     factor, constant, linear = factored_series(scale_log2, inner)
-    scale_queries(q_smem.index(GROUP), factor)
+    scale_in_place(q_smem.index(GROUP), factor)
     mbarrier.wait(k_full.index(stage), phase)
     keys = k_smem.index(stage).permute((1, 0))
     s = warpgroup_mma(q_smem.index(GROUP), keys, nothing, use_acc=False, is_async=True)

@@ -14,10 +14,11 @@ from .bias import BIAS_TILES
 from .cache_launch import COMBINE_NAMES, FP8, NO_CACHE, CacheLayout, cache_layout, check_cache, is_cache
 from .cap_series import series_fits
 from .combine import attention_combine_kernel
-from .empty_rows import MEANS, mean_launches, means_apart
+from .empty_rows import mean_launches, means_apart
 from .forward import attention_forward_kernel
 from .launch import (
     EMPTY_ROWS,
+    MEANS,
     PACK_ROWS,
     Launch,
     Layout,
@@ -389,6 +390,8 @@ def forward_plan(
         of_heads = (arguments[name] for name in ("stride_qh", "stride_oh", "stride_bh", "stride_mh"))
         arguments["WIDE"] = arguments["WIDE"] or any(is_wide(stride) for stride in of_heads if stride is not None)
     heads = batch * kv_heads
+    # A tile has rows of one head, and a program all of their keys, in tensors of their own.
+    in_one = pack == 1 and splits_at_most == 1 and not is_cache
     arguments.update(
         batch_size=batch,
         num_splits=num_splits,
@@ -407,7 +410,7 @@ def forward_plan(
         MERGED=config.merged,
         BIAS=bias_kind(layouts[3], bias_itemsize, tma and not decode and bias_is_aligned, pack),
         SHIFT=shift,
-        RANGED=pack == 1 and splits_at_most == 1 and cache == NO_CACHE and is_ranged(arguments, scores, tuning),
+        RANGED=in_one and is_ranged(arguments, scores, tuning),
         FLOAT8_ASM=in_place,
         HALF=half,
         ROUND_BITS=configs.rounds_bits(arch),
@@ -425,10 +428,7 @@ def forward_plan(
             "HAS_BIAS", "HAS_SINKS", "EMPTY_ROWS", *COMBINE_NAMES,
         )
     }  # fmt: skip
-    is_apart = (
-        pack == 1 and splits_at_most == 1 and not is_cache
-        and means_apart(arguments, arguments["EMPTY_ROWS"], scores, tuning)
-    )  # fmt: skip
+    is_apart = in_one and means_apart(arguments, arguments["EMPTY_ROWS"], scores, tuning)
     combine.update(WAITS=False, COLUMN_BLOCKS=1, BLOCK_S=triton.next_power_of_2(splits_at_most), CHUNK=16, BLOCK_N=16)
     options = config.options(arch.startswith("gfx"))
     combine_options = {"num_warps": configs.combine_warps(arch), "num_stages": 1}

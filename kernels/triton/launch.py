@@ -22,6 +22,8 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EMPTY_ROWS = {"impossible": 0, "zero": 0, "nan": 1, "mean": 2, "mean_added": 3, "nan_added": 4}
 """Value of the kernels' EMPTY_ROWS argument (common.py) for each `rocm_attn_compile.spec.EmptyRows`."""
+MEANS = (EMPTY_ROWS["mean"], EMPTY_ROWS["mean_added"])
+"""Those by which a row that keeps no key averages all values."""
 
 
 Layout = tuple[torch.Size, tuple[int, ...]] | None
