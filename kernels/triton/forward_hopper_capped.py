@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .cap_series import factored_series, scale_queries, series_exponent
+from .cap_series import factored_series, series_exponent
 from .hopper_parts import NEVER, ROWS, barrier, halves, signal, thread_sums
 
 
@@ -25,7 +25,11 @@ from .hopper_parts import NEVER, ROWS, barrier, halves, signal, thread_sums
 def scale_in_place(q_smem, factor):
     """Multiply a group's queries where they lie."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    q_smem.store(scale_queries(q_smem.load(layout), factor))
+    factors = gl.full(q_smem.shape, factor.to(q_smem.dtype), q_smem.dtype, layout=layout)
+    scaled = gl.inline_asm_elementwise(
+        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [q_smem.load(layout), factors], dtype=q_smem.dtype, is_pure=True, pack=2
+    )
+    q_smem.store(scaled)
     fence_async_shared()
     barrier()
 
@@ -61,8 +65,8 @@ def attend_capped(
     acc = gl.full([ROWS, BLOCK_E], 0.0, gl.float32, layout=result)
     stage = step % STAGES
     phase = step // STAGES & 1
-    mbarrier.wait(q_full.index(GROUP), tiles & 1)
     factor, constant, linear = factored_series(scale_log2, inner)
+    mbarrier.wait(q_full.index(GROUP), tiles & 1)
     scale_in_place(q_smem.index(GROUP), factor)
     mbarrier.wait(k_full.index(stage), phase)
     keys = k_smem.index(stage).permute((1, 0))

@@ -121,6 +121,15 @@ def signal(bar):
 
 
 @gluon.jit
+def release(keys, queries, is_last, EARLY: gl.constexpr):
+    """As `signal` for keys, and with EARLY, where these were a tile's last ones, for its queries."""
+    barrier()
+    mbarrier.arrive(keys, count=1)
+    if EARLY:
+        mbarrier.arrive(queries, count=1, pred=is_last)
+
+
+@gluon.jit
 def launch_dependents():
     """Let the launch behind this one start, if it asked for that: it has to wait for this one's end itself."""
     gl.inline_asm_elementwise(

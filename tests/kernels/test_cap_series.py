@@ -38,24 +38,39 @@ def test_constants_are_those_of_the_fit() -> None:
 
 def test_sums_tell_what_the_polynomial_cannot_do() -> None:
     """From END on it is above TOP, up to where float32 overflows; up to END it is the tanh."""
-    beyond = np.concatenate([np.linspace(cap_series.END, 10, 100_001), np.geomspace(10, 1e7, 1001)])
+    beyond = np.concatenate([np.linspace(cap_series.END.value, 10, 100_001), np.geomspace(10, 1e7, 1001)])
     assert series(beyond).min() > cap_series.TOP.value
-    within = np.linspace(1e-6, cap_series.END, 100_001)
+    within = np.linspace(1e-6, cap_series.END.value, 100_001)
     assert np.abs(series(within) / np.tanh(within) - 1).max() < 2.0**-11
 
 
-@pytest.mark.parametrize(("softmax_scale", "cap"), [(128**-0.5, 30.0), (1.0, 50.0), (2.0**-20 * 40, 40.0)])
-def test_factors_give_the_same_polynomial(softmax_scale: float, cap: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of Hopper's kernel."""
-    monkeypatch.setattr(cap_series, "tl", SimpleNamespace(exp2=math.exp2, log2=math.log2))
-    plain = {name: getattr(cap_series, name).value for name in ("FIRST", "THIRD", "FIFTH")}
-    for name, value in plain.items():
-        monkeypatch.setattr(cap_series, name, value)
+def factored(softmax_scale: float, cap: float, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, ...]:
+    """cap_series.factored_series in float64."""
+    names = SimpleNamespace(exp2=torch.exp2, log2=torch.log2, bfloat16=torch.bfloat16, float32=torch.float64)
+    monkeypatch.setattr(cap_series, "tl", names)
+    for name in ("FIRST", "THIRD", "FIFTH", "END"):
+        value = getattr(cap_series, name)
+        monkeypatch.setattr(cap_series, name, getattr(value, "value", value))
     inner, scale_log2 = softmax_scale / cap, cap * math.log2(math.e)
-    factor, p, q = cap_series.factored_series.fn(scale_log2, inner)
-    y = np.linspace(-1.5, 1.5, 1001)
-    x = y / inner * factor
-    assert np.allclose(x * ((x * x + p) ** 2 + q), scale_log2 * series(y), rtol=1e-12, atol=1e-12)
+    return cap_series.factored_series.fn(*(torch.tensor(x, dtype=torch.float64) for x in (scale_log2, inner)))
+
+
+@pytest.mark.parametrize("cap", [25.0, 30.0, 42.5, 50.0])
+def test_factors_are_bfloat16_and_the_polynomial_as_good(cap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors of all fractions; the relative error up to END, and beyond it the bound that sums rely on."""
+    scales = [2.0**-18, 128**-0.5, 1.0, *(0.05 * 2 ** (step / 40) for step in range(40))]
+    changed = 0.0
+    for softmax_scale in scales:
+        factor, p, q = factored(softmax_scale, cap, monkeypatch)
+        assert factor == factor.bfloat16()
+        scale_log2, ratio = cap * math.log2(math.e), float(factor) / (softmax_scale / cap)
+        within = np.linspace(1e-6, cap_series.END, 10_001)
+        beyond = np.concatenate([np.linspace(cap_series.END, 10, 10_001), np.geomspace(10, 1e5, 101)])
+        found, above = (x * ((x * x + float(p)) ** 2 + float(q)) / scale_log2 for x in (within * ratio, beyond * ratio))
+        assert np.abs(found / np.tanh(within) - 1).max() < 2.0**-11
+        assert above.min() > cap_series.TOP.value
+        changed = max(changed, abs(float(ratio**5 / scale_log2) / cap_series.FIFTH - 1))
+    assert 0.01 < changed < 0.02, "the fifth power's coefficient is what rounding the factor changes"
 
 
 def shift(arch: str = "gfx942", dtype: torch.dtype = torch.bfloat16, head_dim: int = 128, **features: Any) -> int:
