@@ -6,13 +6,13 @@ A launch is data first (`Launch`), so that the ahead-of-time tests compile exact
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import configs
+from . import configs, relaunch
 from .bias import BIAS_ELEMENTS, BIAS_ROW, BIAS_TILES
 from .common import CAP_FAST, CAP_PLAIN, CAP_PRECISE, CAP_RECIPROCAL, NO_CAP
 from .sizes import Hint, known
@@ -86,7 +86,11 @@ class Launch:
 
     def run(self) -> None:
         """Launch on the current stream of the current device."""
-        if self.grid:
+        if not self.grid:
+            return
+        if relaunch.takes(self.kernel):
+            relaunch.launch(self.kernel, self.grid, self.arguments, self.options, _encode)
+        else:
             self.kernel[(self.grid,)](**self._encoded(), **self.options)
 
     def compile(self) -> None:
@@ -95,6 +99,11 @@ class Launch:
 
     def _encoded(self) -> dict[str, Any]:
         return {k: _encode(v) if isinstance(v, Descriptor) else v for k, v in self.arguments.items()}
+
+
+def is_gluon(kernel: Any) -> bool:
+    """Whether a kernel is written in Gluon; one that Triton interprets has no such method."""
+    return hasattr(kernel, "is_gluon") and kernel.is_gluon()
 
 
 def _encode(described: Descriptor) -> Any:
@@ -286,7 +295,7 @@ def bias_kind(bias: Layout, itemsize: int, tma: bool, pack: int = 1) -> int:
     return BIAS_TILES.value if tma and takes_tma((stored, strides), itemsize) else BIAS_ELEMENTS.value
 
 
-def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Descriptor:
+def descriptor(tensor: torch.Tensor, rows: int, columns: int, swizzle: int = 0) -> Descriptor:
     """The descriptor of a 4-D tensor (see takes_tma) read in blocks of `rows` x `columns` of one head."""
     # An expanded dimension is stored once. The stride of a dimension of size 1 says nothing, but must be valid.
     shape = tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride()))
@@ -295,12 +304,12 @@ def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Descriptor:
         stride if known(size > 1) or is_whole(stride, itemsize) else 16 // itemsize
         for size, stride in zip(shape[:3], tensor.stride()[:3])
     ]
-    return Descriptor(tensor, shape, (*strides, 1), (1, 1, rows, columns))
+    return Descriptor(tensor, shape, (*strides, 1), (1, 1, rows, columns), swizzle)
 
 
 def swizzled(tensor: torch.Tensor, rows: int, columns: int) -> Descriptor:
     """The same for a kernel in Gluon, in whose shared memory rows of up to 128 bytes are swizzled."""
-    return replace(descriptor(tensor, rows, columns), swizzle=min(128, columns * tensor.element_size()))
+    return descriptor(tensor, rows, columns, min(128, columns * tensor.element_size()))
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty_rows: str, out_layout: str = "bhsd") -> None:
