@@ -11,15 +11,16 @@ from torch import Tensor
 from . import configs
 from .backward_finish import backward_finish_kernel
 from .common import CAP_FAST, NO_CAP
+from .forward_hopper_launch import Blocks, products
 from .launch import NO_SWIZZLE, Descriptor, Launch, layout, swizzled, takes_tma
 from .mask_ranges_launch import key_ranges_launch, ranges_launch
 
 BLOCK_N, PART = 128, 16
 """As in backward_hopper_parts.py."""
 
-MIN_SCORES = 2**29
-"""Below this many scores (B * H * M * N), twice as many at head size 64, the gradients take less than 0.7 ms. This
-kernel is none that Inductor can launch itself, and an opaque call costs the host up to 1.1 ms."""
+FASTER: dict[Blocks, int] = {(64, 0, 64): 2**36, (128, 0, 128): 2**36, (128, 64, 128): 2**35, (256, 0, 256): 2**35}
+"""From how many products on (B H M N (D + E), see forward_hopper_launch.products) a call is given to Hopper's own
+kernels: where they save more than an opaque call costs, for Inductor cannot launch them (docs/kernels.md)."""
 
 _FEATURES = ("HAS_BIAS", "HAS_ATTN_MASK", "HAS_DROPOUT", "HAS_ALIBI")
 
@@ -38,14 +39,19 @@ def refusal(
         arguments: What the other backward kernels are given; RAW says that the scores are a plain product.
         any_size: Also where it is not worth it.
     """
-    batch, num_heads, q_len, _ = arguments["q"].shape
     if not configs.has_hopper_kernels(arch):
         return "written for Hopper, in Gluon, which is experimental, as two releases of Triton have it"
     if itemsize != 2 or blocks not in ((64, 0, 64), (128, 0, 128)):
         return "it takes 16-bit heads of at most 64, or of 97 to 128 numbers"
-    if batch * num_heads * q_len * arguments["k"].shape[2] * blocks[2] < MIN_SCORES * 128 and not any_size:
+    if is_short(blocks, arguments) and not any_size:
         return "short, so that the host's time counts"
     return mask_refusal(arguments)
+
+
+def is_short(blocks: Blocks, arguments: dict[str, Any]) -> bool:
+    """Whether a call has fewer products than FASTER asks for."""
+    batch, num_heads, q_len, _ = arguments["q"].shape
+    return products(batch, num_heads, q_len, arguments["k"].shape[2], sum(blocks)) < FASTER[blocks]
 
 
 def mask_refusal(arguments: dict[str, Any]) -> str:

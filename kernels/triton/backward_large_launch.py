@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import configs
 from .backward_hopper_launch import (
-    MIN_SCORES,
     gradient_boxes,
+    is_short,
     mask_refusal,
     of_rows,
     row_statistics,
@@ -92,12 +92,11 @@ def refusal(
 
     Arguments as of backward_hopper_launch.refusal.
     """
-    batch, num_heads, q_len, _ = arguments["q"].shape
     if not configs.has_hopper_kernels(arch):
         return "written for Hopper, in Gluon, which is experimental, as two releases of Triton have it"
     if itemsize != 2 or blocks not in TILES:
         return "its accumulators are those of 16-bit heads of 256 numbers, or of 192 beside values of 128"
-    if batch * num_heads * q_len * arguments["k"].shape[2] < MIN_SCORES and not any_size:
+    if is_short(blocks, arguments) and not any_size:
         return "short, so that the host's time counts"
     heads, parts = plan(arguments)
     programs = heads * arguments["gqa_group_size"] * (parts[0][1] - parts[0][0])

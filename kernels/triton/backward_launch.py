@@ -171,13 +171,13 @@ def backward_launches(
     whole = {**arguments, "BLOCK_D": blocks[0] if not blocks[1] else 2 * blocks[0]}
     del whole["BLOCK_REST"]
     scores = hint(batch) * num_heads * likely(q_len, hint) * likely(kv_len, hint)
-    can_tma = (
+    is_describable = (
         tuning.tma is not False
-        and (tuning.in_flight or scores >= min_tma_scores(tuning))
         and aligned(q, k, v, grad_out, *(rope or ()), traced=tuning.traced)
         and all(takes_tma(layout(tensor), itemsize) for tensor in (q, k, v, grad_out))
         and takes_tma_rope(rope_layouts, itemsize)
     )
+    can_tma = is_describable and (tuning.in_flight or scores >= min_tma_scores(tuning))
 
     bias_itemsize, bias_is_aligned = bias_storage(attn_bias, tuning.traced)
     tables: dict[tuple[int, int, bool], Tensor] = {}
@@ -233,7 +233,7 @@ def backward_launches(
         )
     ]
     # Hopper's own kernels know no symbols, see traced.leave_to_hopper.
-    in_one = can_tma and tuning.config is None and all(computed[:3]) and not has_symbols(hint)
+    in_one = is_describable and tuning.config is None and all(computed[:3]) and not has_symbols(hint)
     if in_one and not rope and not refusal(arch, itemsize, blocks, arguments, tuning.in_flight):
         launches += hopper_launches(grad_out, q, k, v, arguments, tensors, num_units)
     elif in_one and not large_refusal(arch, itemsize, blocks, arguments, tuning.in_flight):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,8 @@ from .common import CAP_FAST, CAP_SERIES, FIRST_MAX, NO_CAP, NO_MAX, RUNNING_MAX
 from .launch import Launch, Rope, Tuning, layout, swizzled, takes_tma
 from .mask_ranges_launch import ranges_launch
 
-MIN_SCORES, MIN_KEYS = 2**29, 2**10
-"""From how many scores, and keys of a query, on a call is given to the kernel. It is launched by Triton, not by
-Inductor, and that takes the host some 300 us, as long as the device works then. A window's scores count, not those
-outside; half of a causal mask's are none, but they count."""
+MIN_KEYS = 2**9
+"""From how many keys of a query on a call is given to the kernel."""
 
 
 class Tile(NamedTuple):
@@ -39,8 +38,9 @@ TILES: dict[Blocks, Tile] = {
 """What fits: 227 KiB of shared memory hold 128 queries, all stages and 128 x box_e of a result,
 a thread's 240 registers 64 x block_n scores, half as many weights, and the result."""
 
-FASTER: frozenset[Blocks] = frozenset({(128, 0, 128), (128, 64, 128), (256, 0, 256)})
-"""Where the kernel was faster than forward.py's on an H200, see docs/kernels.md."""
+FASTER: dict[Blocks, int] = {(64, 0, 64): 2**36, (128, 0, 128): 2**35, (128, 64, 128): 2**35, (256, 0, 256): 2**35}
+"""From how many products on (B H M N (D + E), see `products`) a call is given to the kernel: where it was faster than
+forward.py's on an H200 (docs/kernels.md) by more than an opaque call costs, for Inductor cannot launch it."""
 
 CAP_BY_SERIES: frozenset[Blocks] = frozenset({(128, 0, 128)})
 """Where a soft cap begins with the polynomial of cap_series.py: with heads of 256 it was slower than tanh.approx."""
@@ -60,7 +60,17 @@ def _blocks(arguments: dict[str, Any]) -> Blocks:
     return arguments["BLOCK_D"], arguments["BLOCK_REST"], arguments["BLOCK_E"]
 
 
-def choose(arch: str, dtype: torch.dtype, arguments: dict[str, Any], tuning: Tuning) -> Tile | None:
+def products(batch: int, num_heads: int, q_len: int, keys: int, head_dims: int) -> int:
+    """Of queries with keys and weights with values, multiply-adds; `head_dims` is that of queries and that of values.
+
+    A window's keys count, not those outside; half of a causal mask's are none, but they count.
+    """
+    return batch * num_heads * q_len * keys * head_dims
+
+
+def choose(
+    arch: str, dtype: torch.dtype, arguments: dict[str, Any], tuning: Tuning, is_describable: bool
+) -> Tile | None:
     """The tile if the kernel takes the call, else None.
 
     Args:
@@ -68,6 +78,7 @@ def choose(arch: str, dtype: torch.dtype, arguments: dict[str, Any], tuning: Tun
         dtype: Of q, k, v.
         arguments: Those of attention_forward_kernel, as planned.
         tuning: `in_flight` asks for the kernel wherever it can run; other choices than the tables' are for forward.py.
+        is_describable: Tensor descriptors can be made of q, k and v.
     """
     blocks = _blocks(arguments)
     tile = TILES.get(blocks)
@@ -75,7 +86,7 @@ def choose(arch: str, dtype: torch.dtype, arguments: dict[str, Any], tuning: Tun
         tile is not None
         and configs.has_hopper_kernels(arch)
         and dtype.itemsize == 2
-        and arguments["TMA"]
+        and is_describable
         and arguments["RAW"]
         and arguments["PACK"] == 1
         and arguments["SOFT_CAP"] in (NO_CAP.value, CAP_FAST.value)
@@ -85,14 +96,14 @@ def choose(arch: str, dtype: torch.dtype, arguments: dict[str, Any], tuning: Tun
     if not fits or tuning.in_flight:
         return tile if fits else None
     keys = _longest_row(arguments)
-    scores = arguments["batch_size"] * arguments["num_heads"] * arguments["q_len"] * keys
-    is_long = keys >= MIN_KEYS and scores >= MIN_SCORES
     # Narrower heads are padded with zeros, as in forward.py, but were not measured.
     sizes = arguments["HEAD_DIM"] + arguments["ROPE"], arguments["V_HEAD_DIM"]
     is_whole = sizes == (blocks[0] + blocks[1], blocks[2])
+    counted = products(arguments["batch_size"], arguments["num_heads"], arguments["q_len"], keys, sum(sizes))
+    is_long = keys >= MIN_KEYS and counted >= FASTER.get(blocks, math.inf)
     is_free = not (tuning.config or tuning.pack or tuning.num_splits or tuning.shift is not None)
     is_free = is_free and all(direction != "forward" for direction, _, _ in tuning.chosen)
-    return tile if is_free and is_long and is_whole and blocks in FASTER else None
+    return tile if is_free and is_long and is_whole else None
 
 
 def _shift(arguments: dict[str, Any], dtype: torch.dtype) -> int:

@@ -173,14 +173,15 @@ def forward_launches(
     )  # fmt: skip
     # Hopper's own kernels know no symbols, see traced.leave_to_hopper.
     is_static = not has_symbols(tuning.hint)
-    tile = is_static and forward_hopper_launch.choose(arch, q.dtype, plan.arguments, tuning)
+    for_hopper = {**plan.arguments, "SHIFT": plan.hopper_shift}
+    tile = is_static and forward_hopper_launch.choose(arch, q.dtype, for_hopper, tuning, plan.is_describable)
     after = []
     if plan.means_apart or (tile and plan.arguments["EMPTY_ROWS"] in MEANS):
         after = mean_launches(plan.arguments, {"v": v, "out": out, "lse": lse}, tuning.hint)
     if tile:
         tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "kv_start": kv_start, "kv_end": kv_end,
                    "key_mask": key_mask, "q_ids": q_ids, "kv_ids": kv_ids, "sinks": sinks}  # fmt: skip
-        return [*forward_hopper_launch.launches(tile, num_units, plan.arguments, tensors, rope), *after], out, lse
+        return [*forward_hopper_launch.launches(tile, num_units, for_hopper, tensors, rope), *after], out, lse
     tensors = {
         "q": q, "k": k, "v": v, "q_rest": None, "k_rest": None, "out": out, "lse": lse, "partial": None,
         "partial_stats": None, "attn_bias": attn_bias, "attn_mask": attn_mask, "key_mask": key_mask,
@@ -273,7 +274,10 @@ def score_shift(arguments: dict[str, Any], dtype: torch.dtype, special: str, fir
 
 
 class ForwardPlan(NamedTuple):
-    """What one forward call launches, without its tensors. Shared between calls: do not modify."""
+    """What one forward call launches, without its tensors. Shared between calls: do not modify.
+
+    The last two are for Hopper's own kernel: whether tensor descriptors can be made of q, k and v, and its SHIFT.
+    """
 
     arguments: dict[str, Any]
     options: dict[str, int]
@@ -284,6 +288,8 @@ class ForwardPlan(NamedTuple):
     direction: str
     config: configs.KernelConfig
     means_apart: bool
+    is_describable: bool
+    hopper_shift: int
 
     @property
     def is_split(self) -> bool:
@@ -355,15 +361,15 @@ def forward_plan(
     special = cache.feature or feature(arguments, dtype, arch)
     # Heads in one piece, of whose rows several numbers are loaded at once.
     is_plain = cache == NO_CACHE and not blocks[1] and all(known(arguments[x] == 1) for x in ("stride_kd", "stride_ve"))
-    can_tma = (
+    is_describable = (
         tuning.tma is not False
         and (is_plain or not decode)
         and cache == NO_CACHE
-        and scores >= min_tma_scores(tuning, decode)
         and is_aligned
         and all(takes_tma(where, itemsize) for where in layouts[:3])
         and takes_tma_rope(rope, itemsize)
     )
+    can_tma = is_describable and scores >= min_tma_scores(tuning, decode)
     direction = "decode" if decode else "forward"
     config, tma = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
     block_m = config.block_m
@@ -383,8 +389,9 @@ def forward_plan(
         config, tma = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
     is_cache = cache != NO_CACHE
     shift = RUNNING_MAX if decode or is_cache else score_shift(arguments, dtype, special, config.first_max)
+    hopper_shift = RUNNING_MAX if decode or is_cache else score_shift(arguments, dtype, special, True)
     if tuning.shift is not None:
-        shift = tuning.shift
+        shift = hopper_shift = tuning.shift
     arguments.update(zip(("stride_ob", "stride_oh", "stride_om", "stride_oe"), out_strides))
     if pack > 1:
         of_heads = (arguments[name] for name in ("stride_qh", "stride_oh", "stride_bh", "stride_mh"))
@@ -433,5 +440,6 @@ def forward_plan(
     options = config.options(arch.startswith("gfx"))
     combine_options = {"num_warps": configs.combine_warps(arch), "num_stages": 1}
     return ForwardPlan(
-        arguments, options, tiles * num_splits, num_splits, combine, combine_options, direction, config, is_apart
-    )
+        arguments, options, tiles * num_splits, num_splits, combine, combine_options, direction, config, is_apart,
+        is_describable and (not decode or tuning.in_flight), hopper_shift,
+    )  # fmt: skip

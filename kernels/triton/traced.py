@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -22,11 +23,11 @@ import torch
 import triton
 from torch import Tensor
 
-from . import configs, forward_hopper_launch
+from . import backward_hopper_launch, configs, forward_hopper_launch
 from . import tuned as tuned_text
 from .backward_launch import backward_launches, sink_gradient
 from .forward_launch import forward_launches
-from .launch import Descriptor, Launch, Tuning, base_of, device_arch
+from .launch import Descriptor, Launch, Tuning, base_of, device_arch, is_gluon
 from .sizes import Hint, has_symbols, is_number
 from .weights_launch import weights_launches
 
@@ -76,7 +77,7 @@ def written_out(function: Callable[..., Any]) -> Callable[..., Any]:
 def attention_forward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:
     """As attention.attention_forward, all arguments by name, on traced tensors; or NotImplemented."""
     hint = hint_of(arguments, tracer, _fixed(**arguments))
-    leave_to_hopper(hint, **arguments)
+    leave_to_hopper(hint, forward_hopper_launch.FASTER, **arguments)
     tuning = _tuning(tuned, hint, tracer.uses_cuda_graphs())
     launches, out, lse = forward_launches(**arguments, tuning=tuning)
     trace(launches, arguments, tracer)
@@ -97,7 +98,7 @@ def attention_with_weights(
 def attention_backward(tracer: Tracer, tuned: str, **arguments: Any) -> Any:
     """As attention.attention_backward, all arguments by name, on traced tensors; or NotImplemented."""
     hint = hint_of(arguments, tracer, _fixed(**arguments))
-    leave_to_hopper(hint, **arguments)
+    leave_to_hopper(hint, backward_hopper_launch.FASTER, **arguments)
     launches, tensors = backward_launches(**arguments, tuning=_tuning(tuned, hint))
     trace(launches, arguments, tracer)
     sinks = arguments["sinks"]
@@ -118,16 +119,32 @@ def _fixed(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None = None, *
     return (q.shape[1], q.shape[3], k.shape[1], v.shape[3], 0 if block_table is None else k.shape[2])
 
 
-def leave_to_hopper(hint: Hint, q: Tensor, k: Tensor, **_: Any) -> None:
+def leave_to_hopper(
+    hint: Hint, faster: dict[forward_hopper_launch.Blocks, int], q: Tensor, k: Tensor, v: Tensor, rope: int = 0,
+    **_: Any,
+) -> None:  # fmt: skip
     """Raise where a call has symbols and is long, so that Hopper's own kernels may take it, decided at each call.
 
     One that is shorter while it is compiled is written out, for longer ones, too.
+
+    Args:
+        faster: From how many products on they do, by blocks; blocks without an entry they do not take.
+        rope: Width of the second piece of latent attention's queries and keys.
     """
-    if not has_symbols(hint) or not configs.has_hopper_kernels(device_arch(q.device)[0]):
+    arch, itemsize = device_arch(q.device)[0], q.element_size()
+    if not has_symbols(hint) or not configs.has_hopper_kernels(arch):
         return
-    scores = hint(q.shape[0]) * q.shape[1] * hint(q.shape[2]) * hint(k.shape[2])
-    if scores >= forward_hopper_launch.MIN_SCORES:
-        raise StaysOpaque(f"with {scores} scores in the call at hand kernels in Gluon may take it; lengths are symbols")
+    (batch, num_heads, q_len, head_dim), v_head_dim = q.shape, v.shape[3]
+    if rope:
+        blocks = configs.rope_blocks(arch, itemsize, head_dim, rope, v_head_dim)
+    else:
+        blocks = configs.head_blocks(arch, itemsize, head_dim, v_head_dim)
+    sizes = hint(batch), num_heads, hint(q_len), hint(k.shape[2]), head_dim + rope + v_head_dim
+    products = forward_hopper_launch.products(*sizes)
+    if products >= faster.get(blocks, math.inf):
+        raise StaysOpaque(
+            f"with {products} products in the call at hand kernels in Gluon may take it; lengths are symbols"
+        )
 
 
 def hint_of(arguments: dict[str, Any], tracer: Tracer, fixed: tuple[Any, ...]) -> Hint:
@@ -158,7 +175,7 @@ def trace(launches: list[Launch], arguments: dict[str, Any], tracer: Tracer) -> 
     Raises:
         StaysOpaque: That cannot be right; nothing is traced.
     """
-    if any(launch.kernel.is_gluon() for launch in launches if hasattr(launch.kernel, "is_gluon")):
+    if any(is_gluon(launch.kernel) for launch in launches):
         raise StaysOpaque("Inductor cannot launch a kernel in Gluon, which is faster")
     for launch in launches:
         for name, value in launch.arguments.items():

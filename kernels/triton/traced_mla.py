@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import mla_configs
+from . import backward_hopper_launch, forward_hopper_launch, mla_configs
+from .forward_hopper_launch import Blocks
 from .launch import MIN_TMA_SCORES, Tuning, device_arch
 from .mla_decode_launch import mla_decode_launches
 from .mla_prefill import check, gradients, in_pieces, prefill_backward_launches, prefill_launches
@@ -37,7 +38,7 @@ def mla_prefill(tracer: Tracer, **arguments: Any) -> Any:
     """As mla.mla_prefill, where its kernels take both pieces as they are; or NotImplemented."""
     given = dict(arguments)
     masks = tuple(given.pop(name) for name in ("key_mask", "kv_start", "kv_end"))
-    hint = _hint(given, arguments, tracer)
+    hint = _hint(given, arguments, tracer, forward_hopper_launch.FASTER)
     launches, out, lse = prefill_launches(**given, masks=masks, tuning=Tuning(traced=True, hint=hint))
     trace(launches, arguments, tracer)
     return out, lse
@@ -48,20 +49,20 @@ def mla_prefill_backward(tracer: Tracer, **arguments: Any) -> Any:
     """As mla.mla_prefill_backward, an unwanted gradient an empty tensor, as of the op; or NotImplemented."""
     given = dict(arguments)
     masks = tuple(given.pop(name) for name in ("key_mask", "kv_start", "kv_end"))
-    hint = _hint(given, arguments, tracer)
+    hint = _hint(given, arguments, tracer, backward_hopper_launch.FASTER)
     launches, tensors = prefill_backward_launches(**given, masks=masks, tuning=Tuning(traced=True, hint=hint))
     trace(launches, arguments, tracer)
     found = gradients(tensors, given["k_pe"], given["output_mask"])
     return tuple(given["grad_out"].new_empty((0,)) if gradient is None else gradient for gradient in found)
 
 
-def _hint(given: dict[str, Any], arguments: dict[str, Any], tracer: Tracer) -> Hint:
+def _hint(given: dict[str, Any], arguments: dict[str, Any], tracer: Tracer, faster: dict[Blocks, int]) -> Hint:
     """As traced.hint_of; raises also where kernels do not take both pieces, or Hopper's own may take the call."""
     q, q_pe, k, k_pe, v = (given[name] for name in ("q_nope", "q_pe", "k_nope", "k_pe", "v"))
     if q_pe is None or k_pe is None:
         raise StaysOpaque("there is no rotary half: it runs as plain attention")
     hint = hint_of(arguments, tracer, (q.shape[1], k.shape[1], *(x.shape[-1] for x in (q, q_pe, v))))
-    leave_to_hopper(hint, q, k)
+    leave_to_hopper(hint, faster, q, k, v, k_pe.shape[2])
     check(q, q_pe, k, k_pe)
     if not in_pieces(q, k_pe, v):
         raise StaysOpaque(f"heads of {q.shape[3]} and {k_pe.shape[2]} are put together first")

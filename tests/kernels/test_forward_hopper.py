@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from collections.abc import Callable
@@ -131,9 +132,19 @@ def test_padding_and_ids_come_with_a_table_of_ranges() -> None:
     ]
 
 
-def test_what_was_not_faster_stays() -> None:
-    for blocks in TILES.keys() - FASTER:
-        assert launch(blocks[0] + blocks[1], blocks[2]).kernel.__name__ == "attention_forward_kernel"
+@pytest.mark.parametrize("tuning", [None, Tuning(arch="sm90", opaque=True), Tuning(arch="sm90", traced=True)])
+def test_chosen_from_so_many_products_on(tuning: Tuning | None) -> None:
+    """Whoever launches it. An opaque call of forward.py's kernel makes no descriptors for so few, this one does."""
+    assert TILES.keys() == FASTER.keys()
+    for blocks, least in FASTER.items():
+        size = blocks[0] + blocks[1], blocks[2]
+        heads = math.ceil(least / (2048 * 2048 * sum(size)))
+        for count, name in ((heads, KERNEL), (heads - 1, "attention_forward_kernel")):
+            sizes = {"num_heads": count, "num_kv_heads": count, "q_len": 2048, "kv_len": 2048}
+            assert launch(*size, **sizes, tuning=tuning).kernel.__name__ == name, (blocks, sizes)
+
+
+def test_polynomial_only_where_it_is_faster() -> None:
     shifts = {
         (size, cap): launch(size, size, soft_cap=cap).arguments["SHIFT"] for size in (128, 256) for cap in (10.0, 50.0)
     }
