@@ -14,7 +14,7 @@ from .common import CAP_FAST, CAP_SERIES, FIRST_MAX, NO_CAP, NO_MAX, RUNNING_MAX
 from .launch import Launch, Rope, Tuning, layout, swizzled, takes_tma
 from .mask_ranges_launch import ranges_launch
 
-MIN_KEYS = 2**9
+MIN_KEYS = 2**8
 """From how many keys of a query on a call is given to the kernel."""
 
 

@@ -95,7 +95,7 @@ def test_chosen_where_it_is_faster() -> None:
     """Long calls of the measured sizes, in half precision, with a mask in closed form."""
     for blocks in FASTER:
         size = blocks[0] + blocks[1], blocks[2]
-        window = {"band_lower": 1 - MIN_KEYS}
+        window = {"band_lower": 1 - 2 * MIN_KEYS}
         masks: list[dict[str, Any]] = [
             {}, {"kv_start": True, "kv_end": True}, {"causal": False}, window, {"key_mask": True},
             {"q_ids": True, "kv_ids": True, "empty_rows": "mean"},
