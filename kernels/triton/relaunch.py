@@ -10,6 +10,7 @@ offers to those who keep what `kernel.warmup` returns.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ class _Known(NamedTuple):
     descriptors: tuple[Any, ...]
 
 
+_numbers = itertools.count()
 _forms: dict[tuple, _Form] = {}
 _known: dict[tuple, _Known] = {}
 
@@ -94,7 +96,8 @@ def _form(kernel: Any, arguments: dict[str, Any]) -> _Form:
     descriptors = tuple((place, name) for place, name in enumerate(names) if hasattr(arguments[name], "swizzle"))
     others = {*tensors, *(name for _, name in descriptors)}
     numbers = itemgetter(*(name for name in names if name not in others))
-    return _Form(len(_forms), itemgetter(*names), numbers, tensors, descriptors)
+    # Not len(_forms): backward runs in a thread of its own, and two forms must not have the same number.
+    return _Form(next(_numbers), itemgetter(*names), numbers, tensors, descriptors)
 
 
 def _remember(key: tuple, known: _Known) -> None:
