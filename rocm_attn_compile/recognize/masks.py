@@ -15,6 +15,7 @@ gets NaN, also those that eager gives none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +33,7 @@ from .empty_rows import Term, empty_rows, score_dtype
 from .labels import aligned
 from .live import LiveUsers
 from .masked_bias import take_apart
-from .moderate import is_moderate, is_never_low
+from .moderate import is_moderate, is_never_low, multiplies_by_infinity
 from .numbers import rounded
 from .proof import Proof
 from .region import Bias, MaskTerm, Operand, Roles
@@ -100,6 +101,8 @@ def prove_masks(
     if logits.is_floored:
         _check_floor(mode, [*replaced, *added], low, requires_grad)
     mode = _with_sinks(logits, mode)
+    if any(zeroing.mask is None for zeroing in proof.zeroed) and any(map(_holds_nan, biases)):
+        raise Refusal("nan_in_bias", "nan_to_num hides rows whose bias is NaN: a factor of it is infinite, also of 0")
     returned, mode = (
         account_for_zeroed(proof, zeroed, symbols, mode, closed, [*replaced, *added], requires_grad, low)
         for zeroed in (proof.zeroed[: proof.zeroed_in_returned], proof.zeroed)
@@ -159,6 +162,11 @@ def _is_moderate(bias: Operand, symbols: Symbols, live: LiveUsers) -> bool:
     """True if the bias is nowhere as low as a fill."""
     is_small = abs(bias.factor) <= _LARGEST_FACTOR
     return is_small and (is_moderate(bias.value, live) or is_of_positions(bias, symbols, live))
+
+
+def _holds_nan(bias: Operand) -> bool:
+    """True if the graph itself multiplies by infinity for it: 1e9 in float16 is infinite, and times 0 NaN."""
+    return math.isinf(bias.factor) or multiplies_by_infinity(bias.value)
 
 
 def _filled_biases(

@@ -8,6 +8,7 @@ an assumption: nobody trains a bias of -1e9.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch.utils import _pytree as pytree
@@ -129,6 +130,12 @@ def is_never_low(value: Value, live: LiveUsers) -> bool:
     return False
 
 
+def multiplies_by_infinity(value: Value) -> bool:
+    """True if `value` is computed with a product of which a factor is an infinite number."""
+    factors = [number_of(factor) for inner in _producers(value) if inner.name == "mul" for factor in inner.args]
+    return any(isinstance(factor, float) and math.isinf(factor) for factor in factors)
+
+
 def _is_number_not_low(value: object) -> bool:
     number = number_of(value)
     return isinstance(number, (int, float)) and number >= -_LARGEST
@@ -154,13 +161,16 @@ def _number(value: object) -> float | None:
 
 def _is_free_of_inputs(value: Value) -> bool:
     """True if the value is computed from numbers and sizes alone."""
-    todo, seen = [value], set()
+    return not any(inner.op in ("input", "opaque") for inner in _producers(value))
+
+
+def _producers(value: Value) -> Iterator[Value]:
+    """The value and all that it is computed from."""
+    todo, seen = [value], {value.id}
     while todo:
         value = todo.pop()
-        if value.op in ("input", "opaque"):
-            return False
+        yield value
         for leaf in pytree.tree_leaves((list(value.args), value.kwargs)):
             if isinstance(leaf, Value) and leaf.id not in seen:
                 seen.add(leaf.id)
                 todo.append(leaf)
-    return True

@@ -228,6 +228,16 @@ def test_zeroed_rows_whose_gradient_is_nan(function):
     check(function, padded, calls=0, refused="masked_rows_grad", trains=True)
 
 
+def nan_to_num_after_infinity_times_zero(q, k, v, keep):
+    """1e9 in float16 is infinite: keys that stay get NaN, of which all weights become 0."""
+    factor = torch.tensor(1e9, dtype=torch.float16)
+    return torch.nan_to_num((scores(q, k) + ((keep.to(torch.int64) - 1) * factor).to(q.dtype)).softmax(-1)) @ v
+
+
+def test_nan_that_is_not_a_rows_without_keys():
+    check(nan_to_num_after_infinity_times_zero, padded, calls=0, refused="nan_in_bias")
+
+
 def zeroed_by_another_mask(q, k, v, keep):
     return replaced_weights(q, k, ~keep, -INF).masked_fill(~keep.flip(-1), 0.0) @ v
 
