@@ -33,6 +33,7 @@ from rocm_attn_compile.ops.schemas import (
     _attention_fake,
     attention,
     attention_backward,
+    empty_grad,
     lse_dtype,
 )
 from rocm_attn_compile.ops.vmap import slice_by_slice
@@ -110,9 +111,14 @@ def _backward(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
         every = [False, False, wanted[2], True, wanted[4]]
         _, _, dv, ds, dsinks = attention_backward(grad_out, *arguments, out, lse, *settings, every)
         dq, dk = _through_scores(tensors[0], tensors[1], shifted, ds.to(shifted.dtype), scale, floor)
-        nothing = grad_out.new_empty((0,))
-        dbias = ds.sum_to_size(tensors[_BIAS].shape).to(tensors[_BIAS].dtype) if wanted[3] else nothing
-        return dq if wanted[0] else nothing, dk if wanted[1] else nothing, dv, dbias, dsinks
+        dbias = ds.sum_to_size(tensors[_BIAS].shape) if wanted[3] else ds
+        found = ((dq, tensors[0]), (dk, tensors[1]), (dbias, tensors[_BIAS]))
+        # With the strides that the fake kernel promises: programs are compiled for them.
+        dq, dk, dbias = (
+            empty_grad(tensor).copy_(grad) if want else grad_out.new_empty((0,))
+            for (grad, tensor), want in zip(found, (wanted[0], wanted[1], wanted[3]))
+        )
+        return dq, dk, dv, dbias, dsinks
 
 
 def _through_scores(
@@ -126,7 +132,7 @@ def _through_scores(
     ds = group_rows(ds * softmax_scale, K)
     dq = torch.matmul(ds, k.to(ds.dtype)).view(q.shape)
     dk = torch.matmul(ds.mT, group_rows(q.to(ds.dtype), K))
-    return dq.to(q.dtype), dk.to(k.dtype)
+    return dq, dk
 
 
 def _forward_fake(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rocm_attn_compile.ops as ops
 from rocm_attn_compile.ops import floored
@@ -79,6 +80,28 @@ def test_schema_fake_and_autograd_agree(score_floor):
     (q, k, v, bias), key_mask = inputs(has_bias=True)
     settings = {"softmax_scale": SCALE, "score_floor": score_floor}
     torch.library.opcheck(ops.attention_floored, (q, k, v, bias, None, key_mask), settings)
+
+
+@pytest.mark.parametrize("score_floor", [-5e4, -1.0])
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (3, 1, 0, 2)])
+def test_gradients_lie_as_their_fake_ones(score_floor, order):
+    """A compiled program views them by the fake kernel's strides; where these were others, it crashed."""
+    tensors, key_mask = inputs(torch.float32, has_bias=True)
+    moved = [t.detach().permute(order).contiguous().permute(*map(order.index, range(4))) for t in tensors]
+    settings = {"softmax_scale": SCALE, "score_floor": score_floor}
+    out, lse = ops.attention_floored(*moved, None, key_mask, **settings)
+    optionals = (moved[3], None, key_mask, *[None] * 7)
+    args = (torch.ones_like(out), *moved[:3], *optionals, out, lse, SCALE, score_floor)
+    args = (*args, None, None, 0.0, "nan", "", [True, True, True, True, False])
+    got = floored.attention_floored_backward(*args)
+    with FakeTensorMode() as mode:
+        fake = floored.attention_floored_backward(
+            *(mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)
+        )
+    assert [grad.stride() for grad in got] == [grad.stride() for grad in fake]
+    assert [grad.stride() for grad in got[:4]] == [tensor.stride() for tensor in moved]
+    contiguous = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in args]
+    torch.testing.assert_close(got, floored.attention_floored_backward(*contiguous))
 
 
 def test_each_slice_under_vmap_has_its_own_largest_score():
