@@ -534,8 +534,13 @@ def is_generated_function(target: Any) -> bool:
     return getattr(torch._C._VariableFunctions, getattr(target, "__name__", ""), None) is target
 
 
-def specialize(size: Any, shape_env: Any) -> int:
-    """The number a symbolic size has now; Dynamo recompiles when it changes (a guard, as `int(symint)` installs)."""
+def specialize(size: Any, shape_env: Any) -> int | None:
+    """The number a symbolic size has now; Dynamo recompiles when it changes (a guard, as `int(symint)` installs).
+
+    None for a symbol such as `(s52//6)`, which PyTorch makes for a whole fraction of another and then does not know.
+    """
+    if any(symbol not in shape_env.var_to_range for symbol in size.free_symbols):
+        return None
     return int(shape_env.evaluate_expr(size))
 
 

@@ -238,9 +238,9 @@ def _fix_head_dims(regions: Sequence[Region], others: Sequence[LookAlike]) -> bo
     symbolic = {size for size in sizes if not isinstance(size, int) and size.free_symbols}
     if shape_env is None or not symbolic:
         return False
-    for symbol in sorted(set().union(*(size.free_symbols for size in symbolic)), key=str):
-        _torch_private.specialize(symbol, shape_env)
-    return True
+    symbols = sorted(set().union(*(size.free_symbols for size in symbolic)), key=str)
+    numbers = [_torch_private.specialize(symbol, shape_env) for symbol in symbols]
+    return any(number is not None for number in numbers)
 
 
 def _kernel_sizes(spec: AttentionSpec) -> list[Any]:

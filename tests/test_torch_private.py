@@ -1,5 +1,6 @@
 """Each private PyTorch name we use still does what we rely on."""
 
+import sympy
 import torch
 
 from rocm_attn_compile import _torch_private
@@ -426,6 +427,7 @@ def test_what_the_pipeline_needs_during_a_compilation():
         )
         seen["symbolic"] = not isinstance(size, int)
         seen["size"] = _torch_private.specialize(size.node.expr, shape_env)
+        seen["unknown"] = _torch_private.specialize(sympy.Symbol("(s52//6)", integer=True), shape_env)
         seen["log"] = str(_torch_private.log_graph("a_name_depyf_would_use", graph_module))
         return seen["lower"](graph_module, example_inputs)
 
@@ -438,7 +440,7 @@ def test_what_the_pipeline_needs_during_a_compilation():
         torch._dynamo.reset()
         assert torch.equal(torch.compile(lambda t: t + 1, backend=backend, dynamic=True)(x), x + 1)
         assert seen["symbolic"]
-        assert seen["size"] == 5
+        assert (seen["size"], seen["unknown"]) == (5, None)
         assert "a_name_depyf_would_use" in seen["log"]
         assert seen["id"][0].isdigit()
     assert _torch_private.compile_id() == "?"

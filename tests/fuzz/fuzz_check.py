@@ -146,7 +146,9 @@ def _compiled(case: Case, function: Any, eager: Ran, exact: Ran, **options: Any)
         except AssertionError as error:
             return Outcome("wrong", f"{error}\n{text}", codes)
     has_symbols = bool(case.dynamic) or len(case.schedule) > 1
-    undecided = has_symbols and bool(codes & {"axis_split", "axis_mismatch", "axis_view", "axis_expand"})
+    # Head sizes are made numbers, but for a whole fraction of a symbol, which PyTorch knows nothing of.
+    unknown = {"axis_split", "axis_mismatch", "axis_view", "axis_expand", "symbolic_head_dim"}
+    undecided = has_symbols and bool(codes & unknown)
     if sites and (len(sites) == len(entries) or not case.is_cache):
         return Outcome("replaced", text, codes, set().union(*map(_notes, sites)))
     if case.changes or codes & PROMISED_REFUSALS or case.has_ones or undecided:
