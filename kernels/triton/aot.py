@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launch import Descriptor, Launch
+from .launch import Descriptor, Launch, is_gluon
 
 _POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -86,7 +86,7 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     """Compile for an architecture; returns Triton's compiled kernel (`.asm` has "hsaco" and "amdgcn", or "cubin")."""
     types, constants, attributes = signature(launch)
     source_type = ASTSource
-    if launch.kernel.is_gluon():
+    if is_gluon(launch.kernel):
         from triton.experimental.gluon._runtime import GluonASTSource as source_type
     source = source_type(launch.kernel, signature=types, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target(arch), options=dict(launch.options))

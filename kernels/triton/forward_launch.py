@@ -173,15 +173,15 @@ def forward_launches(
     )  # fmt: skip
     # Hopper's own kernels know no symbols, see traced.leave_to_hopper.
     is_static = not has_symbols(tuning.hint)
-    for_hopper = {**plan.arguments, "SHIFT": plan.hopper_shift}
-    tile = is_static and forward_hopper_launch.choose(arch, q.dtype, for_hopper, tuning, plan.is_describable)
+    tile = is_static and forward_hopper_launch.choose(arch, q.dtype, plan.arguments, tuning, plan.is_describable)
     after = []
     if plan.means_apart or (tile and plan.arguments["EMPTY_ROWS"] in MEANS):
         after = mean_launches(plan.arguments, {"v": v, "out": out, "lse": lse}, tuning.hint)
     if tile:
         tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "kv_start": kv_start, "kv_end": kv_end,
                    "key_mask": key_mask, "q_ids": q_ids, "kv_ids": kv_ids, "sinks": sinks}  # fmt: skip
-        return [*forward_hopper_launch.launches(tile, num_units, for_hopper, tensors, rope), *after], out, lse
+        given = {**plan.arguments, "SHIFT": plan.hopper_shift}
+        return [*forward_hopper_launch.launches(tile, num_units, given, tensors, rope), *after], out, lse
     tensors = {
         "q": q, "k": k, "v": v, "q_rest": None, "k_rest": None, "out": out, "lse": lse, "partial": None,
         "partial_stats": None, "attn_bias": attn_bias, "attn_mask": attn_mask, "key_mask": key_mask,

@@ -46,7 +46,7 @@ class _Known(NamedTuple):
     descriptors: tuple[Any, ...]
 
 
-_numbers = itertools.count()
+_form_numbers = itertools.count()
 _forms: dict[tuple, _Form] = {}
 _known: dict[tuple, _Known] = {}
 
@@ -97,7 +97,7 @@ def _form(kernel: Any, arguments: dict[str, Any]) -> _Form:
     others = {*tensors, *(name for _, name in descriptors)}
     numbers = itemgetter(*(name for name in names if name not in others))
     # Not len(_forms): backward runs in a thread of its own, and two forms must not have the same number.
-    return _Form(next(_numbers), itemgetter(*names), numbers, tensors, descriptors)
+    return _Form(next(_form_numbers), itemgetter(*names), numbers, tensors, descriptors)
 
 
 def _remember(key: tuple, known: _Known) -> None:

@@ -17,7 +17,7 @@ from rocm_attn_compile.ops.cpu import (
 from rocm_attn_compile.ops.cpu_mask import fused_mask, with_alibi
 from rocm_attn_compile.ops.cpu_unfused import may_be_true
 from rocm_attn_compile.ops.reference import NEG_INF
-from rocm_attn_compile.ops.schemas import check_backward_inputs, check_inputs, empty_grad, lse_dtype
+from rocm_attn_compile.ops.schemas import as_promised, check_backward_inputs, check_inputs, lse_dtype
 
 _fused_grads = _torch_private.cpu_flash_attention_backward
 
@@ -82,7 +82,7 @@ def backward(
                     dq, dk, dv = (grad.view(t.shape) for grad, t in zip(folded, (q, k, v)))
             else:
                 dq, dk, dv = _fused_grads(grad_out, q, k, v, out, lse, 0.0, is_causal, scale=softmax_scale)
-            return _like(dq, q), _like(dk, k), _like(dv, v), q.new_empty((0,)), q.new_empty((0,))
+            return as_promised(dq, q), as_promised(dk, k), as_promised(dv, v), q.new_empty((0,)), q.new_empty((0,))
     wants_dbias = output_mask[3] and attn_bias is not None
     with _torch_private.below_autograd_and_views():
         check_inputs(q, k, v, attn_bias, *masks, sinks, dropout_seed, alibi_slopes, dropout_p, empty_rows)
@@ -201,7 +201,7 @@ def _wanted(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients as the op returns them."""
     dq, dk, dv, dbias, dsinks = (
-        _like(grad, tensor) if wanted and grad is not None and tensor is not None else tensors[0].new_empty((0,))
+        as_promised(grad, tensor) if wanted and grad is not None and tensor is not None else tensors[0].new_empty((0,))
         for grad, tensor, wanted in zip(grads, tensors, output_mask)
     )
     return dq, dk, dv, dbias, dsinks
@@ -219,11 +219,3 @@ def _heads_as_batch(tensor: Tensor) -> Tensor:
     """Contiguous `(B, H, L, X)` as `(B * H, 1, L, X)`."""
     B, H, L, X = tensor.shape
     return tensor.view(B * H, 1, L, X)
-
-
-def _like(grad: Tensor, tensor: Tensor) -> Tensor:
-    """`grad` in the dtype of `tensor` and the strides that the fake kernel promised."""
-    # What the kernel returns is dense, so with equal strides the tensor is, too, and its strides are what is promised.
-    if grad.dtype == tensor.dtype and grad.stride() == tensor.stride():
-        return grad
-    return empty_grad(tensor).copy_(grad)

@@ -31,9 +31,9 @@ from rocm_attn_compile.ops.schemas import (
     OPTIONAL_TENSORS,
     _attention_backward_fake,
     _attention_fake,
+    as_promised,
     attention,
     attention_backward,
-    empty_grad,
     lse_dtype,
 )
 from rocm_attn_compile.ops.vmap import slice_by_slice
@@ -112,11 +112,9 @@ def _backward(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
         _, _, dv, ds, dsinks = attention_backward(grad_out, *arguments, out, lse, *settings, every)
         dq, dk = _through_scores(tensors[0], tensors[1], shifted, ds.to(shifted.dtype), scale, floor)
         dbias = ds.sum_to_size(tensors[_BIAS].shape) if wanted[3] else ds
-        found = ((dq, tensors[0]), (dk, tensors[1]), (dbias, tensors[_BIAS]))
-        # With the strides that the fake kernel promises: programs are compiled for them.
         dq, dk, dbias = (
-            empty_grad(tensor).copy_(grad) if want else grad_out.new_empty((0,))
-            for (grad, tensor), want in zip(found, (wanted[0], wanted[1], wanted[3]))
+            as_promised(grad, tensors[place]) if wanted[place] else grad_out.new_empty((0,))
+            for grad, place in ((dq, 0), (dk, 1), (dbias, _BIAS))
         )
         return dq, dk, dv, dbias, dsinks
 

@@ -17,7 +17,7 @@ from rocm_attn_compile.ops import dispatch, mla_compose
 from rocm_attn_compile.ops.cpu import with_layout
 from rocm_attn_compile.ops.mla_form import prefers_absorbed
 from rocm_attn_compile.ops.mla_schemas import check_decode, check_prefill, check_prefill_backward, check_whole
-from rocm_attn_compile.ops.schemas import LIBRARY, empty_grad
+from rocm_attn_compile.ops.schemas import LIBRARY, as_promised
 
 DEFAULT = "TRITON_MLA"
 REFERENCE = dispatch.REFERENCE
@@ -104,7 +104,9 @@ def run_prefill_backward(device_type: str, args: tuple) -> tuple[Tensor, ...]:
             output_mask=output_mask,
         )
         return tuple(
-            _like(grad, tensor) if wanted and grad is not None and tensor is not None else grad_out.new_empty((0,))
+            as_promised(grad, tensor)
+            if wanted and grad is not None and tensor is not None
+            else grad_out.new_empty((0,))
             for grad, tensor, wanted in zip(grads, tensors, output_mask)
         )
 
@@ -201,14 +203,6 @@ def _is_absorbed(tensors: tuple, settings: dict[str, Any], kv_len: int | None = 
     N = kv_len or (kv_c.shape[1] if block_table is None else block_table.shape[1] * kv_c.shape[1])
     bands = {name: settings.get(name) for name in ("band_lower", "band_upper")}
     return prefers_absorbed(M, N, H, P, R, w_uk.shape[2], w_uv.shape[1], itemsize=q_nope.itemsize, **bands)
-
-
-def _like(grad: Tensor, tensor: Tensor) -> Tensor:
-    """`grad` with the strides that the fake kernel promised, and sharing no memory with another gradient."""
-    is_dense = 1 + sum((size - 1) * stride for size, stride in zip(grad.shape, grad.stride())) == grad.numel()
-    if is_dense and grad.dtype == tensor.dtype and grad.stride() == tensor.stride():
-        return grad
-    return empty_grad(tensor).copy_(grad)
 
 
 def _rows_adjacent(cache: Tensor | None) -> Tensor | None:

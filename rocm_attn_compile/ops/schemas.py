@@ -92,6 +92,20 @@ def empty_grad(tensor: Tensor) -> Tensor:
     return grad if _torch_private.same_if_known(grad.stride(), tensor.stride()) else tensor.new_empty(tensor.shape)
 
 
+def as_promised(grad: Tensor, tensor: Tensor) -> Tensor:
+    """`grad` as the fake kernels promise that of `tensor`, see empty_grad: no copy if it is that already.
+
+    Compiled programs rely on its strides. It shares no memory with another gradient.
+    """
+    is_same = grad.dtype == tensor.dtype and grad.stride() == tensor.stride()
+    return grad if is_same and _is_dense(grad) else empty_grad(tensor).copy_(grad)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    steps = zip(tensor.shape, tensor.stride())
+    return tensor.is_contiguous() or 1 + sum((size - 1) * stride for size, stride in steps) == tensor.numel()
+
+
 def check_inputs(
     q: Tensor,
     k: Tensor,
