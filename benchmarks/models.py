@@ -210,9 +210,9 @@ def compare(name: str, attention: str, job: str, options: argparse.Namespace, ti
     calls: dict[str, Callable] = {}
     rocm_attn_compile.reset_reports()
     torch._dynamo.reset()
-    calls["rocm_attn"], ours = results(torch.compile(module, backend="rocm_attn", dynamic=False))
+    calls["rocm_attn"], ours = results(torch.compile(module, backend="rocm_attn", mode=options.mode, dynamic=False))
     sites = [site for report in rocm_attn_compile.reports() for site in report.sites]
-    calls["inductor"], theirs = results(torch.compile(module, dynamic=False))
+    calls["inductor"], theirs = results(torch.compile(module, mode=options.mode, dynamic=False))
     if not timed:
         return {}
     calls["eager"], eager = results(module)
@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--models", default="", help="parts of names, separated by commas; all if empty")
     parser.add_argument("--attention", default="eager,sdpa")
     parser.add_argument("--jobs", default="prefill,padded,decode,training")
+    parser.add_argument("--mode", default="default", help="of torch.compile; 'reduce-overhead' is CUDA graphs")
     parser.add_argument("--warm", type=int, default=0, help="first compile everything, in so many processes")
     parser.add_argument("--compile-only", action="store_true", help="with --warm: stop after that")
     parser.add_argument("--csv", help="also write the figures there")
@@ -271,8 +272,9 @@ def main() -> None:
             list(pool.map(partial(warm, options=options), cases(options)))
     if options.compile_only:
         return
-    print(f"rocm_attn_compile {rocm_attn_compile.__version__}, torch {torch.__version__}, {where}, {options.dtype}")
-    print(f"{'ms per run, ' + str(options.layers) + ' layers':44s}{'eager':>9s}{'inductor':>10s}{'rocm_attn':>10s}"
+    how = f"torch {torch.__version__}, {where}, {options.dtype}, {options.layers} layers, mode {options.mode}"
+    print(f"rocm_attn_compile {rocm_attn_compile.__version__}, {how}")
+    print(f"{'ms per run':44s}{'eager':>9s}{'inductor':>10s}{'rocm_attn':>10s}"
           f"{'eager/':>9s}{'inductor/':>10s}  on the device: both; sites, rms error over eager's")  # fmt: skip
     rows = []
     for case in cases(options):
@@ -296,7 +298,7 @@ def main() -> None:
         rows.append((*case, eager, inductor, ours, *device.values(), found["replaced"], found["ok"]))
         if options.csv:  # after each row, so that an interrupted run keeps what it has
             with open(options.csv, "w", newline="") as file:
-                file.write(f"# torch {torch.__version__}, {where}, {options.dtype}, {options.layers} layers\n")
+                file.write(f"# {how}\n")
                 header = ("model", "attention", "job", "eager_ms", "inductor_ms", "rocm_attn_ms")
                 header += ("inductor_device_ms", "rocm_attn_device_ms", "replaced", "ok")
                 csv.writer(file).writerows([header, *rows])

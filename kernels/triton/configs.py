@@ -250,6 +250,9 @@ _HOPPER: dict[str, Table] = {
     "decode_tma_one": _HOPPER_SHORT,
     # Where the address of a load waits for the block table, Triton gives it half of the stages.
     "decode_pages": {(64, 2): C(16, 128, 2, 2), (128, 2): C(16, 128, 4, 5), (256, 2): C(16, 64, 4, 5)},
+    "decode_pages_wave": {(64, 2): C(16, 128, 4, 5)},
+    "decode_pages_few": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
+    "decode_pages_two": {(64, 2): None, (128, 2): C(16, 128, 4, 2)},
     "decode_float8_pages": {(64, 2): C(16, 128, 4, 5), (128, 2): C(16, 128, 4, 3), (256, 2): C(16, 64, 4, 3)},
     "decode_float8": {(64, 2): C(16, 128, 4, 3), (128, 2): C(16, 128, 4, 3), (256, 2): C(16, 64, 4, 3)},
     # All programs run at once: what counts is how soon they ask for keys, and how soon they end behind the last.
@@ -365,8 +368,8 @@ the last backward_k_tma and backward_v_tma: two launches. A suffix "_bias" or "_
 tensor or a soft cap, which need more registers, as "_alibi" for ALiBi (on Hopper not "forward"), "_first" and
 "_alibi_first" for forward calls that may take first_max, "_pages", "_float8" and "_float8_pages" for those that read a
 KV cache as it lies. Where such a table has no row, the one without the last suffix counts. "_wave" is for decode from
-plain tensors by no more programs than there are multiprocessors, else "_one", "_two" and "_few" for splits of up to
-128, 256 and 1024 keys.
+plain tensors or pages by no more programs than there are multiprocessors, else "_one", "_two" and "_few" for splits of
+up to 128, 256 and 1024 keys; in pages "_one" comes first.
 """
 
 

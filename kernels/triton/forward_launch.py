@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import common, configs, decode_hopper_launch, forward_hopper_launch
+from . import common, configs, decode_hopper_launch, decode_hopper_pages_launch, forward_hopper_launch
 from .bias import BIAS_TILES
 from .cache_launch import COMBINE_NAMES, FP8, NO_CACHE, CacheLayout, cache_layout, check_cache, is_cache
 from .cap_series import series_fits
@@ -205,7 +205,9 @@ def forward_launches(
         launches.append(ranges_launch(arguments, arguments["BLOCK_M"], arguments["BLOCK_N"]))
         arguments["ranges"] = launches[0].arguments["ranges"]
     words = is_static and decode_hopper_launch.choose(arch, k.dtype, aligned(q, k, v, traced=traced), arguments, tuning)
-    if words:
+    if plan.pages:
+        launches.append(decode_hopper_pages_launch.launch(plan.pages, num_units, arguments))
+    elif words:
         launches.append(decode_hopper_launch.launch(words, plan.grid, arguments))
     else:
         main = Launch(attention_forward_kernel, plan.grid, arguments, plan.options, plan.direction, plan.config)
@@ -276,7 +278,8 @@ def score_shift(arguments: dict[str, Any], dtype: torch.dtype, special: str, fir
 class ForwardPlan(NamedTuple):
     """What one forward call launches, without its tensors. Shared between calls: do not modify.
 
-    The last two are for Hopper's own kernel: whether tensor descriptors can be made of q, k and v, and its SHIFT.
+    The last three are for Hopper's own kernels: whether tensor descriptors can be made of q, k and v, and SHIFT, for
+    prefill; the tile of decode over pages, None if that kernel does not take the call.
     """
 
     arguments: dict[str, Any]
@@ -290,6 +293,7 @@ class ForwardPlan(NamedTuple):
     means_apart: bool
     is_describable: bool
     hopper_shift: int
+    pages: decode_hopper_pages_launch.Tile | None
 
     @property
     def is_split(self) -> bool:
@@ -333,8 +337,8 @@ def forward_plan(
     """
     tuning = tuning or Tuning()
     hint = tuning.hint
-    stored, batch = layouts[1], layouts[0][0][0]
-    layouts = (layouts[0], *(cache.sequences(where, batch) for where in layouts[1:3]), *layouts[3:])
+    caches, batch = layouts[1:3], layouts[0][0][0]
+    layouts = (layouts[0], *(cache.sequences(where, batch) for where in caches), *layouts[3:])
     (batch, num_heads, q_len, head_dim), (_, kv_heads, kv_len, v_head_dim) = layouts[0][0], layouts[2][0]
     itemsize = dtype.itemsize
     if rope[1]:
@@ -343,7 +347,7 @@ def forward_plan(
         blocks = configs.head_blocks(arch, itemsize, head_dim, v_head_dim)
     arguments = dict(remembering(static_arguments, hint)(*layouts, *scalars, blocks))
     arguments.update(rope_arguments(*rope))
-    arguments.update(cache.arguments(stored))
+    arguments.update(cache.arguments(caches[0]))
     in_place = cache.dtype in FP8 and configs.converts_in_place(arch)
     half = in_place and dtype == torch.bfloat16
     # A factor on the keys may be negative: then the largest product is not the largest score. With float16 queries each
@@ -380,12 +384,23 @@ def forward_plan(
     programs = num_units * configs.programs_per_unit(arch, in_place)
     splits = functools.partial(splits_of_any_size, tiles, q_len, kv_len, programs, decode, hint)
     num_splits = tuning.num_splits or (splits() if scalars[-1] == 0.0 else 1)
+    pages = None
+    if decode and cache.block_table is not None and not has_symbols(hint):
+        pages = decode_hopper_pages_launch.choose(
+            arch, (dtype, cache.dtype), caches, arguments, (batch, pack), out_strides,
+            not has_sinks and EMPTY_ROWS[empty_rows] in MEANS, is_aligned, tuning,
+            functools.partial(choose_splits, kv_len=kv_len, programs=num_units),
+        )  # fmt: skip
+    if pages:
+        num_splits = pages.num_splits
     splits_at_most = num_splits if is_number(num_splits) else MAX_SPLITS
     likely_splits = num_splits if is_number(num_splits) else choose_splits(hint(tiles), likely_keys, programs, decode)
     if decode:
-        special = "_".join(filter(None, (cache.feature, configs.decode_feature(likely_keys, likely_splits))))
-        if is_plain and hint(tiles) * likely_splits <= num_units:
-            special = "wave"
+        share = configs.decode_feature(likely_keys, likely_splits)
+        is_paged = cache.block_table is not None and share != "one"
+        if (is_plain or is_paged) and hint(tiles) * likely_splits <= num_units:
+            share = "wave"
+        special = "_".join(filter(None, (cache.feature, share)))
         config, tma = choose(tuning, arch, direction, head_block, itemsize, special, can_tma)
     is_cache = cache != NO_CACHE
     shift = RUNNING_MAX if decode or is_cache else score_shift(arguments, dtype, special, config.first_max)
@@ -436,10 +451,14 @@ def forward_plan(
         )
     }  # fmt: skip
     is_apart = in_one and means_apart(arguments, arguments["EMPTY_ROWS"], scores, tuning)
-    combine.update(WAITS=False, COLUMN_BLOCKS=1, BLOCK_S=triton.next_power_of_2(splits_at_most), CHUNK=16, BLOCK_N=16)
+    combine.update(
+        WAITS=pages is not None, COLUMN_BLOCKS=1, BLOCK_S=triton.next_power_of_2(splits_at_most), CHUNK=16, BLOCK_N=16
+    )
     options = config.options(arch.startswith("gfx"))
     combine_options = {"num_warps": configs.combine_warps(arch), "num_stages": 1}
+    if pages:
+        combine_options["launch_pdl"] = True
     return ForwardPlan(
         arguments, options, tiles * num_splits, num_splits, combine, combine_options, direction, config, is_apart,
-        is_describable and (not decode or tuning.in_flight), hopper_shift,
+        is_describable and (not decode or tuning.in_flight), hopper_shift, pages,
     )  # fmt: skip

@@ -73,3 +73,30 @@ def test_what_is_gathered_is_never_there(kind: str) -> None:
         torch.cuda.synchronize()
     one = B * per_row * size * K * D * 2
     assert torch.cuda.max_memory_allocated() - before < one / 2
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize(("mode", "is_own"), [("default", False), ("reduce-overhead", True)])
+def test_a_replayed_step_takes_hoppers_own_kernel(mode: str, is_own: bool) -> None:
+    """Which Inductor cannot launch; elsewhere the kernel of all is part of its program."""
+    B, H, K, D, size, per_row = 4, 8, 2, 128, 16, 512
+    lengths = torch.tensor([[5000], [1], [8192], [77]])
+    table = torch.randperm(B * per_row, dtype=torch.int32).view(B, per_row)
+
+    def inputs(dtype: torch.dtype) -> list[torch.Tensor]:
+        generator = torch.Generator("cuda").manual_seed(0)
+        sizes = (B, H, 1, D), *((B * per_row, size, K, D),) * 2
+        q, k, v = (torch.randn(s, dtype=torch.bfloat16, generator=generator).to(dtype) for s in sizes)
+        return [q, k, v, table, lengths]
+
+    compiled = torch.compile(programs.by_index, backend="rocm_attn", mode=mode, fullgraph=True)
+    with torch.no_grad():
+        exact, eager = (programs.by_index(*inputs(dtype)) for dtype in (torch.float64, torch.bfloat16))
+        given = inputs(torch.bfloat16)
+        for _ in range(3):
+            compiled(*given)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            got = compiled(*given).clone()
+            torch.cuda.synchronize()
+    assert_as_accurate_as_eager(got, eager, exact, factor=4.0)
+    assert any("decode_hopper_pages_kernel" in event.name for event in profile.events()) == is_own

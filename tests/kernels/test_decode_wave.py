@@ -29,6 +29,8 @@ def launch(**features: Any) -> Launch:
     return aot_launches.launches(**{**DECODE, **features})["attention_forward_kernel"]
 
 
+PAGES = {"page": 16, "kv_end": True, "tuning": Tuning(arch="sm90", traced=True, num_splits=2)}
+"""Launched by Inductor, which cannot launch Hopper's own kernel."""
 LONG = {"kv_len": 8192}  # so many scores that a CUDA graph reads through descriptors
 
 
@@ -85,9 +87,24 @@ def test_tiles(head_dim: int, sizes: dict[str, Any], tile: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize(
+    ("head_dim", "sizes", "tile"),
+    [
+        (64, {}, (128, 5)), (64, {"batch": 2}, (128, 2)), (128, {}, (128, 5)), (128, {"batch": 2}, (128, 2)),
+        (128, {"batch": 2, **LONG}, (128, 5)), (128, {"kv_len": 256, "batch": 2}, (128, 1)),
+        (128, {"kv_len": 256}, (128, 1)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tiles_of_pages(head_dim: int, sizes: dict[str, Any], tile: tuple[int, int]) -> None:
+    """Much on its way in programs that all run at once, and short ones several on a multiprocessor."""
+    found = launch(head_dim=head_dim, **PAGES, **sizes)
+    assert (found.arguments["BLOCK_N"], found.options["num_stages"]) == tile
+
+
+@pytest.mark.parametrize(
     "features",
     [
-        {"head_dim": 96}, {"dtype": torch.float32}, {"page": 16, "kv_end": True}, {"q_len": 512},
+        {"head_dim": 96}, {"dtype": torch.float32}, PAGES, {"q_len": 512},
         {"arch": "gfx942"}, {"arch": "sm80"},
     ],
     ids=str,
