@@ -28,14 +28,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .combine import finish_rows
-from .hopper_parts import LOG2E, NEVER, barrier, finite, launch_dependents, opaque_zero, row_limits, signal, uniform
-
-
-@gluon.jit
-def next_stage(stage, phase, STAGES: gl.constexpr):
-    """The stage after this one, and its phase."""
-    wraps = stage == STAGES - 1
-    return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
+from .hopper_parts import (
+    LOG2E,
+    NEVER,
+    barrier,
+    clear_tokens,
+    launch_dependents,
+    next_slot,
+    opaque_zero,
+    row_limits,
+    signal,
+    soft_weights,
+    token_of,
+    uniform,
+)
 
 
 @gluon.jit
@@ -136,25 +142,7 @@ def copy_keys(
             copy_tile(k, pages, token, tile * HEADS, k_smem.index(stage), k_full.index(stage), BOX, HEADS, PAGE)
             mbarrier.wait(v_free.index(stage), phase)
             copy_tile(v, pages, token, tile * HEADS, v_smem.index(stage), v_full.index(stage), BOX, HEADS, PAGE)
-            stage, phase = next_stage(stage, phase, STAGES)
-
-
-@gluon.jit
-def token_of(row, BOX: gl.constexpr, HEADS: gl.constexpr):
-    """Which token of a tile its row is of, counted from the first one."""
-    return row // (BOX * HEADS) * BOX + row % BOX
-
-
-@gluon.jit
-def clear_tokens(tile, first, last, BOX: gl.constexpr, HEADS: gl.constexpr):
-    """Put 0 into the rows of a shared tile whose tokens are outside of [first, last)."""
-    WIDTH: gl.constexpr = tile.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    token = token_of(gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, layout)), BOX, HEADS)
-    for column in gl.static_range(0, WIDTH, 64):
-        part = tile.slice(column, 64, dim=1)
-        kept = part.load(layout)
-        part.store(gl.where(((token >= first) & (token < last))[:, None], kept, 0.0))
+            stage, phase = next_slot(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -262,11 +250,7 @@ def attend(
             if (block < full_begin) | (block >= full_end):
                 kv_pos = start_n + token_of(key, BOX, HEADS)
                 s = gl.where((kv_pos[:, None] >= lower[None, :]) & (kv_pos[:, None] < upper[None, :]), s, NEVER)
-            m_new = gl.maximum(m_i, gl.max(s, 0) * scale_log2)
-            alpha = gl.exp2(m_i - finite(m_new))
-            p = gl.exp2(s * scale_log2 - finite(m_new)[None, :])
-            m_i = m_new
-            sums = sums * alpha[None, :] + p
+            p, m_i, alpha, sums = soft_weights(s, m_i, sums, scale_log2)
             weights.store(p.to(dtype))
             accs = scaled(accs, alpha, HEADS)
             mbarrier.wait(v_full.index(stage), phase)
@@ -281,7 +265,7 @@ def attend(
             else:
                 accs = warpgroup_mma_wait(0, deps=accs)
             signal(v_free.index(stage))
-            stage, phase = next_stage(stage, phase, STAGES)
+            stage, phase = next_slot(stage, phase, STAGES)
 
         acc = accs[0]
         for head in gl.static_range(1, HEADS):

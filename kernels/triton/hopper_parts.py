@@ -138,6 +138,40 @@ def launch_dependents():
 
 
 @gluon.jit
+def next_slot(slot, phase, SLOTS: gl.constexpr):
+    """The slot of a ring after this one, and its phase."""
+    wraps = slot == SLOTS - 1
+    return gl.where(wraps, 0, slot + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def token_of(row, BOX: gl.constexpr, HEADS: gl.constexpr):
+    """Which token of a tile its row is of, where BOX tokens of each of HEADS heads follow each other."""
+    return row // (BOX * HEADS) * BOX + row % BOX
+
+
+@gluon.jit
+def clear_tokens(tile, first, last, BOX: gl.constexpr, HEADS: gl.constexpr):
+    """Put 0 into the rows of a shared tile whose tokens are outside of [first, last); by a warp group."""
+    WIDTH: gl.constexpr = tile.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    token = token_of(gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, layout)), BOX, HEADS)
+    for column in gl.static_range(0, WIDTH, 64):
+        part = tile.slice(column, 64, dim=1)
+        kept = part.load(layout)
+        part.store(gl.where(((token >= first) & (token < last))[:, None], kept, 0.0))
+
+
+@gluon.jit
+def soft_weights(s, m_i, sums, scale_log2):
+    """A step of the online softmax over scores (key, row): `(p, m, alpha, sums)`, sums of p not yet added up by key."""
+    m_new = gl.maximum(m_i, gl.max(s, 0) * scale_log2)
+    alpha = gl.exp2(m_i - finite(m_new))
+    p = gl.exp2(s * scale_log2 - finite(m_new)[None, :])
+    return p, m_new, alpha, sums * alpha[None, :] + p
+
+
+@gluon.jit
 def opaque_zero():
     """0, which no compiler pass knows to be 0, nor to be the same again: what it is added to stays in its loop."""
     return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)

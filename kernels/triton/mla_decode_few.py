@@ -24,17 +24,18 @@ from .hopper_parts import (
     LOG2E,
     NEVER,
     barrier,
-    finite,
+    clear_tokens,
     launch_dependents,
+    next_slot,
     opaque_zero,
     row_limits,
     signal,
+    soft_weights,
     uniform,
 )
 from .mla_hopper_parts import (
     BLOCK_N,
     HALF,
-    clear_rows,
     copy_half,
     copy_queries,
     load_queries,
@@ -46,13 +47,6 @@ BLOCK_M = gl.constexpr(16)
 HALVES = gl.constexpr(5)
 """Slots of half a block each; a slot of k_pe for each of PE_SLOTS blocks is free whenever a half of its block is."""
 PE_SLOTS = gl.constexpr(3)
-
-
-@gluon.jit
-def next_slot(slot, phase):
-    """The slot after this one, and its phase."""
-    wraps = slot == HALVES - 1
-    return gl.where(wraps, 0, slot + 1), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -74,7 +68,7 @@ def copy_blocks(
             mbarrier.wait(free.index(slot), phase)
             pe_target = pe_smem.index(pe_slot)
             copy_half(kv, k_pe, found, kv_smem.index(slot), pe_target, full.index(slot), half, BOX, BLOCK_R)
-            slot, phase = next_slot(slot, phase)
+            slot, phase = next_slot(slot, phase, HALVES)
         pe_slot = gl.where(pe_slot == PE_SLOTS - 1, 0, pe_slot + 1)
 
 
@@ -122,7 +116,7 @@ def attend(
     pe_slot = 0
     for block in range(begin, end, step):
         start_n = block * BLOCK_N
-        other, other_phase = next_slot(slot, phase)
+        other, other_phase = next_slot(slot, phase, HALVES)
         # All operands' places of this round, and known to be uniform: see opaque_zero and uniform.
         zero = opaque_zero()
         first = kv_smem.index(uniform(slot))
@@ -132,8 +126,8 @@ def attend(
         if (used_end < start_n + BLOCK_N) | (used_start > start_n):
             # What lies outside may be anything, also not a number.
             mbarrier.wait(full.index(other), other_phase)
-            clear_rows(first, used_start - start_n, used_end - start_n)
-            clear_rows(second, used_start - start_n, used_end - start_n)
+            clear_tokens(first, used_start - start_n, used_end - start_n, BLOCK_N, 1)
+            clear_tokens(second, used_start - start_n, used_end - start_n, BLOCK_N, 1)
             fence_async_shared()
             barrier()
         s = gl.full([BLOCK_N, BLOCK_M], 0.0, gl.float32, layout=scores)
@@ -150,11 +144,7 @@ def attend(
         if HAS_KEY_MASK:
             kept = gl.load(key_mask + kv_pos.to(gl.int64) * stride_key_n, mask=kv_pos < kv_len, other=0) != 0
             s = gl.where(kept[:, None], s, NEVER)
-        m_new = gl.maximum(m_i, gl.max(s, 0) * scale_log2)
-        alpha = gl.exp2(m_i - finite(m_new))
-        p = gl.exp2(s * scale_log2 - finite(m_new)[None, :])
-        m_i = m_new
-        sums = sums * alpha[None, :] + p
+        p, m_i, alpha, sums = soft_weights(s, m_i, sums, scale_log2)
         weights.store(p.to(dtype))
         fence_async_shared()
         barrier()
@@ -166,7 +156,7 @@ def attend(
         signal(free.index(slot))
         right = warpgroup_mma_wait(0, deps=[right])
         signal(free.index(other))
-        slot, phase = next_slot(other, other_phase)
+        slot, phase = next_slot(other, other_phase, HALVES)
         pe_slot = gl.where(pe_slot == PE_SLOTS - 1, 0, pe_slot + 1)
 
     if EARLY > 0:

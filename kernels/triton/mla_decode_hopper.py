@@ -29,11 +29,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_parts import LN2, LOG2E, NEVER, barrier, finite, launch_dependents, opaque_zero, row_limits, signal
+from .hopper_parts import (
+    LN2,
+    LOG2E,
+    NEVER,
+    barrier,
+    clear_tokens,
+    finite,
+    launch_dependents,
+    opaque_zero,
+    row_limits,
+    signal,
+)
 from .mla_hopper_parts import (
     BLOCK_N,
     HALF,
-    clear_rows,
     copy_half,
     copy_queries,
     load_queries,
@@ -129,8 +139,8 @@ def attend(
         if (used_end < start_n + BLOCK_N) | (used_start > start_n):
             # What lies outside may be anything, also not a number.
             mbarrier.wait(full.index(2 * SIDE + 1), phase)
-            clear_rows(left_smem.index(SIDE), used_start - start_n, used_end - start_n)
-            clear_rows(right_smem.index(SIDE), used_start - start_n, used_end - start_n)
+            clear_tokens(left_smem.index(SIDE), used_start - start_n, used_end - start_n, BLOCK_N, 1)
+            clear_tokens(right_smem.index(SIDE), used_start - start_n, used_end - start_n, BLOCK_N, 1)
             fence_async_shared()
             barrier()
         s = warpgroup_mma(q_smem.index(zero), left_smem.index(at).permute((1, 0)), nothing, use_acc=False,

@@ -52,17 +52,6 @@ def load_queries(
 
 
 @gluon.jit
-def clear_rows(tile, first, last):
-    """Put 0 into the rows of a shared (BLOCK_N, HALF) tile outside [first, last)."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
-    for column in gl.static_range(0, 256, 64):
-        part = tile.slice(column, 64, dim=1)
-        kept = part.load(layout)
-        part.store(gl.where(((row >= first) & (row < last))[:, None], kept, 0.0))
-
-
-@gluon.jit
 def place(block_table, token, batch, used_start, used_end, BOX: gl.constexpr, PAGE: gl.constexpr):
     """Where BOX tokens lie: page or batch entry, and the token in it."""
     slab = batch
