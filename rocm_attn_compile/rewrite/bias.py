@@ -46,7 +46,7 @@ def emit_bias(builder: GraphBuilder, region: Region) -> Any:
     in_half = any(isinstance(bias, MaskTerm) or _is_added_in_half(bias) for bias in region.biases)
     if total is None:
         return None
-    return keys_side_by_side(builder, _lowest(builder, total) if in_half else total)
+    return keys_side_by_side(builder, _absorbing(builder, total) if in_half else total)
 
 
 def _add(builder: GraphBuilder, total: Any, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -59,15 +59,24 @@ def _add(builder: GraphBuilder, total: Any, node: fx.Node, dtype: torch.dtype) -
     return builder.call(aten.add.Tensor, total, node)
 
 
-def _lowest(builder: GraphBuilder, bias: fx.Node) -> fx.Node:
-    """float16's lowest number absorbs the scores in float16; the op adds in float32, where another one does."""
+def _absorbing(builder: GraphBuilder, bias: fx.Node) -> fx.Node:
+    """float16's lowest number, and subtracted its highest, absorb the scores in float16; the op adds in float32.
+
+    There float32's absorb them. They are added, so that what else is in the bias keeps its gradient.
+    """
     if builder.look(bias).dtype != torch.float16:
         return bias
-    wide = builder.call(aten._to_copy.default, bias, dtype=torch.float32)
-    is_lowest = builder.call(aten.eq.Scalar, bias, torch.finfo(torch.float16).min)
-    lower = builder.call(aten.where.Scalar, is_lowest, torch.finfo(torch.float32).min, 0.0)
-    lower = builder.call(aten._to_copy.default, lower, dtype=torch.float32)  # whatever the default dtype is
-    return builder.call(aten.add.Tensor, wide, lower)  # added: what else is in the bias keeps its gradient
+    found = builder.call(aten._to_copy.default, bias, dtype=torch.float32)
+    for half, single in zip(_ends(torch.float16), _ends(torch.float32)):
+        is_end = builder.call(aten.eq.Scalar, bias, half)
+        further = builder.call(aten.where.Scalar, is_end, single, 0.0)
+        further = builder.call(aten._to_copy.default, further, dtype=torch.float32)  # whatever the default dtype is
+        found = builder.call(aten.add.Tensor, found, further)
+    return found
+
+
+def _ends(dtype: torch.dtype) -> tuple[float, float]:
+    return torch.finfo(dtype).min, torch.finfo(dtype).max
 
 
 def _fill(builder: GraphBuilder, region: Region, total: Any, mask: fx.Node, term: MaskTerm) -> fx.Node:

@@ -7,6 +7,7 @@ import torch
 from recorder import Recorder
 
 import rocm_attn_compile
+from rocm_attn_compile.testing import assert_as_accurate_as_eager
 
 B, N, D = 2, 9, 8
 LOWEST = torch.finfo(torch.float64).min
@@ -64,3 +65,27 @@ def test_it_is_refused_where_it_meets_a_fill(function, calls, dynamic):
     assert recorder.calls == calls
     codes = {reason.code for report in rocm_attn_compile.reports() for s in report.sites for reason in s.reasons}
     assert ("bias_subtracted" in codes) == (calls == 0)
+
+
+def test_the_highest_number_of_half_absorbs_scores():
+    """In float16 65504 + 1 is 65504: keys that are raised so far weigh the same, though the op adds in float32."""
+
+    def raised(q, bias, keep):
+        lowest = torch.finfo(q.dtype).min
+        return (torch.tanh(q @ q.mT) - bias.tanh().masked_fill(~keep, lowest)).softmax(-1) @ q
+
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(B, N, D, generator=generator).half().requires_grad_()
+    bias = torch.randn(N, N, generator=generator).half().requires_grad_()
+    keep = (torch.arange(N)[:, None] + torch.arange(N)[None, :]) % 3 != 1
+    torch._dynamo.reset()
+    rocm_attn_compile.reset_reports()
+    compiled = torch.compile(raised, backend="rocm_attn", fullgraph=True)
+    wide = [x.detach().double().requires_grad_() for x in (q, bias)]
+    results = []
+    for function, inputs in ((compiled, (q, bias)), (raised, (q, bias)), (raised, wide)):
+        out = function(*inputs, keep)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    assert_as_accurate_as_eager(*results, factor=4.0)
+    (site,) = (site for report in rocm_attn_compile.reports() for site in report.sites)
+    assert site.replaced
