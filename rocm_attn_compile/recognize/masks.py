@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import sympy
+import torch
 
 from ..capture.trace import Value
 from ..reasons import Reason, Refusal
@@ -92,6 +93,8 @@ def prove_masks(
         found = _together(proof, logits, symbols, replaced, added, biases, low)
     if low and logits.bias_cast_after_shift:  # -inf, but in a row of nothing but fills 0
         raise Refusal("cast_after_shift", "scores with a bias are cast after a maximum was subtracted")
+    for bias in biases:
+        _check_precision(bias, proof, low)
     is_filled = low and any(t.is_finite for t in replaced)
     if is_filled and not (found is None and requires_grad):
         return _filled_biases(proof, logits, symbols, replaced, requires_grad, notes)
@@ -112,6 +115,13 @@ def prove_masks(
         for bias in biases:
             bias.added_in = None  # nothing in it is as low as the lowest number
     return ProvedMasks(_spec(closed, bool(dense), mode), closed, symbols.context, dense, [*biases], notes, returned)
+
+
+def _check_precision(bias: Operand, proof: Proof, low: bool) -> None:
+    """Of scores beside -1e9 float32 keeps nothing, and float64, in which the op runs for queries of float64, all."""
+    dtype, added_in = proof.q.value.dtype, bias.added_in
+    if low and dtype == torch.float64 and added_in not in (None, torch.float64):
+        raise Refusal("bias_after_cast", f"a bias is added in {added_in} to scores of queries in {dtype}")
 
 
 def refuse_raised(proof: Proof, logits: Logits, biases: list[Operand], symbols: Symbols, live: LiveUsers) -> None:

@@ -27,6 +27,7 @@ PROMISED_REFUSALS = frozenset(
         "bias_beside_finite_fill",
         "cast_after_shift",  # a fill that becomes -inf, but for rows of nothing but fills
         "cast_after_bias",  # float64 scores that a softmax takes in float32
+        "bias_after_cast",  # or that a mask is added to in float32
         "scale_up_and_down",  # a bias that may overflow on the way
         "masked_rows_grad",
         "nan_in_bias",  # 1e9 in float16 times 0, behind a nan_to_num

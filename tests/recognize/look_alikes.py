@@ -591,6 +591,13 @@ def float64_scores_with_a_bias_in_a_softmax_of_float32(q, k, v, mask):
     return s.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
+@look_alike("bias_after_cast", lambda: (*(x.double() for x in square()), rand(B, 1, M, M)))
+def mask_added_in_float32_to_scores_of_float64(q, k, v, mask):
+    """Rows of nothing but -1e9 lose their scores in float32, and the op would run in float64."""
+    s = (q @ k.mT).float() + torch.where(mask < 0, -1e9, 0.0) - torch.where(mask > 1, 1e9, 0.0)
+    return s.softmax(-1).to(v.dtype) @ v
+
+
 @look_alike("scale_up_and_down", lambda: (*square(), rand(B, 1, M, M)))
 def bias_that_overflows_on_the_way(q, k, v, mask):
     """The lowest number doubled is -inf, and stays so when it is halved; a row of nothing else is NaN."""
