@@ -106,7 +106,8 @@ def is_of_positions(bias: Operand, symbols: Symbols, live: LiveUsers) -> bool:
     """True if each tensor in the bias is multiplied with a number that changes from key to key, or is moderate.
 
     Such a bias is no mask, whatever the tensor holds: it is as low as a fill only where slopes are. A position that is
-    multiplied with a huge number may be a mask: `(1 - attention_mask) * finfo.min`, of integers.
+    multiplied with a huge number may be a mask, and so may a tensor: `(1 - attention_mask) * finfo.min`, of integers or
+    not, also of float16.
     """
     context = symbols.context
     evaluator = prover.make_evaluator(context)
@@ -116,7 +117,7 @@ def is_of_positions(bias: Operand, symbols: Symbols, live: LiveUsers) -> bool:
     except (Opaque, ValueError):
         return False
     return all(
-        _is_distance(expr)
+        _is_distance(expr, _LARGEST_POSITION if load is None or expr.has(context.k) else _LARGEST_FACTOR)
         and all(is_moderate(loaded_value(one), live) for one in loads_in(expr))
         and (load is None or is_moderate(load.value, live) or _changes_with_the_key(load, expr, context))
         for load, expr in sums.items()
@@ -128,13 +129,13 @@ def _changes_with_the_key(load: FloatLoad, expr: sympy.Expr, context: prover.Mas
     return expr.has(context.k) and not loads_in(expr) and not symbols_of(load, ZERO) & {context.q, context.k}
 
 
-def _is_distance(expr: sympy.Expr) -> bool:
-    """False if positions are multiplied with a number that makes fills of them."""
+def _is_distance(expr: sympy.Expr, largest: float) -> bool:
+    """False if positions are multiplied with a number that makes fills of them, or one beyond `largest` is added."""
     for term, factor in expr.as_coefficients_dict().items():
-        if abs(factor) > (_LARGEST_POSITION if term == 1 else _LARGEST_FACTOR):
+        if abs(factor) > (largest if term == 1 else _LARGEST_FACTOR):
             return False
         extrema = term.atoms(sympy.Max, sympy.Min)
-        if not all(_is_distance(expand(factor * one)) for extremum in extrema for one in extremum.args):
+        if not all(_is_distance(expand(factor * one), largest) for extremum in extrema for one in extremum.args):
             return False
     return True
 

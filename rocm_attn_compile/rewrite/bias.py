@@ -62,21 +62,20 @@ def _add(builder: GraphBuilder, total: Any, node: fx.Node, dtype: torch.dtype) -
 def _absorbing(builder: GraphBuilder, bias: fx.Node) -> fx.Node:
     """float16's lowest number, and subtracted its highest, absorb the scores in float16; the op adds in float32.
 
-    There float32's absorb them. They are added, so that what else is in the bias keeps its gradient.
+    There float32's absorb them. They are added, so that what else is in the bias keeps its gradient. Not only the ends
+    themselves count, but what is rounded to them: Inductor computes in float32, and compares before it rounds.
     """
     if builder.look(bias).dtype != torch.float16:
         return bias
-    found = builder.call(aten._to_copy.default, bias, dtype=torch.float32)
-    for half, single in zip(_ends(torch.float16), _ends(torch.float32)):
-        is_end = builder.call(aten.eq.Scalar, bias, half)
-        further = builder.call(aten.where.Scalar, is_end, single, 0.0)
+    found = wide = builder.call(aten._to_copy.default, bias, dtype=torch.float32)
+    half, single = torch.finfo(torch.float16).max, torch.finfo(torch.float32).max
+    last = half - 2**15 * torch.finfo(torch.float16).eps / 2  # between the highest number and the one before it
+    for reaches, sign in ((aten.lt.Scalar, -1), (aten.gt.Scalar, 1)):
+        is_end = builder.call(reaches, wide, sign * last)
+        further = builder.call(aten.where.Scalar, is_end, sign * single, 0.0)
         further = builder.call(aten._to_copy.default, further, dtype=torch.float32)  # whatever the default dtype is
         found = builder.call(aten.add.Tensor, found, further)
     return found
-
-
-def _ends(dtype: torch.dtype) -> tuple[float, float]:
-    return torch.finfo(dtype).min, torch.finfo(dtype).max
 
 
 def _fill(builder: GraphBuilder, region: Region, total: Any, mask: fx.Node, term: MaskTerm) -> fx.Node:

@@ -34,6 +34,7 @@ PROMISED_REFUSALS = frozenset(
         "unshifted_softmax",
         "logsumexp_of_fills",
         "single_key",
+        "symbolic_v_head_dim",  # a head size that PyTorch writes as a fraction of a symbol
         "depth_axis",  # a contraction over one element is no contraction
         "finite_fill",
         "bias_before_cap",
