@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -62,19 +63,20 @@ def _add(builder: GraphBuilder, total: Any, node: fx.Node, dtype: torch.dtype) -
 def _absorbing(builder: GraphBuilder, bias: fx.Node) -> fx.Node:
     """float16's lowest number, and subtracted its highest, absorb the scores in float16; the op adds in float32.
 
-    There float32's absorb them. They are added, so that what else is in the bias keeps its gradient. Not only the ends
-    themselves count, but what is rounded to them: Inductor computes in float32, and compares before it rounds.
+    There float32's absorb them. They are added, so that what else is in the bias keeps its gradient. What is rounded to
+    them counts, and what is rounded to infinity, as two masks are: Inductor computes in float32, and does not round.
     """
     if builder.look(bias).dtype != torch.float16:
         return bias
     found = wide = builder.call(aten._to_copy.default, bias, dtype=torch.float32)
-    half, single = torch.finfo(torch.float16).max, torch.finfo(torch.float32).max
-    last = half - 2**15 * torch.finfo(torch.float16).eps / 2  # between the highest number and the one before it
-    for reaches, sign in ((aten.lt.Scalar, -1), (aten.gt.Scalar, 1)):
-        is_end = builder.call(reaches, wide, sign * last)
-        further = builder.call(aten.where.Scalar, is_end, sign * single, 0.0)
-        further = builder.call(aten._to_copy.default, further, dtype=torch.float32)  # whatever the default dtype is
-        found = builder.call(aten.add.Tensor, found, further)
+    highest, step = torch.finfo(torch.float16).max, 2**15 * torch.finfo(torch.float16).eps
+    ends = (highest - step / 2, torch.finfo(torch.float32).max), (highest + step / 2, math.inf)
+    for reaches, sign in ((aten.le.Scalar, -1), (aten.ge.Scalar, 1)):
+        for end, number in ends:
+            is_end = builder.call(reaches, wide, sign * end)
+            further = builder.call(aten.where.Scalar, is_end, sign * number, 0.0)
+            further = builder.call(aten._to_copy.default, further, dtype=torch.float32)  # whatever the default dtype is
+            found = builder.call(aten.add.Tensor, found, further)
     return found
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pipeline_harness import SCALE, B, N, qkv, sites
+from pipeline_harness import SCALE, B, M, N, qkv, sites
 
 import rocm_attn_compile
 from rocm_attn_compile.testing import assert_as_accurate_as_eager
@@ -35,13 +35,15 @@ def subtracted_fill(mask, dtype):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("beside", ["alone", "beside a bias"])
+@pytest.mark.parametrize("beside", ["alone", "a bias", "a mask"])
 @pytest.mark.parametrize("additive", [of_booleans, of_integers, of_differences, filled, subtracted_fill])
 def test_the_lowest_number_absorbs_scores(additive, beside, dynamic):
     def attend(q, k, v, bias, mask):
         scores = q @ k.mT * SCALE
-        if beside != "alone":
+        if beside == "a bias":
             scores = scores + bias.tanh()
+        if beside == "a mask":  # what both drop is -inf
+            scores = scores + of_integers(torch.ones(M, N, dtype=torch.int64).tril(2), q.dtype)
         return (scores + additive(mask, q.dtype)).softmax(-1) @ v
 
     mask = torch.ones(B, 1, 1, N, dtype=torch.int64)
@@ -55,7 +57,7 @@ def test_the_lowest_number_absorbs_scores(additive, beside, dynamic):
     results = []
     for function, inputs in ((compiled, half), (attend, half), (attend, wide)):
         out = function(*inputs, mask)
-        gradients = torch.autograd.grad(out.square().sum(), inputs if beside != "alone" else inputs[:3])
+        gradients = torch.autograd.grad(out.square().sum(), inputs if beside == "a bias" else inputs[:3])
         results.append((out, *gradients))
     assert_as_accurate_as_eager(*results, factor=4.0)
     (site,) = sites()
