@@ -15,34 +15,28 @@ gets NaN, also those that eager gives none.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import sympy
-import torch
 
 from ..capture.trace import Value
 from ..reasons import Reason, Refusal
 from ..spec import EmptyRows, MaskSpec
 from . import mask as prover
-from .alibi import is_of_positions
+from .biases import holds_nan, is_moderate_bias, refuse_casts, refuse_raised
 from .compose import Logits, MaskStep
 from .empty_rows import Term, empty_rows, score_dtype
 from .labels import aligned
 from .live import LiveUsers
 from .masked_bias import take_apart
-from .moderate import is_moderate, is_never_low, multiplies_by_infinity
 from .numbers import rounded
 from .proof import Proof
 from .region import Bias, MaskTerm, Operand, Roles
 from .symbols import Symbols
 from .zeroed import account_for_zeroed
-
-_LARGEST_FACTOR = 1e4
-"""A bias is scaled by no more than this, or it may be as low as a fill."""
 
 
 @dataclass(eq=False)
@@ -83,7 +77,7 @@ def prove_masks(
             )
     biases, added = _take_masks(proof, symbols, logits, notes, live, tracks)
     refuse_raised(proof, logits, biases, symbols, live)
-    low = not all(_is_moderate(bias, symbols, live) for bias in biases)
+    low = not all(is_moderate_bias(bias, symbols, live) for bias in biases)
     found = None
     if not (low and any(t.is_finite for t in added)):
         found = _together(proof, logits, symbols, replaced, added, biases, low)
@@ -93,8 +87,8 @@ def prove_masks(
         found = _together(proof, logits, symbols, replaced, added, biases, low)
     if low and logits.bias_cast_after_shift:  # -inf, but in a row of nothing but fills 0
         raise Refusal("cast_after_shift", "scores with a bias are cast after a maximum was subtracted")
-    for bias in biases:
-        _check_precision(bias, proof, low)
+    if low:
+        refuse_casts(proof, logits)
     is_filled = low and any(t.is_finite for t in replaced)
     if is_filled and not (found is None and requires_grad):
         return _filled_biases(proof, logits, symbols, replaced, requires_grad, notes)
@@ -104,7 +98,7 @@ def prove_masks(
     if logits.is_floored:
         _check_floor(mode, [*replaced, *added], low, requires_grad)
     mode = _with_sinks(logits, mode)
-    if any(zeroing.mask is None for zeroing in proof.zeroed) and any(map(_holds_nan, biases)):
+    if any(zeroing.mask is None for zeroing in proof.zeroed) and any(map(holds_nan, biases)):
         raise Refusal("nan_in_bias", "nan_to_num hides rows whose bias is NaN: a factor of it is infinite, also of 0")
     returned, mode = (
         account_for_zeroed(proof, zeroed, symbols, mode, closed, [*replaced, *added], requires_grad, low)
@@ -115,32 +109,6 @@ def prove_masks(
         for bias in biases:
             bias.added_in = None  # nothing in it is as low as the lowest number
     return ProvedMasks(_spec(closed, bool(dense), mode), closed, symbols.context, dense, [*biases], notes, returned)
-
-
-def _check_precision(bias: Operand, proof: Proof, low: bool) -> None:
-    """Of scores beside -1e9 float32 keeps nothing, and float64, in which the op runs for queries of float64, all."""
-    dtype, added_in = proof.q.value.dtype, bias.added_in
-    if low and dtype == torch.float64 and added_in not in (None, torch.float64):
-        raise Refusal("bias_after_cast", f"a bias is added in {added_in} to scores of queries in {dtype}")
-
-
-def refuse_raised(proof: Proof, logits: Logits, biases: list[Operand], symbols: Symbols, live: LiveUsers) -> None:
-    """A bias that may hold a mask's fill, subtracted: it raises scores out of all bounds, over those that masks lower.
-
-    On its own it is a number like others, which is added, and a mask after it replaces the sum. But the lowest number
-    minus the lowest is 0, without the score; and minus -inf gives NaN in rows that have keys, to be zeroed.
-    """
-    for bias in biases:
-        if bias.factor > 0:
-            continue
-        before = logits.biases.index(bias)
-        meets_fill = logits.is_causal or any(mask.biases_before <= before for mask in logits.masks)
-        others = any(other is not bias and not _is_moderate(other, symbols, live) for other in logits.biases)
-        may_cancel = meets_fill or others or proof.zeroed
-        if may_cancel and not (is_never_low(bias.value, live) or is_of_positions(bias, symbols, live)):
-            raise Refusal(
-                "bias_subtracted", f"a bias that may be as low as a mask's fill is taken {bias.factor:g} times"
-            )
 
 
 def _together(
@@ -168,17 +136,6 @@ def _conjunction(forms: list[prover.ClosedForm], is_causal: bool, context: prove
     return prover.classify(evaluator, evaluator.logic.all_of(predicates), context)
 
 
-def _is_moderate(bias: Operand, symbols: Symbols, live: LiveUsers) -> bool:
-    """True if the bias is nowhere as low as a fill."""
-    is_small = abs(bias.factor) <= _LARGEST_FACTOR
-    return is_small and (is_moderate(bias.value, live) or is_of_positions(bias, symbols, live))
-
-
-def _holds_nan(bias: Operand) -> bool:
-    """True if the graph itself multiplies by infinity for it: 1e9 in float16 is infinite, and times 0 NaN."""
-    return math.isinf(bias.factor) or multiplies_by_infinity(bias.value)
-
-
 def _filled_biases(
     proof: Proof, logits: Logits, symbols: Symbols, replaced: list[Term], requires_grad: bool, notes: list[Reason]
 ) -> ProvedMasks:
@@ -199,7 +156,7 @@ def _filled_biases(
     notes.append(Reason("mask_in_bias", "a float tensor beside a finite fill may mask the rest of a row"))
     biases: list[Bias] = list(logits.biases)
     for step, term in reversed(list(zip(logits.masks, replaced))):
-        biases.insert(step.biases_before, MaskTerm(term.operand, term.keeps, step.fill))
+        biases.insert(step.biases_before, MaskTerm(term.operand, term.keeps, step.fill, step.dtype))
     evaluator = prover.make_evaluator(symbols.context)
     closed = prover.classify(evaluator, True, symbols.context)
     mode = _with_sinks(logits, EmptyRows.NAN_ADDED)
@@ -260,7 +217,7 @@ def _take_masks(
             apart = None, term
         elif not (bias.rounded_to is not None and logits.bias_cast_after_shift):
             is_hard = partial(prover.is_hard, dtype=bias.added_in or dtype)
-            is_small = partial(_is_moderate, symbols=symbols, live=live)
+            is_small = partial(is_moderate_bias, symbols=symbols, live=live)
             apart = take_apart(bias, symbols, is_hard, is_small, tracks, is_alone)
         rest, term = apart or (bias, None)
         biases += [rest] if rest is not None else []

@@ -50,11 +50,15 @@ class Operand:
 
 @dataclass(eq=False)
 class MaskTerm:
-    """A mask that stays a tensor: `keeps` says whether True means attend; `fill` is what dropped scores become."""
+    """A mask that stays a tensor: `keeps` says whether True means attend; `fill` is what dropped scores become.
+
+    `dtype` is that of these scores, where the fill is a number.
+    """
 
     operand: Operand
     keeps: bool
     fill: float = -math.inf
+    dtype: torch.dtype | None = None
 
 
 @dataclass(eq=False)

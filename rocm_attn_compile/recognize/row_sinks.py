@@ -11,9 +11,10 @@ from __future__ import annotations
 from ..reasons import Refusal
 from ..spec import EmptyRows, MaskSpec
 from . import mask as prover
+from .biases import is_moderate_bias, refuse_casts, refuse_raised
 from .compose import Logits
 from .live import LiveUsers
-from .masks import ProvedMasks, refuse_raised
+from .masks import ProvedMasks
 from .proof import Proof
 from .region import Operand, Roles
 from .symbols import Symbols
@@ -37,6 +38,8 @@ def masks_beside_row_sinks(proof: Proof, roles: Roles, logits: Logits, live: Liv
         raise Refusal("sink_axis", "the sinks vary with the query, and weights are zeroed afterwards")
     symbols = Symbols(roles, live)
     refuse_raised(proof, logits, logits.biases, symbols, live)
+    if not all(is_moderate_bias(bias, symbols, live) for bias in logits.biases):
+        refuse_casts(proof, logits)
     closed = prover.classify(prover.make_evaluator(symbols.context), True, symbols.context)
     spec = MaskSpec(empty_rows=EmptyRows.NAN_ADDED, text=prover.mask_in_words(closed))
     return ProvedMasks(spec, closed, symbols.context, [], list(logits.biases))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ..recognize.region import Alibi, Bias, MaskTerm, Operand, PositionBias, Region
+from ..recognize.region import Alibi, MaskTerm, PositionBias, Region
 from .alibi import emit_positions
 from .builder import GraphBuilder
 from .canonical import to_layout
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 def emit_bias(builder: GraphBuilder, region: Region) -> Any:
     """All that is added to the scores as one tensor over (batch, heads, query, key); None if nothing is."""
-    roles, total = region.roles, None
+    roles, total, in_half = region.roles, None, False
     groups = [roles.batch, roles.heads, roles.query, roles.key]
     for bias in region.biases:
         if isinstance(bias, Alibi):
@@ -29,10 +29,12 @@ def emit_bias(builder: GraphBuilder, region: Region) -> Any:
             continue
         operand = bias.operand if isinstance(bias, MaskTerm) else bias
         node = to_layout(builder, builder.tensor(operand.value), operand.dims, groups, [False] * 4)
-        if isinstance(bias, MaskTerm):
-            total = _fill(builder, region, total, node, bias)
-            continue
         scores = region.anchor.args[:1]  # SDPA has none: terms of a mask are added as they are
+        if isinstance(bias, MaskTerm):
+            dtype = bias.dtype or scores[0].dtype
+            total = _fill(builder, total, node, bias, dtype)
+            in_half |= dtype == torch.float16
+            continue
         added_in = bias.added_in or (scores[0].dtype if scores else builder.look(node).dtype)
         if builder.look(node).dtype == torch.bool:
             node = builder.call(aten._to_copy.default, node, dtype=added_in)
@@ -44,7 +46,7 @@ def emit_bias(builder: GraphBuilder, region: Region) -> Any:
         if bias.rounded_to is not None:
             node = builder.call(aten._to_copy.default, node, dtype=bias.rounded_to)
         total = _add(builder, total, node, added_in)
-    in_half = any(isinstance(bias, MaskTerm) or _is_added_in_half(bias) for bias in region.biases)
+        in_half |= bias.added_in == torch.float16
     if total is None:
         return None
     return keys_side_by_side(builder, _absorbing(builder, total) if in_half else total)
@@ -66,8 +68,6 @@ def _absorbing(builder: GraphBuilder, bias: fx.Node) -> fx.Node:
     There float32's absorb them. They are added, so that what else is in the bias keeps its gradient. What is rounded to
     them counts, and what is rounded to infinity, as two masks are: Inductor computes in float32, and does not round.
     """
-    if builder.look(bias).dtype != torch.float16:
-        return bias
     found = wide = builder.call(aten._to_copy.default, bias, dtype=torch.float32)
     highest, step = torch.finfo(torch.float16).max, 2**15 * torch.finfo(torch.float16).eps
     ends = (highest - step / 2, torch.finfo(torch.float32).max), (highest + step / 2, math.inf)
@@ -80,9 +80,8 @@ def _absorbing(builder: GraphBuilder, bias: fx.Node) -> fx.Node:
     return found
 
 
-def _fill(builder: GraphBuilder, region: Region, total: Any, mask: fx.Node, term: MaskTerm) -> fx.Node:
+def _fill(builder: GraphBuilder, total: Any, mask: fx.Node, term: MaskTerm, dtype: torch.dtype) -> fx.Node:
     """The bias with a number in the place of what a mask drops; the number is one of the scores' dtype."""
-    dtype = region.anchor.args[0].dtype
     other = total
     if total is None:
         other = builder.call(aten.full.default, [], 0.0, dtype=dtype, device=builder.device)
@@ -91,7 +90,3 @@ def _fill(builder: GraphBuilder, region: Region, total: Any, mask: fx.Node, term
         other = builder.call(aten._to_copy.default, total, dtype=dtype)
     fill = builder.call(aten.full.default, [], term.fill, dtype=dtype, device=builder.device)
     return builder.call(aten.where.self, mask, *((other, fill) if term.keeps else (fill, other)))
-
-
-def _is_added_in_half(bias: Bias) -> bool:
-    return isinstance(bias, Operand) and bias.added_in == torch.float16

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pipeline_harness import SCALE, B, M, N, qkv, sites
+from pipeline_harness import SCALE, B, M, N, causal, qkv, sites, square
 
 import rocm_attn_compile
-from rocm_attn_compile.testing import assert_as_accurate_as_eager
+from rocm_attn_compile.testing import Float64Everywhere, assert_as_accurate_as_eager
 
 
 def of_booleans(mask, dtype):
@@ -62,3 +62,43 @@ def test_the_lowest_number_absorbs_scores(additive, beside, dynamic):
     assert_as_accurate_as_eager(*results, factor=4.0)
     (site,) = sites()
     assert site.replaced, site
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("softmax_dtype", [None, torch.float32])
+def test_what_a_fill_takes_the_place_of_does_not_count(softmax_dtype, dynamic):
+    """A finite fill becomes a number in the bias here, beside a mask that nobody knows."""
+
+    def attend(q, k, v, mask):
+        scores = (q @ k.mT * SCALE).masked_fill(~causal(M), torch.finfo(q.dtype).min) + of_integers(mask, q.dtype)
+        return scores.softmax(-1, dtype=softmax_dtype).to(v.dtype) @ v
+
+    mask = torch.ones(B, 1, 1, M, dtype=torch.int64)
+    mask[0, ..., :3] = 0
+    mask[1] = 0
+    half = [x.half() for x in square()]
+    torch._dynamo.reset()
+    rocm_attn_compile.reset_reports()
+    compiled = torch.compile(attend, backend="rocm_attn", fullgraph=True, dynamic=dynamic)
+    with Float64Everywhere():
+        exact = attend(*(x.double() for x in half), mask)
+    assert_as_accurate_as_eager(compiled(*half, mask), attend(*half, mask), exact, factor=4.0)
+    (site,) = sites()
+    assert site.replaced, site
+
+
+def test_a_bias_after_a_cast_is_refused():
+    """What is added in float32 counts, also beside float16's lowest number."""
+
+    def attend(q, k, v, bias, mask):
+        scores = (q @ k.mT * SCALE + of_integers(mask, q.dtype)).float() + bias
+        return scores.softmax(-1).to(v.dtype) @ v
+
+    mask = torch.ones(B, 1, 1, N, dtype=torch.int64)
+    half, bias = [x.half() for x in qkv()], torch.randn(N)
+    torch._dynamo.reset()
+    rocm_attn_compile.reset_reports()
+    compiled = torch.compile(attend, backend="rocm_attn", fullgraph=True)
+    torch.testing.assert_close(compiled(*half, bias, mask), attend(*half, bias, mask), rtol=1e-2, atol=5e-3)
+    (site,) = sites()
+    assert not site.replaced and "bias_after_cast" in [reason.code for reason in site.reasons]
