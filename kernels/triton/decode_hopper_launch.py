@@ -28,7 +28,8 @@ the words of two tiles."""
 ROWS = 16
 """Rows of a tile, as decode_hopper.ROWS."""
 
-_ABSENT = ("HAS_BIAS", "HAS_ATTN_MASK", "HAS_KEY_MASK", "HAS_IDS", "HAS_DROPOUT", "HAS_ALIBI", "BLOCK_REST", "ROPE")
+ABSENT = ("HAS_BIAS", "HAS_ATTN_MASK", "HAS_KEY_MASK", "HAS_IDS", "HAS_DROPOUT", "HAS_ALIBI", "BLOCK_REST", "ROPE")
+"""What of forward.py's features neither this kernel nor that of pages has."""
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -58,7 +59,7 @@ def choose(
         and arguments["EMPTY_ROWS"] not in MEANS
         and all(arguments[name] == 1 for name in unit)
         and all(arguments[name] % 16 == 0 for name in outer)
-        and not any(arguments[name] for name in _ABSENT)
+        and not any(arguments[name] for name in ABSENT)
     )
     is_free = not (tuning.config or tuning.pack or tuning.shift is not None or tuning.chosen)
     # Of few tiles little is on its way while another is used.

@@ -42,6 +42,7 @@ from .hopper_parts import (
     token_of,
     uniform,
 )
+from .pages import page_number
 
 
 @gluon.jit
@@ -80,10 +81,21 @@ def pages_of(block_table, token, last_page, num_blocks, stride_tn, COUNT: gl.con
         found = pages_of(block_table, token, last_page, num_blocks, stride_tn, HALF, BOX, PAGE, NOW)
         found += pages_of(block_table, token + HALF * BOX, last_page, num_blocks, stride_tn, HALF, BOX, PAGE, NOW)
     else:
-        at = block_table + gl.minimum(token // PAGE, last_page).to(gl.int64) * stride_tn
-        page = gl.load(at, volatile=NOW).to(gl.int32)
-        found = (gl.where(page < 0, page + num_blocks, page),)
+        found = (page_number(block_table, token // PAGE, last_page, num_blocks, stride_tn, NOW).to(gl.int32),)
     return found
+
+
+@gluon.jit
+def first_pages(block_table, block, step, last_page, num_blocks, stride_tn, TOKENS: gl.constexpr, BOX: gl.constexpr,
+                PAGE: gl.constexpr):  # fmt: skip
+    """The pages of a program's first two blocks of TOKENS tokens, `step` blocks apart, read at once."""
+    COUNT: gl.constexpr = TOKENS // BOX
+    first = block * TOKENS
+    second = first + step * TOKENS
+    return (
+        pages_of(block_table, first, last_page, num_blocks, stride_tn, COUNT, BOX, PAGE, True),
+        pages_of(block_table, second, last_page, num_blocks, stride_tn, COUNT, BOX, PAGE, True),
+    )
 
 
 @gluon.jit
@@ -116,10 +128,7 @@ def copy_keys(
         table = block_table + batch.to(gl.int64) * stride_tb
         if not BOUNDED:
             # What is first is known before kv_end is: no load waits for another.
-            first = split * TOKENS
-            second = first + num_splits * TOKENS
-            ahead = pages_of(table, first, last_page, num_blocks, stride_tn, COUNT, BOX, PAGE, True)
-            after = pages_of(table, second, last_page, num_blocks, stride_tn, COUNT, BOX, PAGE, True)
+            ahead, after = first_pages(table, split, num_splits, last_page, num_blocks, stride_tn, TOKENS, BOX, PAGE)
         _lower, _upper, used_start, used_end = limits_of(
             batch, q_len, kv_len, kv_start, kv_end, stride_start_b, stride_start_m, stride_end_b, stride_end_m,
             band_lower, band_upper, PACK, ROWS, HAS_START, HAS_END, HAS_LOWER, HAS_UPPER,
@@ -127,10 +136,7 @@ def copy_keys(
         )  # fmt: skip
         begin = used_start // TOKENS + split
         if BOUNDED:
-            first = begin * TOKENS
-            second = first + num_splits * TOKENS
-            ahead = pages_of(table, first, last_page, num_blocks, stride_tn, COUNT, BOX, PAGE, True)
-            after = pages_of(table, second, last_page, num_blocks, stride_tn, COUNT, BOX, PAGE, True)
+            ahead, after = first_pages(table, begin, num_splits, last_page, num_blocks, stride_tn, TOKENS, BOX, PAGE)
         for block in range(begin, gl.cdiv(used_end, TOKENS), num_splits):
             # Read two tiles before they are needed.
             pages = ahead

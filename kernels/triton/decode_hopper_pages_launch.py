@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from . import configs
-from .launch import Descriptor, Launch, Layout, Tuning, swizzled, takes_tma
+from .decode_hopper_launch import ABSENT
+from .launch import Launch, Layout, Tuning, swizzled, takes_tma
 
 
 class Tile(NamedTuple):
@@ -51,8 +51,7 @@ MIN_BOX_NUMBERS = 2048
 MIN_SCORES = 2**16
 """From how many scores (B H M N) on the kernel was measured."""
 
-_ABSENT = ("HAS_BIAS", "HAS_ATTN_MASK", "HAS_KEY_MASK", "HAS_IDS", "HAS_DROPOUT", "HAS_ALIBI", "BLOCK_REST", "ROPE",
-           "HAS_K_SCALE", "HAS_V_SCALE")  # fmt: skip
+_ABSENT = (*ABSENT, "HAS_K_SCALE", "HAS_V_SCALE")
 
 
 def choose(
@@ -169,14 +168,8 @@ def launch(tile: Tile, num_units: int, arguments: dict[str, Any]) -> Launch:
         **arguments, "BLOCK_N": tile.block_n, "STAGES": tile.stages, "ROWS": tile.rows, "HEADS": tile.heads,
         "PACK": pack, "BOX": box, "num_tiles": num_tiles, "num_items": num_items,
         "num_programs": min(num_items, num_units),
-        **{name: _boxes(arguments[name], box, tile.heads) for name in ("k", "v")},
+        **{name: swizzled(arguments[name], box, arguments["HEAD_DIM"], tile.heads) for name in ("k", "v")},
     }  # fmt: skip
     names = [parameter.name for parameter in decode_hopper_pages_kernel.params]
     options = {"num_warps": 4, "num_stages": 1}
     return Launch(decode_hopper_pages_kernel, given["num_programs"], {name: given[name] for name in names}, options)
-
-
-def _boxes(cache: torch.Tensor, tokens: int, heads: int) -> Descriptor:
-    """The descriptor of a cache `(num_blocks, K, PAGE, D)`, read so many tokens of so many heads at once."""
-    whole = swizzled(cache, tokens, cache.shape[3])
-    return dataclasses.replace(whole, block_shape=(1, heads, tokens, cache.shape[3]))

@@ -204,7 +204,9 @@ def forward_launches(
     if arguments["RANGED"]:
         launches.append(ranges_launch(arguments, arguments["BLOCK_M"], arguments["BLOCK_N"]))
         arguments["ranges"] = launches[0].arguments["ranges"]
-    words = is_static and decode_hopper_launch.choose(arch, k.dtype, aligned(q, k, v, traced=traced), arguments, tuning)
+    words = None
+    if is_static and not plan.pages:
+        words = decode_hopper_launch.choose(arch, k.dtype, aligned(q, k, v, traced=traced), arguments, tuning)
     if plan.pages:
         launches.append(decode_hopper_pages_launch.launch(plan.pages, num_units, arguments))
     elif words:

@@ -295,8 +295,8 @@ def bias_kind(bias: Layout, itemsize: int, tma: bool, pack: int = 1) -> int:
     return BIAS_TILES.value if tma and takes_tma((stored, strides), itemsize) else BIAS_ELEMENTS.value
 
 
-def descriptor(tensor: torch.Tensor, rows: int, columns: int, swizzle: int = 0) -> Descriptor:
-    """The descriptor of a 4-D tensor (see takes_tma) read in blocks of `rows` x `columns` of one head."""
+def descriptor(tensor: torch.Tensor, rows: int, columns: int, swizzle: int = 0, heads: int = 1) -> Descriptor:
+    """The descriptor of a 4-D tensor (see takes_tma) read in blocks of `rows` x `columns`, of one head or several."""
     # An expanded dimension is stored once. The stride of a dimension of size 1 says nothing, but must be valid.
     shape = tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride()))
     itemsize = tensor.element_size()
@@ -304,12 +304,12 @@ def descriptor(tensor: torch.Tensor, rows: int, columns: int, swizzle: int = 0) 
         stride if known(size > 1) or is_whole(stride, itemsize) else 16 // itemsize
         for size, stride in zip(shape[:3], tensor.stride()[:3])
     ]
-    return Descriptor(tensor, shape, (*strides, 1), (1, 1, rows, columns), swizzle)
+    return Descriptor(tensor, shape, (*strides, 1), (1, heads, rows, columns), swizzle)
 
 
-def swizzled(tensor: torch.Tensor, rows: int, columns: int) -> Descriptor:
+def swizzled(tensor: torch.Tensor, rows: int, columns: int, heads: int = 1) -> Descriptor:
     """The same for a kernel in Gluon, in whose shared memory rows of up to 128 bytes are swizzled."""
-    return descriptor(tensor, rows, columns, min(128, columns * tensor.element_size()))
+    return descriptor(tensor, rows, columns, min(128, columns * tensor.element_size()), heads)
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, empty_rows: str, out_layout: str = "bhsd") -> None:

@@ -12,9 +12,9 @@ import triton.language as tl
 
 
 @triton.jit
-def page_number(block_table, index, last_page, num_blocks, stride_tn):
-    """The page in one entry of a batch entry's block table, int64."""
-    page = tl.load(block_table + tl.minimum(index, last_page).to(tl.int64) * stride_tn).to(tl.int64)
+def page_number(block_table, index, last_page, num_blocks, stride_tn, NOW: tl.constexpr = False):
+    """The page in one entry of a batch entry's block table, int64. NOW: a compiler may not put the load off."""
+    page = tl.load(block_table + tl.minimum(index, last_page).to(tl.int64) * stride_tn, volatile=NOW).to(tl.int64)
     return tl.where(page < 0, page + num_blocks, page)
 
 

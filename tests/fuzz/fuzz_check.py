@@ -34,7 +34,6 @@ PROMISED_REFUSALS = frozenset(
         "unshifted_softmax",
         "logsumexp_of_fills",
         "single_key",
-        "symbolic_v_head_dim",  # a head size that PyTorch writes as a fraction of a symbol
         "depth_axis",  # a contraction over one element is no contraction
         "finite_fill",
         "bias_before_cap",
@@ -149,7 +148,7 @@ def _compiled(case: Case, function: Any, eager: Ran, exact: Ran, **options: Any)
             return Outcome("wrong", f"{error}\n{text}", codes)
     has_symbols = bool(case.dynamic) or len(case.schedule) > 1
     # Head sizes are made numbers, but for a whole fraction of a symbol, which PyTorch knows nothing of.
-    unknown = {"axis_split", "axis_mismatch", "axis_view", "axis_expand", "symbolic_head_dim"}
+    unknown = {"axis_split", "axis_mismatch", "axis_view", "axis_expand", "symbolic_head_dim", "symbolic_v_head_dim"}
     undecided = has_symbols and bool(codes & unknown)
     if sites and (len(sites) == len(entries) or not case.is_cache):
         return Outcome("replaced", text, codes, set().union(*map(_notes, sites)))
